@@ -1,0 +1,57 @@
+"""An architecture as a picture: a line per layer, a tile per expert, as wide as the expert is large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from search_spaces.architecture import Architecture
+
+CELLS = 40
+"""Characters that the largest feed-forward part of a picture may take."""
+
+
+@dataclass(frozen=True)
+class LayerPicture:
+    """One line: ``tiles`` are the sizes of the routed experts, ``text`` the same as a row of characters."""
+
+    attention: str
+    tiles: tuple[int, ...]
+    shared: int
+    router: str
+    text: str
+
+
+def picture(architecture: Architecture) -> list[LayerPicture]:
+    """The lines of the picture, on one scale for the whole network."""
+    parts = [layer.feed_forward for layer in architecture.decoder.layers]
+    scale = max(part.neurons for part in parts) / CELLS
+    lines = []
+    for layer in architecture.decoder.layers:
+        part = layer.feed_forward
+        tiles = ["█" * max(1, round(size / scale)) for size in part.expert_sizes]
+        if part.shared_size:
+            tiles.insert(0, "▒" * max(1, round(part.shared_size / scale)))
+        attention = f"{layer.attention.heads}/{layer.attention.kv_heads} heads"
+        router = str(part.router) if part.router else "dense"
+        lines.append(LayerPicture(attention, part.expert_sizes, part.shared_size, router, " ".join(tiles)))
+    return lines
+
+
+def sizes_text(line: LayerPicture) -> str:
+    """Expert sizes in words: ``4 x 64 + 2 x 32``, the shared expert last."""
+    counts = {size: line.tiles.count(size) for size in line.tiles}
+    words = [f"{n} x {size}" if n > 1 else str(size) for size, n in counts.items()]
+    return " + ".join(words) + (f" + {line.shared} shared" if line.shared else "")
+
+
+def draw(architecture: Architecture) -> str:
+    """The whole picture as text, for a terminal and a model card."""
+    backbone = architecture.backbone
+    lines = picture(architecture)
+    head = f"width {architecture.decoder.width}, {len(lines)} layers, {backbone.activation}, {architecture.fingerprint}"
+    tile_width = max(len(line.text) for line in lines)
+    rows = [
+        f"  {i:2}  {line.attention:>10}  {line.text:<{tile_width}}  {line.router}: {sizes_text(line)}"
+        for i, line in enumerate(lines)
+    ]
+    return "\n".join([head, *rows])

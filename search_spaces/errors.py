@@ -1,0 +1,55 @@
+"""The one exception family of the project: a message that says what, where, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoesaicError(ValueError):
+    """Something a person can put right. (A ValueError, so that pydantic adds the place to one raised in a check.)
+
+    Parameters
+    ----------
+    problem : what is wrong, in one sentence.
+    where : the place: ``file:line: key`` or a path.
+    found : what was there.
+    allowed : what may be there.
+    nearest : the closest valid value or spelling.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        found: object = None,
+        allowed: object = None,
+        nearest: object = None,
+    ):
+        self.problem, self.where, self.found, self.allowed, self.nearest = problem, where, found, allowed, nearest
+        lines = [f"{where}: {problem}" if where else problem]
+        for name, value in (("found", found), ("allowed", allowed), ("nearest", nearest)):
+            if value is not None:
+                lines.append(f"  {name + ':':9}{value}")
+        super().__init__("\n".join(lines))
+
+
+class StageFailed(MoesaicError):
+    """The input was right, but a stage could not finish (training diverged, the machine is too noisy)."""
+
+    exit_code = 1
+
+
+class Interrupted(MoesaicError):
+    """A person or the system asked the program to stop; what was computed is kept."""
+
+    exit_code = 130
+
+
+def nearest_name(found: str, allowed: Iterable[str]) -> str | None:
+    """The allowed spelling closest to ``found``, or None when nothing is close."""
+    matches = difflib.get_close_matches(str(found), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return matches[0] if matches else None

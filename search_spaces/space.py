@@ -1,0 +1,260 @@
+"""Which architectures exist: a search space, its size, its members, its sampling.
+
+A space is the product of independent choices: one width and depth per network, and per layer a pair of head
+counts and a feed-forward part. Feed-forward parts are grouped by their number of experts, since that decides
+which routers are distinct and how many multisets of sizes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations_with_replacement
+from math import comb, prod
+from random import Random
+from typing import TypeVar
+
+from search_spaces.architecture import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FeedForwardGroup:
+    """All feed-forward parts with one number of experts: any multiset of ``sizes``, a shared size, a router."""
+
+    experts: int
+    sizes: tuple[int, ...]
+    shared_sizes: tuple[int, ...]
+    routers: tuple[Router | None, ...]
+
+    @property
+    def count(self) -> int:
+        """Distinct parts: multisets of sizes (stars and bars), times shared sizes, times routers."""
+        multisets = comb(len(self.sizes) + self.experts - 1, self.experts)
+        return multisets * len(self.shared_sizes) * len(self.routers)
+
+    @property
+    def raw_count(self) -> int:
+        """The same with the order of experts told apart."""
+        return len(self.sizes) ** self.experts * len(self.shared_sizes) * len(self.routers)
+
+    def sample(self, rng: Random) -> FeedForward:
+        """Uniform over the distinct parts: a multiset is the gaps of a uniform combination, so none is favoured."""
+        bars = sorted(rng.sample(range(len(self.sizes) + self.experts - 1), self.experts))
+        sizes = tuple(self.sizes[bar - position] for position, bar in enumerate(bars))
+        return FeedForward(sizes, rng.choice(self.routers), rng.choice(self.shared_sizes))
+
+    def __iter__(self) -> Iterator[FeedForward]:
+        for sizes in combinations_with_replacement(self.sizes, self.experts):
+            for shared in self.shared_sizes:
+                for router in self.routers:
+                    yield FeedForward(sizes, router, shared)
+
+
+@dataclass(frozen=True)
+class LayerSpace:
+    """Choices of one layer. ``groups`` are in rising order of experts, sizes and heads in rising order too."""
+
+    attentions: tuple[Attention, ...]
+    groups: tuple[FeedForwardGroup, ...]
+
+    @cached_property
+    def count(self) -> int:
+        return len(self.attentions) * sum(group.count for group in self.groups)
+
+    @cached_property
+    def raw_count(self) -> int:
+        return len(self.attentions) * sum(group.raw_count for group in self.groups)
+
+    def group(self, experts: int) -> FeedForwardGroup | None:
+        return next((group for group in self.groups if group.experts == experts), None)
+
+    def why_not(self, layer: Layer) -> tuple[str, object, object] | None:
+        """(key, found, allowed) of the first choice that this layer space lacks."""
+        if layer.attention not in self.attentions:
+            allowed = [f"{a.heads}/{a.kv_heads}" for a in self.attentions]
+            return "attention", f"{layer.attention.heads}/{layer.attention.kv_heads}", allowed
+        part = layer.feed_forward
+        group = self.group(part.experts)
+        if group is None:
+            return "feed_forward.expert_sizes", f"{part.experts} experts", [g.experts for g in self.groups]
+        if wrong := [size for size in part.expert_sizes if size not in group.sizes]:
+            return "feed_forward.expert_sizes", wrong[0], list(group.sizes)
+        if part.shared_size not in group.shared_sizes:
+            return "feed_forward.shared_size", part.shared_size, list(group.shared_sizes)
+        if part.router not in group.routers:
+            return "feed_forward.router", str(part.router), [str(r) for r in group.routers]
+        return None
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every architecture with one of ``widths``, one of ``depths`` and layer l out of ``layers[l]``."""
+
+    name: str
+    backbone: Backbone
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    layers: tuple[LayerSpace, ...]
+
+    @cached_property
+    def cardinality(self) -> int:
+        """Number of distinct architectures (experts of a layer counted up to permutation)."""
+        return len(self.widths) * sum(self._depth_counts)
+
+    @cached_property
+    def raw_cardinality(self) -> int:
+        """The same with the order of experts told apart, as encodings that carry a size per slot count."""
+        counts = [layer.raw_count for layer in self.layers]
+        return len(self.widths) * sum(prod(counts[:depth]) for depth in self.depths)
+
+    @cached_property
+    def _depth_counts(self) -> list[int]:
+        counts = [layer.count for layer in self.layers]
+        return [prod(counts[:depth]) for depth in self.depths]
+
+    def build(self, width: int, layers: tuple[Layer, ...]) -> Architecture:
+        return Architecture(Stack(width, layers), self.backbone)
+
+    def sample(self, rng: Random) -> Architecture:
+        """One architecture, uniform over all distinct ones. Nearly all of those are deep and have many experts."""
+        depth = _weighted(rng, self.depths, self._depth_counts)
+        layers = tuple(_sample_uniform(space, rng) for space in self.layers[:depth])
+        return self.build(rng.choice(self.widths), layers)
+
+    def sample_balanced(self, rng: Random) -> Architecture:
+        """One architecture, uniform over each choice in turn: depth, width, heads, number of experts, multiset, router.
+
+        Few experts and shallow networks come up as often as many and deep ones; a search starts from these.
+        """
+        depth = rng.choice(self.depths)
+        layers = tuple(
+            Layer(rng.choice(space.attentions), rng.choice(space.groups).sample(rng)) for space in self.layers[:depth]
+        )
+        return self.build(rng.choice(self.widths), layers)
+
+    def __contains__(self, architecture: object) -> bool:
+        return isinstance(architecture, Architecture) and self.why_not(architecture) is None
+
+    def why_not(self, architecture: Architecture) -> tuple[str, object, object] | None:
+        """(key, found, allowed) of the first thing that puts ``architecture`` outside, None for a member."""
+        stack = architecture.decoder
+        if architecture.backbone != self.backbone:
+            return "backbone", architecture.backbone, self.backbone
+        if stack.width not in self.widths:
+            return "decoder.width", stack.width, list(self.widths)
+        if len(stack.layers) not in self.depths:
+            return "decoder.layers", f"{len(stack.layers)} layers", list(self.depths)
+        for index, (layer, space) in enumerate(zip(stack.layers, self.layers, strict=False)):
+            if reason := space.why_not(layer):
+                return f"decoder.layers.{index}.{reason[0]}", reason[1], reason[2]
+        return None
+
+    @cached_property
+    def largest(self) -> Architecture:
+        """The member that is largest in every choice at once."""
+        return self.build(self.widths[-1], tuple(_largest_layer(space) for space in self.layers[: self.depths[-1]]))
+
+    @cached_property
+    def smallest(self) -> Architecture:
+        """The member with the least width and depth and, per layer, the fewest active, then stored, neurons."""
+        layers = tuple(self.smallest_layer(position) for position in range(self.depths[0]))
+        return self.build(self.widths[0], layers)
+
+    @cached_property
+    def envelope(self) -> Architecture:
+        """The smallest architecture whose weights hold every member; it need not be a member itself.
+
+        The bank of a layer has a region per expert, each as large as the largest expert may be; the first region
+        is longer where the largest dense layer needs more than all of them.
+        """
+        return self.build(self.widths[-1], tuple(_envelope_layer(space) for space in self.layers[: self.depths[-1]]))
+
+    def smallest_layer(self, position: int) -> Layer:
+        """The layer at ``position`` with the fewest active, then stored, neurons."""
+        return _smallest_layer(self.layers[position])
+
+    def __iter__(self) -> Iterator[Architecture]:
+        """Every member once. For small spaces: look at ``cardinality`` first."""
+        for width in self.widths:
+            for depth in self.depths:
+                for layers in _layer_tuples(self.layers[:depth]):
+                    yield self.build(width, layers)
+
+
+def distinct_routers(routers: list[Router], experts: int) -> tuple[Router | None, ...]:
+    """The routers that differ on a layer of ``experts`` experts; a dense layer has none."""
+    if experts == 1:
+        return (None,)
+    usable = (router for router in routers if router.kind == "threshold" or router.most <= experts)
+    return tuple(dict.fromkeys(router.for_experts(experts) for router in usable))
+
+
+def _sample_uniform(space: LayerSpace, rng: Random) -> Layer:
+    group = _weighted(rng, space.groups, [group.count for group in space.groups])
+    return Layer(rng.choice(space.attentions), group.sample(rng))
+
+
+def _weighted(rng: Random, items: tuple[T, ...], weights: list[int]) -> T:
+    """One of ``items`` with integer weights, exactly: these counts exceed what floats can tell apart."""
+    ticket = rng.randrange(sum(weights))
+    for item, weight in zip(items, weights, strict=True):
+        if ticket < weight:
+            return item
+        ticket -= weight
+    raise AssertionError("a ticket below the sum of the weights falls into one of them")
+
+
+def _most_compute(router: Router | None) -> tuple[int, float]:
+    if router is None:
+        return (1, 0.0)
+    return router.most, 1.0 if router.kind == "top_k" else router.threshold or 0.0
+
+
+def _largest_layer(space: LayerSpace) -> Layer:
+    candidates = [
+        FeedForward((g.sizes[-1],) * g.experts, max(g.routers, key=_most_compute), g.shared_sizes[-1])
+        for g in space.groups
+    ]
+    part = max(candidates, key=lambda f: (f.neurons, f.worst_active_neurons))
+    return Layer(max(space.attentions, key=lambda a: (a.heads, a.kv_heads)), part)
+
+
+def _smallest_layer(space: LayerSpace) -> Layer:
+    candidates = [
+        FeedForward((g.sizes[0],) * g.experts, min(g.routers, key=_most_compute), g.shared_sizes[0])
+        for g in space.groups
+    ]
+    part = min(candidates, key=lambda f: (f.worst_active_neurons, f.neurons))
+    return Layer(min(space.attentions, key=lambda a: (a.heads, a.kv_heads)), part)
+
+
+def _envelope_layer(space: LayerSpace) -> Layer:
+    attention = Attention(max(a.heads for a in space.attentions), 1)
+    kv_heads = max(a.kv_heads for a in space.attentions)
+    # Query heads are rounded up to a multiple of the key/value heads, which the largest pair may not share.
+    heads = -(-attention.heads // kv_heads) * kv_heads
+    dense = space.group(1)
+    sparse = space.groups[-1]
+    shared = max(group.shared_sizes[-1] for group in space.groups)
+    if sparse.experts == 1:
+        return Layer(Attention(heads, kv_heads), FeedForward((sparse.sizes[-1],)))
+    region = max(group.sizes[-1] for group in space.groups if group.experts > 1)
+    extra = max(0, (dense.sizes[-1] if dense else 0) - sparse.experts * region)
+    sizes = (region + extra, *(region,) * (sparse.experts - 1))
+    return Layer(Attention(heads, kv_heads), FeedForward(sizes, max(sparse.routers, key=_most_compute), shared))
+
+
+def _layer_tuples(spaces: tuple[LayerSpace, ...]) -> Iterator[tuple[Layer, ...]]:
+    if not spaces:
+        yield ()
+        return
+    for rest in _layer_tuples(spaces[:-1]):
+        for attention in spaces[-1].attentions:
+            for group in spaces[-1].groups:
+                for part in group:
+                    yield (*rest, Layer(attention, part))
+
+

@@ -1,0 +1,179 @@
+"""How a space is written: the YAML form, its presets, and building a ``SearchSpace`` from it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from search_spaces.architecture import TILE, Attention, Backbone, Router
+from search_spaces.errors import MoesaicError, nearest_name
+from search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, distinct_routers
+from search_spaces.yaml_source import YamlSource, parse_yaml, validate
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RouterSpec(_Spec):
+    """A kind of router with the values its settings may take: k, or threshold and max_k."""
+
+    kind: Literal["top_k", "threshold"]
+    k: list[Positive] | None = None
+    threshold: list[float] | None = None
+    max_k: list[Positive] | None = None
+
+    def routers(self) -> list[Router]:
+        if self.kind == "top_k":
+            return [Router("top_k", k=k) for k in self.k or []]
+        return [
+            Router("threshold", threshold=t, max_k=most) for t in self.threshold or [] for most in self.max_k or []
+        ]
+
+    @model_validator(mode="after")
+    def _complete(self) -> RouterSpec:
+        wanted, unwanted = (["k"], ["threshold", "max_k"]) if self.kind == "top_k" else (["threshold", "max_k"], ["k"])
+        for name in unwanted:
+            if getattr(self, name) is not None:
+                raise MoesaicError(f"a {self.kind} router has no {name}", allowed=", ".join(wanted))
+        for name in wanted:
+            if not getattr(self, name):
+                raise MoesaicError(f"a {self.kind} router needs values for {name}")
+        self.routers()
+        return self
+
+
+class LayerSpec(_Spec):
+    """Choices of a layer. ``dense_sizes`` are the neurons of a one-expert layer, ``expert_sizes`` of each expert."""
+
+    heads: list[Positive]
+    kv_heads: list[Positive]
+    experts: list[Positive]
+    expert_sizes: list[Positive] = []
+    dense_sizes: list[Positive] = []
+    shared_sizes: list[Annotated[int, Field(ge=0)]] = [0]
+    routers: list[RouterSpec] = []
+
+    @model_validator(mode="after")
+    def _sizes(self) -> LayerSpec:
+        for name in ("expert_sizes", "dense_sizes", "shared_sizes"):
+            for size in getattr(self, name):
+                if size % TILE:
+                    nearest = max(TILE, round(size / TILE) * TILE)
+                    raise MoesaicError(f"{name} must be multiples of {TILE}", found=size, nearest=nearest)
+        for name in ("heads", "kv_heads", "experts", "shared_sizes"):
+            if not getattr(self, name):
+                raise MoesaicError(f"{name} needs at least one value")
+        if 1 in self.experts and not self.dense_sizes:
+            raise MoesaicError("experts: 1 is a dense layer: give dense_sizes")
+        if max(self.experts) > 1 and not (self.expert_sizes and self.routers):
+            raise MoesaicError("several experts need expert_sizes and routers")
+        if not self.attentions():
+            raise MoesaicError("no value of kv_heads divides one of heads", found=f"{self.heads}, {self.kv_heads}")
+        for experts in self.experts:
+            if experts > 1 and not distinct_routers(self._routers(), experts):
+                raise MoesaicError(f"no router fits {experts} experts", allowed=f"k <= {experts}")
+        return self
+
+    def attentions(self) -> tuple[Attention, ...]:
+        pairs = sorted({(h, kv) for h in self.heads for kv in self.kv_heads if h % kv == 0})
+        return tuple(Attention(h, kv) for h, kv in pairs)
+
+    def _routers(self) -> list[Router]:
+        return [router for spec in self.routers for router in spec.routers()]
+
+    def build(self) -> LayerSpace:
+        groups = []
+        for experts in sorted(set(self.experts)):
+            sizes = self.dense_sizes if experts == 1 else self.expert_sizes
+            shared = [0] if experts == 1 else self.shared_sizes
+            routers = distinct_routers(self._routers(), experts)
+            groups.append(FeedForwardGroup(experts, tuple(sorted(set(sizes))), tuple(sorted(set(shared))), routers))
+        return LayerSpace(self.attentions(), tuple(groups))
+
+
+class SpaceSpec(_Spec):
+    """A whole space. ``layers`` overrides single keys of ``layer`` at single positions, counted from 0."""
+
+    name: str = "custom"
+    backbone: Backbone = Backbone()
+    width: list[Positive]
+    depth: list[Positive]
+    layer: LayerSpec
+    layers: dict[int, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _values(self) -> SpaceSpec:
+        for name in ("width", "depth"):
+            if not getattr(self, name):
+                raise MoesaicError(f"{name} needs at least one value")
+        for width in self.width:
+            if width % TILE:
+                nearest = max(TILE, round(width / TILE) * TILE)
+                raise MoesaicError(f"width must be multiples of {TILE}", found=width, nearest=nearest)
+        for index in self.layers:
+            if not 0 <= index < max(self.depth):
+                raise MoesaicError("no such layer", found=index, allowed=f"0 to {max(self.depth) - 1}")
+        return self
+
+    def build(self, source: YamlSource) -> SearchSpace:
+        """The space itself; ``source`` names the place of a wrong per-layer override."""
+        layers = []
+        for index in range(max(self.depth)):
+            override = self.layers.get(index, {})
+            merged = {**self.layer.model_dump(), **override}
+            layers.append(validate(LayerSpec, source.at("layers", index, data=merged)).build())
+        widths, depths = tuple(sorted(set(self.width))), tuple(sorted(set(self.depth)))
+        return SearchSpace(self.name, self.backbone, widths, depths, tuple(layers))
+
+
+def preset_names() -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files("search_spaces.presets").iterdir()
+                  if entry.name.endswith(".yaml"))
+
+
+def preset_source(name: str) -> YamlSource:
+    """The YAML of a preset. Raises MoesaicError with the names that exist."""
+    if name not in preset_names():
+        raise MoesaicError(
+            "no such preset", found=name, allowed=", ".join(preset_names()), nearest=nearest_name(name, preset_names())
+        )
+    text = resources.files("search_spaces.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_yaml(text, f"preset {name}")
+
+
+def load_space(source: YamlSource) -> SearchSpace:
+    """A space from its YAML: the name of a preset, a mapping with ``preset`` and overrides, or all of it inline.
+
+    Raises
+    ------
+    MoesaicError : with the place of the first thing that does not fit.
+    """
+    if isinstance(source.data, str):
+        source = source.at(data={"preset": source.data})
+    if not isinstance(source.data, dict):
+        raise MoesaicError("a space is the name of a preset or a mapping", where=source.where(), found=source.data,
+                           allowed=", ".join(preset_names()))
+    data = dict(source.data)
+    if "preset" in data:
+        try:
+            base = preset_source(str(data.pop("preset"))).data
+        except MoesaicError as error:
+            raise MoesaicError(error.problem, where=source.where(("preset",)), found=error.found,
+                               allowed=error.allowed, nearest=error.nearest) from None
+        data = _merged(base, data)
+    merged = source.at(data=data)
+    return validate(SpaceSpec, merged).build(merged)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``over``: mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

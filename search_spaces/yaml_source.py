@@ -1,0 +1,196 @@
+"""YAML that remembers its lines, so that every error names file, line and key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from search_spaces.errors import MoesaicError, nearest_name
+
+T = TypeVar("T")
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class YamlSource:
+    """Parsed YAML with the line of every key of its file, ``name`` (or "command line", "preset small").
+
+    ``data`` may be a part of the file: the part at ``prefix``.
+    """
+
+    name: str
+    data: Any
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    prefix: KeyPath = ()
+
+    def at(self, *path: str | int, data: Any = None) -> YamlSource:
+        """The part at ``path``, or ``data`` in its place."""
+        if data is None:
+            data = self.data
+            for part in path:
+                data = data[part]
+        return YamlSource(self.name, data, self.lines, (*self.prefix, *path))
+
+    def where(self, path: KeyPath = ()) -> str:
+        """``file:line: key`` of a key path; a missing key takes the line of its nearest parent."""
+        path = (*self.prefix, *path)
+        known = path
+        while known and known not in self.lines:
+            known = known[:-1]
+        line = self.lines.get(known)
+        place = f"{self.name}:{line}" if line else self.name
+        return f"{place}: {dotted(path)}" if path else place
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
+    """Read one YAML file.
+
+    Raises
+    ------
+    MoesaicError : the file is missing, is not text, has a syntax error or a key twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise MoesaicError(
+            "no such file", where=str(path), nearest=nearest_name(path.name, siblings), allowed="a YAML file"
+        ) from None
+    except IsADirectoryError:
+        raise MoesaicError("is a directory", where=str(path), allowed="a YAML file") from None
+    except UnicodeDecodeError:
+        raise MoesaicError("is not a text file", where=str(path), allowed="a YAML file in UTF-8") from None
+    except OSError as error:
+        raise MoesaicError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> YamlSource:
+    """Parse YAML text; only plain data can come out of it (``yaml.safe_load``)."""
+    try:
+        data = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise MoesaicError(f"YAML syntax error: {error.problem or error.context}", where=where) from None
+    except yaml.YAMLError as error:
+        raise MoesaicError(f"YAML syntax error: {error}", where=name) from None
+    except RecursionError:
+        raise MoesaicError("YAML is nested too deeply", where=name) from None
+    return YamlSource(name, data, dict(_key_lines(root, (), name)) if root else {})
+
+
+def _key_lines(node: yaml.Node, path: KeyPath, name: str) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key_node, value_node in node.value:
+            key = yaml.safe_load(key_node.value) if key_node.tag.endswith(":int") else key_node.value
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise MoesaicError(
+                    f"key stands twice (first on line {seen[key]})", where=f"{name}:{line}: {dotted((*path, key))}"
+                )
+            seen[key] = line
+            yield (*path, key), line
+            yield from _key_lines(value_node, (*path, key), name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*path, index), item.start_mark.line + 1
+            yield from _key_lines(item, (*path, index), name)
+
+
+def validate(kind: type[T], source: YamlSource) -> T:
+    """``source.data`` as a ``kind`` (a pydantic model or a dataclass).
+
+    Raises
+    ------
+    MoesaicError : the first thing that does not fit, with its place and the nearest valid key.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(source.data)
+    except ValidationError as error:
+        raise _explain(kind, error, source) from None
+
+
+def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicError:
+    details = error.errors()
+    # A misspelt key is the likelier cause of "missing" errors beside it, so it is told first.
+    first = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), details[0])
+    location = _yaml_path(first["loc"], source.data)
+    found: object = first.get("input")
+    allowed: object = None
+    nearest: object = None
+    problem = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        names = _field_names(kind, location[:-1])
+        problem, found, allowed = "unknown key", location[-1], ", ".join(names)
+        nearest = nearest_name(str(location[-1]), names)
+    elif first["type"] in ("missing", "missing_argument"):
+        problem, found = "missing key", None
+    elif first["type"] == "literal_error":
+        allowed = first["ctx"]["expected"]
+        choices = [c.strip().strip("'") for c in allowed.replace(" or ", ",").split(",")]
+        problem, nearest = "not one of the choices", nearest_name(str(found), choices)
+    elif cause := first.get("ctx", {}).get("error"):
+        if isinstance(cause, MoesaicError):
+            problem, allowed, nearest = cause.problem, cause.allowed, cause.nearest
+            found = cause.found if cause.found is not None else found
+    if isinstance(found, dict):
+        found = None  # a rule between keys: the message names them
+    text = None if found is None else str(found) if len(str(found)) <= 120 else str(found)[:117] + "..."
+    return MoesaicError(
+        problem, where=source.where(location), found=text, allowed=allowed, nearest=nearest
+    )
+
+
+def _yaml_path(location: tuple[int | str, ...], data: Any) -> KeyPath:
+    """The part of a pydantic location that stands in the YAML (union branches and the like drop out)."""
+    path: list[str | int] = []
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(data, Mapping) and part in data:
+            path.append(part)
+            data = data[part]
+        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+            path.append(part)
+            data = data[part]
+        elif last and isinstance(data, Mapping) and isinstance(part, str) and part.isidentifier():
+            path.append(part)  # a missing key
+    return tuple(path)
+
+
+def _field_names(kind: Any, path: KeyPath) -> list[str]:
+    """Field names of the model at ``path`` below ``kind``."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        kind = _inner_model(_field_types(kind).get(str(part), kind))
+    return sorted(_field_types(_inner_model(kind)))
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: info.annotation for name, info in kind.model_fields.items()}
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        return {f.name: hints[f.name] for f in fields(kind) if f.init}
+    return {}
+
+
+def _inner_model(kind: Any) -> Any:
+    """The model inside ``tuple[Model, ...]``, ``Model | None``, ``dict[int, Model]``; ``kind`` itself otherwise."""
+    if _field_types(kind):
+        return kind
+    return next((inner for inner in map(_inner_model, get_args(kind)) if _field_types(inner)), kind)
