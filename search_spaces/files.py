@@ -1,0 +1,57 @@
+"""Writes that happen whole or not at all, so that a killed process or a full disk damages nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from search_spaces.errors import MoesaicError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises
+    ------
+    MoesaicError : the place cannot be written (read-only, full); ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def unwritable(path: Path, error: OSError) -> MoesaicError:
+    return MoesaicError(
+        f"cannot be written: {error.strerror or error}", where=str(path), allowed="a writable place with free space"
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON. Raises MoesaicError for a missing or damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MoesaicError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise MoesaicError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except ValueError:
+        raise MoesaicError("is damaged: not valid JSON", where=str(path), allowed="a file this program wrote") from None

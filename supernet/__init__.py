@@ -1,0 +1,17 @@
+"""Hold every architecture of a space in one set of weights: layers, routing, training, evaluation, extraction."""
+
+from supernet.evaluate import Evaluation, LayerLoad, evaluate
+from supernet.model import Transformer
+from supernet.sampling import Sandwich
+from supernet.train import TrainData, TrainSettings, train
+
+__all__ = [
+    "Evaluation",
+    "LayerLoad",
+    "Sandwich",
+    "TrainData",
+    "TrainSettings",
+    "Transformer",
+    "evaluate",
+    "train",
+]

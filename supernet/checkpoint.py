@@ -1,0 +1,61 @@
+"""Weights on disk: safetensors only, written atomically, refused with a clear message when damaged or foreign."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from search_spaces import MoesaicError
+from search_spaces.files import write_atomically
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and a few strings as one safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata=metadata)
+        except SafetensorError as error:  # it wraps the system's "no space left" and the like
+            raise OSError(0, str(error)) from None
+
+    write_atomically(path, write)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and strings of a safetensors file; nothing in it is executed.
+
+    Raises
+    ------
+    MoesaicError : missing, truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise MoesaicError("no such file", where=str(path), allowed="a safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise MoesaicError(
+            f"is truncated or not a safetensors file ({error})", where=str(path), allowed="a complete safetensors file"
+        ) from None
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy ``tensors`` into ``model``. Raises MoesaicError unless names and shapes agree exactly."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        name = next(n for n in (*expected, *found) if expected.get(n) != found.get(n))
+        raise MoesaicError(
+            f"belongs to another model: {name} differs",
+            where=where,
+            found=found.get(name, "absent"),
+            allowed=expected.get(name, "absent"),
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])

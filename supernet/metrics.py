@@ -1,0 +1,52 @@
+"""Training figures as JSON lines and for TensorBoard; a resumed run continues both where its checkpoint stands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from search_spaces.files import unwritable
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of ``metrics.jsonl``, without a torn last line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricLog:
+    """Appends one record per logged step to ``directory/metrics.jsonl`` and ``directory/tensorboard``."""
+
+    def __init__(self, directory: Path, resume_step: int):
+        # Imported here: TensorBoard takes longer to import than most commands take to run.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.path = directory / "metrics.jsonl"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
+            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+
+    def write(self, record: dict[str, float]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,183 @@
+"""Training, of a supernet and of a single model alike: slices per step, checkpoints, exact resume.
+
+Everything random is a pure function of the seed and the step number, so weights, optimiser state and the step are
+all a checkpoint needs: a run that was stopped and resumed has the same loss curve, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
+from supernet.checkpoint import load_tensors, load_weights, save_tensors
+from supernet.metrics import MetricLog
+from supernet.model import Transformer
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping.
+
+    ``balance_weight`` scales the load-balance loss; ``distill`` teaches all slices but the first half by the
+    first one's predictions (in-place distillation, arXiv 2003.11142); ``bfloat16`` computes products in bfloat16.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    balance_weight: float = 0.01
+    distill: bool = True
+    bfloat16: bool = False
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """``batch(step)`` gives token windows [B, S + 1]; ``slices(step)`` the architectures that train on them."""
+
+    batch: Callable[[int], Tensor]
+    slices: Callable[[int], Sequence[Architecture]]
+
+
+def train(
+    model: Transformer,
+    data: TrainData,
+    settings: TrainSettings,
+    directory: Path,
+    identity: str,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train ``model`` in place to ``settings.steps``, from the checkpoint in ``directory`` if there is one.
+
+    Parameters
+    ----------
+    directory : receives ``checkpoint.safetensors``, ``metrics.jsonl`` and ``tensorboard/``.
+    identity : fingerprint of everything that decides the result; a checkpoint with another one is refused.
+    on_step : called after each step with its figures (``loss`` of the first slice, nats per token, and others).
+    should_stop : asked before each step; True saves a checkpoint and raises Interrupted.
+
+    Raises
+    ------
+    StageFailed : the loss or the gradient is not finite; the checkpoint is the last good one.
+    Interrupted : after ``should_stop``.
+    MoesaicError : the checkpoint is damaged or foreign, or the directory cannot be written.
+    """
+    optimizer = _optimizer(model, settings)
+    step = _resume(model, optimizer, directory / CHECKPOINT, identity)
+    log = MetricLog(directory, step)
+    started, first_step = time.perf_counter(), step
+    try:
+        while step < settings.steps:
+            if should_stop():
+                _save(model, optimizer, directory / CHECKPOINT, identity, step)
+                raise Interrupted(f"stopped at step {step} of {settings.steps}; the same command continues from there")
+            record = {"step": step, **_train_step(model, optimizer, data, settings, step, directory / CHECKPOINT)}
+            step += 1
+            if record["step"] % settings.log_every == 0 or step == settings.steps:
+                record["seconds_per_step"] = (time.perf_counter() - started) / (step - first_step)
+                log.write(record)
+            on_step(step, record)
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                _save(model, optimizer, directory / CHECKPOINT, identity, step)
+    finally:
+        log.close()
+
+
+def _train_step(
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    data: TrainData,
+    settings: TrainSettings,
+    step: int,
+    checkpoint: Path,
+) -> dict[str, float]:
+    device = model.embedding.weight.device
+    windows = data.batch(step).to(device)
+    rate = settings.learning_rate_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    slices = data.slices(step)
+    teacher: Tensor | None = None
+    losses, balances = [], []
+    for architecture in slices:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
+            output = model.run(windows[:, :-1], architecture)
+        logits = output.logits.float().flatten(0, 1)  # [T, V]
+        loss = F.cross_entropy(logits, windows[:, 1:].flatten())
+        balance = output.balance_loss()
+        objective = loss if teacher is None else 0.5 * (loss + F.cross_entropy(logits, teacher))
+        ((objective + settings.balance_weight * balance) / len(slices)).backward()
+        if settings.distill and teacher is None and len(slices) > 1:
+            teacher = logits.detach().softmax(-1)
+        losses.append(loss.item())
+        balances.append(balance.item())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm).item()
+    if not all(map(math.isfinite, (*losses, norm))):
+        kept = f"the last good one is {checkpoint}" if checkpoint.exists() else "none was written yet"
+        raise StageFailed(
+            f"training diverged at step {step}: loss {losses}, gradient norm {norm}; no checkpoint was overwritten, {kept}",
+            allowed="a lower learning_rate or a longer warm-up",
+            found=f"learning_rate {settings.learning_rate:g}",
+        )
+    optimizer.step()
+    figures = {"loss": losses[0], "learning_rate": rate, "gradient_norm": norm, "balance": balances[0]}
+    if len(losses) > 1:
+        figures |= {"loss_smallest": losses[1], "loss_random": sum(losses[2:]) / max(1, len(losses) - 2)}
+    return figures
+
+
+def _optimizer(model: Transformer, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW with decay on matrices alone (norm weights are scales, not directions)."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    scales = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+def _save(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str, step: int) -> None:
+    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    save_tensors(path, tensors, {"step": str(step), "identity": identity})
+
+
+def _resume(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str) -> int:
+    """Load a checkpoint if there is one; returns the step to continue with."""
+    if not path.exists():
+        return 0
+    tensors, metadata = load_tensors(path)
+    if metadata.get("identity") != identity:
+        raise MoesaicError(
+            "is a checkpoint of another run", where=str(path), found=metadata.get("identity"), allowed=identity
+        )
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    load_weights(model, weights, str(path))
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }
+    return int(metadata["step"])
