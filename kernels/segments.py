@@ -46,13 +46,15 @@ class _SegmentedFFN(Function):
     ) -> Tensor:
         inputs = x if tokens is None else x[tokens]  # [P, D]
         outputs = torch.empty_like(inputs)
+        differentiable = any(ctx.needs_input_grad)  # otherwise the hidden layer of one expert at a time is enough
         pre: list[Tensor | None] = []  # pre-activations per expert: up, gate
         for (start, size), first, last in _segments(layout, bounds):
             w_up, w_gate, w_down = _expert_weights(up, gate, down, start, size, x)
             a = inputs[first:last] @ w_up.T
             g = None if w_gate is None else inputs[first:last] @ w_gate.T
             torch.mm(activate(a, g, activation), w_down, out=outputs[first:last])
-            pre += [a, g]
+            if differentiable:
+                pre += [a, g]
         ctx.save_for_backward(x, up, gate, down, weights, tokens, outputs if weights is not None else None, *pre)
         ctx.bounds, ctx.layout, ctx.activation = bounds, layout, activation
         if tokens is None or weights is None:

@@ -21,12 +21,13 @@ KeyPath = tuple[str | int, ...]
 class YamlSource:
     """Parsed YAML with the line of every key of its file, ``name`` (or "command line", "preset small").
 
-    ``data`` may be a part of the file: the part at ``prefix``.
+    ``data`` may be a part of the file: the part at ``prefix``. A key that stands elsewhere (on the command line)
+    has that place in ``lines`` instead of a number.
     """
 
     name: str
     data: Any
-    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+    lines: Mapping[KeyPath, int | str] = field(default_factory=dict)
     prefix: KeyPath = ()
 
     def at(self, *path: str | int, data: Any = None) -> YamlSource:
@@ -44,7 +45,7 @@ class YamlSource:
         while known and known not in self.lines:
             known = known[:-1]
         line = self.lines.get(known)
-        place = f"{self.name}:{line}" if line else self.name
+        place = line if isinstance(line, str) else f"{self.name}:{line}" if line else self.name
         return f"{place}: {dotted(path)}" if path else place
 
 

@@ -1,0 +1,227 @@
+"""The configuration of a run: what a user may write, its defaults, and reading it with overrides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from nas.units import DIMENSIONS, Limit, parse_limit
+from search_spaces import MoesaicError, SearchSpace, load_space
+from search_spaces.errors import nearest_name
+from search_spaces.yaml_source import YamlSource, read_yaml, validate
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters", "memory"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """``kind: stdlib`` is the Python standard library's source; ``kind: text`` takes ``files``: paths, folders, globs."""
+
+    kind: Literal["stdlib", "text"] = "stdlib"
+    files: list[str] = []
+    vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _files_for_text(self) -> DataConfig:
+        if self.kind == "text" and not self.files:
+            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, or a list")
+        if self.kind == "stdlib" and self.files:
+            raise MoesaicError("data of kind stdlib takes no files", nearest="kind: text")
+        return self
+
+
+class BudgetLine(_Section):
+    """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case."""
+
+    limit: str | float
+    bind: Literal["expected", "worst"] = "expected"
+
+
+class DeviceConfig(_Section):
+    """Where everything runs. ``dtype: auto`` is bfloat16 on a GPU that has it and float32 on a CPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: Count | None = None
+
+
+class SupernetConfig(_Section):
+    steps: Count = 1000
+    batch_size: Count = 16
+    learning_rate: Positive = 3e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Positive = 1.0
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    random_slices: Count = 1
+    sampling: Literal["fair", "uniform"] = "fair"
+    sharing: Literal["nested", "packed"] = "nested"
+    distill: bool = True
+    checkpoint_every: Count = 100
+
+
+class LatencyConfig(_Section):
+    """The context that latency is measured in, and how many measurements calibrate its predictor."""
+
+    batch_size: Count = 8
+    blocks: Annotated[int, Field(ge=10)] = 60
+    models: Annotated[int, Field(ge=4)] = 24
+    repeats: Annotated[int, Field(ge=3)] = 9
+
+
+class SearchConfig(_Section):
+    """``trials`` architectures are evaluated on ``evaluation_windows`` held-out windows of ``sequence_length`` tokens."""
+
+    sampler: Literal["random", "nsga2", "tpe", "evolution"] = "evolution"
+    trials: Count = 300
+    objectives: Annotated[list[Objective], Field(min_length=1)] = ["loss", "flops"]
+    population: Annotated[int, Field(ge=4)] = 40
+    evaluation_windows: Annotated[int, Field(ge=2)] = 128
+
+    @model_validator(mode="after")
+    def _different(self) -> SearchConfig:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise MoesaicError("an objective stands twice", found=self.objectives)
+        if "loss" not in self.objectives:
+            raise MoesaicError("loss must be an objective: without it the smallest architecture always wins")
+        return self
+
+
+class ExportConfig(_Section):
+    """``front``: how many members of the Pareto front are exported beside the best one, evenly spread."""
+
+    front: Annotated[int, Field(ge=0)] = 4
+
+
+class RetrainConfig(_Section):
+    """Training of the chosen architecture and, with ``rivals``, of uniform top-2 and dense ones in the same budget."""
+
+    steps: Count = 1000
+    batch_size: Count = 16
+    learning_rate: Positive = 3e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Positive = 1.0
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    init: Literal["scratch", "inherited"] = "scratch"
+    rivals: bool = True
+    evaluation_windows: Annotated[int, Field(ge=2)] = 256
+    checkpoint_every: Count = 100
+
+
+class Config(_Section):
+    """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig = DataConfig()
+    space: Any = "small"
+    budget: dict[str, BudgetLine]
+    device: DeviceConfig = DeviceConfig()
+    supernet: SupernetConfig = SupernetConfig()
+    latency: LatencyConfig = LatencyConfig()
+    search: SearchConfig = SearchConfig()
+    export: ExportConfig = ExportConfig()
+    retrain: RetrainConfig = RetrainConfig()
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _lines(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            raise MoesaicError("budget needs at least one line", allowed=", ".join(DIMENSIONS))
+        return {name: {"limit": line} if not isinstance(line, dict) else line for name, line in value.items()}
+
+    def limits(self) -> dict[str, Limit]:
+        return {name: parse_limit(line.limit, name) for name, line in self.budget.items()}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration with the space it names and the YAML it came from."""
+
+    config: Config
+    space: SearchSpace
+    source: YamlSource
+
+    def resolved_yaml(self) -> str:
+        """The whole configuration, defaults written out, ready to be read again."""
+        return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a run's YAML and apply ``KEY=VALUE`` overrides with dotted keys.
+
+    Raises
+    ------
+    MoesaicError : the first thing that does not fit, with file, line, key and the nearest valid value.
+    """
+    source = read_yaml(path)
+    if source.data is None:
+        raise MoesaicError("is empty", where=str(path), allowed="a configuration; `moesaic init` writes one")
+    if not isinstance(source.data, dict):
+        raise MoesaicError("is not a mapping of keys", where=source.where(), found=source.data,
+                           allowed=", ".join(Config.model_fields))
+    source = _overridden(source, overrides)
+    config = validate(Config, source)
+    for name, line in config.budget.items():
+        _check_budget(name, line, source)
+    space_source = source.at("space", data=config.space)
+    return Loaded(config, load_space(space_source), source)
+
+
+def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
+    if name not in DIMENSIONS:
+        raise MoesaicError("unknown cost", where=source.where(("budget", name)), found=name,
+                           allowed=", ".join(DIMENSIONS), nearest=nearest_name(name, DIMENSIONS))
+    try:
+        parse_limit(line.limit, name)
+    except MoesaicError as error:
+        raise MoesaicError(error.problem, where=source.where(("budget", name)), found=error.found,
+                           allowed=error.allowed, nearest=error.nearest) from None
+
+
+def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
+    data = copy.deepcopy(source.data)
+    lines: dict[tuple[str | int, ...], int | str] = dict(source.lines)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise MoesaicError("an override is KEY=VALUE", where="command line", found=override,
+                               nearest="search.trials=50")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise MoesaicError("the value is not YAML", where=f"command line: {key}", found=text) from None
+        *parents, last = path = tuple(key.split("."))
+        target = data
+        for depth, parent in enumerate(parents):
+            inner = target.get(parent)
+            if parent == "space" and isinstance(inner, str):
+                inner = {"preset": inner}  # `space: small` takes overrides like `space: {preset: small}`
+            if inner is None:
+                inner = {}
+            if not isinstance(inner, dict):
+                raise MoesaicError("the key has no parts", where=f"command line: {'.'.join(parents[: depth + 1])}",
+                                   found=override)
+            target[parent] = inner
+            target = inner
+        target[last] = value
+        lines[path] = "command line"
+    return YamlSource(source.name, data, lines)

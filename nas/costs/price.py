@@ -1,0 +1,65 @@
+"""Every cost of an architecture at once, in microseconds, so that a search can refuse before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nas.costs.analytic import Context, activation_memory, active_parameters, flops, parameters, weight_memory
+from nas.costs.latency import LatencyPredictor
+from nas.costs.use import LayerUse, Occupancy, measured_use, worst_use
+from search_spaces import Architecture, FeedForward
+from supernet.evaluate import LayerLoad
+
+Costs = Mapping[str, float]
+"""flops (per token), latency (ms per batch), parameters, active_parameters, memory (bytes): base units of ``units``."""
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Prices architectures in one context. Without a ``predictor`` there is no latency."""
+
+    context: Context
+    occupancy: Occupancy = Occupancy()
+    predictor: LatencyPredictor | None = None
+    _expected: dict[FeedForward, LayerUse] = field(default_factory=dict, repr=False, compare=False)
+
+    def expected_uses(self, architecture: Architecture) -> list[LayerUse]:
+        uses = []
+        for layer in architecture.decoder.layers:
+            part = layer.feed_forward
+            use = self._expected.get(part)
+            if use is None:
+                use = self._expected[part] = self.occupancy.expected(part)
+            uses.append(use)
+        return uses
+
+    def expected(self, architecture: Architecture) -> Costs:
+        """Costs under the expected load of each layer."""
+        return self._price(architecture, self.expected_uses(architecture))
+
+    def worst(self, architecture: Architecture) -> Costs:
+        """Costs when every token takes the most, and the largest, experts its routers allow."""
+        return self._price(architecture, [worst_use(layer.feed_forward) for layer in architecture.decoder.layers])
+
+    def measured(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> Costs:
+        """Costs under the loads that an evaluation saw."""
+        return self._price(architecture, self.measured_uses(architecture, loads))
+
+    def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:
+        return [
+            self.occupancy.expected(layer.feed_forward) if load is None else measured_use(layer.feed_forward, load)
+            for layer, load in zip(architecture.decoder.layers, loads, strict=True)
+        ]
+
+    def _price(self, architecture: Architecture, uses: Sequence[LayerUse]) -> Costs:
+        context = self.context
+        costs = {
+            "flops": flops(architecture, uses, context),
+            "parameters": float(parameters(architecture, context)),
+            "active_parameters": active_parameters(architecture, uses, context),
+            "memory": weight_memory(architecture, context) + activation_memory(architecture, uses, context),
+        }
+        if self.predictor is not None:
+            costs["latency"] = self.predictor.predict(architecture, uses)
+        return costs

@@ -1,0 +1,81 @@
+"""The device a run computes on: chosen once, described so that measurements from another one are recognised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from nas.config import DeviceConfig
+from search_spaces import MoesaicError
+
+
+@dataclass(frozen=True)
+class Device:
+    """``name`` is the processor or GPU, ``dtype`` what products are computed in."""
+
+    kind: str
+    name: str
+    dtype: str
+    threads: int
+    torch: str
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.kind)
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.dtype == "bfloat16"
+
+    @property
+    def bytes_per_value(self) -> int:
+        return 2 if self.bfloat16 else 4
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.threads} threads, {self.dtype}, torch {self.torch}"
+
+
+def choose_device(config: DeviceConfig) -> Device:
+    """The device of ``config`` on this machine; sets torch's number of threads.
+
+    Raises
+    ------
+    MoesaicError : a GPU is asked for and there is none, or more threads than processors.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise MoesaicError("no CUDA device is available", where="device.device", found="cuda", nearest="cpu")
+    kind = "cuda" if config.device != "cpu" and available else "cpu"
+    processors = usable_processors()
+    threads = config.threads or min(processors, torch.get_num_threads())
+    if threads > processors:
+        raise MoesaicError("more threads than processors", where="device.threads", found=threads, nearest=processors)
+    torch.set_num_threads(threads)
+    wanted = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    name = torch.cuda.get_device_name() if kind == "cuda" else processor_name()
+    return Device(kind, name, wanted if config.dtype == "auto" else config.dtype, threads, torch.__version__)
+
+
+def usable_processors() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
