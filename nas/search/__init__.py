@@ -1,0 +1,1 @@
+"""Searching a space under hard budgets: feasible proposals, samplers, the trial log, the Pareto front."""

@@ -1,0 +1,70 @@
+"""What a search has to beat: the best uniform top-2 mixture and the best dense model in the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from nas.search.budget import Budget
+from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+
+_JUDGED = 32
+"""Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """``loss`` is inherited; None where none of the kind fits."""
+
+    kind: Literal["uniform top-2", "dense"]
+    architecture: Architecture
+    loss: float
+
+
+def choose_rivals(
+    space: SearchSpace, budget: Budget, inherited_loss: Callable[[Architecture], float]
+) -> list[Rival]:
+    """The best of each kind by inherited loss: the same judge, weights and budget as the search had."""
+    rivals = []
+    kinds: tuple[tuple[Literal["uniform top-2", "dense"], list[Architecture]], ...] = (
+        ("uniform top-2", uniform_layouts(space, sparse=True)),
+        ("dense", uniform_layouts(space, sparse=False)),
+    )
+    for kind, layouts in kinds:
+        inside = [a for a in layouts if budget.fits(a)]
+        inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
+        judged = [Rival(kind, a, inherited_loss(a)) for a in inside[:_JUDGED]]
+        if judged:
+            rivals.append(min(judged, key=lambda rival: rival.loss))
+    return rivals
+
+
+def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
+    """Every architecture whose layers are all alike: experts of one size under top-2, or one dense layer.
+
+    Sizes, counts and heads are those of the space; top-2 may be used where the space does not offer it, because
+    that is what people pick by habit.
+    """
+    layouts: dict[Architecture, None] = {}
+    for width, depth in product(space.widths, space.depths):
+        for layer in _common_layers(space, depth, sparse):
+            layouts[space.build(width, (layer,) * depth)] = None
+    return list(layouts)
+
+
+def _common_layers(space: SearchSpace, depth: int, sparse: bool) -> list[Layer]:
+    """Layers that every one of the first ``depth`` positions has, but for the router."""
+    spaces = space.layers[:depth]
+    attentions: list[Attention] = [a for a in spaces[0].attentions if all(a in s.attentions for s in spaces)]
+    layers = []
+    for group in spaces[0].groups:
+        if (group.experts > 1) != sparse:
+            continue
+        groups = [s.group(group.experts) for s in spaces]
+        router = Router("top_k", k=2) if sparse else None
+        for attention, size, shared in product(attentions, group.sizes, group.shared_sizes):
+            if all(g and size in g.sizes and shared in g.shared_sizes for g in groups):
+                layers.append(Layer(attention, FeedForward((size,) * group.experts, router, shared)))
+    return layers

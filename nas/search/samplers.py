@@ -1,0 +1,135 @@
+"""Who proposes the next architecture: random, evolution over architectures, or Optuna's NSGA-II and TPE.
+
+Every sampler is a function of the seed and the trials so far, with no other state: rebuilt from the trial log it
+goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from nas.config import SearchConfig
+from nas.search.feasible import FeasibleSampler
+from nas.search.pareto import crowding, ranks
+from nas.search.trials import Trial
+from search_spaces import Architecture, crossover, mutate
+
+UNSEEN_TRIES = 200
+"""Proposals in a row that may turn out seen before, after which the space inside the budget counts as exhausted."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A proposal that was not evaluated: over budget, or known already."""
+
+    state: Literal["refused", "duplicate"]
+    architecture: Architecture
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An architecture to evaluate, what came up on the way to it, and what the sampler wants kept in its trial."""
+
+    architecture: Architecture
+    skipped: tuple[Skipped, ...] = ()
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+class Sampler(Protocol):
+    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
+        """The next unseen architecture inside the budget; None when none is found."""
+        ...
+
+    def observe(self, trials: list[Trial]) -> None:
+        """Trials that were just finished, in the order of the log."""
+        ...
+
+
+@dataclass
+class RandomSampler:
+    """Independent draws inside the budget."""
+
+    feasible: FeasibleSampler
+    seed: int
+
+    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{len(seen)}")
+        for _ in range(UNSEEN_TRIES):
+            architecture = self.feasible.sample(rng)
+            if architecture.fingerprint not in seen:
+                return Proposal(architecture)
+        return None
+
+    def observe(self, trials: list[Trial]) -> None:
+        pass
+
+
+@dataclass
+class EvolutionSampler:
+    """Evolution over architectures themselves.
+
+    The first ``population`` are random. Then two tournaments over everything feasible so far (by non-dominated rank,
+    then crowding) choose parents; half of the children are crossed layer by layer, all are mutated by one to three
+    structural steps; a child over budget is repaired, and none is evaluated twice. AutoMoE (arXiv 2210.07535)
+    and HAT evolve so with a fitness of loss alone, re-evaluate parents, and change them in place; here parents are
+    values, the archive is the population, and nothing is evaluated twice.
+    """
+
+    feasible: FeasibleSampler
+    seed: int
+    population: int
+
+    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{len(seen)}")
+        archive = [trial for trial in trials if trial.feasible]
+        if len(seen) < self.population or len(archive) < 2:
+            return RandomSampler(self.feasible, self.seed).propose(trials, seen)
+        order = _preference(np.array([trial.values for trial in archive]))
+        space = self.feasible.space
+        refused: list[Skipped] = []
+        for _ in range(UNSEEN_TRIES):
+            first, second = (archive[self._tournament(order, rng)].architecture for _ in range(2))
+            child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
+            child = mutate(space, child, rng, steps=rng.randint(1, 3))
+            if not self.feasible.budget.fits(child):
+                refused.append(Skipped("refused", child))
+                child = self.feasible.repair(child, rng)
+            if child.fingerprint not in seen:
+                return Proposal(child, tuple(refused))
+        return RandomSampler(self.feasible, self.seed).propose(trials, seen)
+
+    def observe(self, trials: list[Trial]) -> None:
+        pass
+
+    @staticmethod
+    def _tournament(order: np.ndarray, rng: Random) -> int:
+        """The most preferred of four random members; ``order[i]`` is the place of member i."""
+        return min((rng.randrange(len(order)) for _ in range(4)), key=lambda i: order[i])
+
+
+def _preference(points: np.ndarray) -> np.ndarray:
+    """[n] place of each point: by rank, then by falling crowding distance within its rank."""
+    rank = ranks(points)
+    distance = np.zeros(len(points))
+    for value in np.unique(rank):
+        members = np.flatnonzero(rank == value)
+        distance[members] = crowding(points[members])
+    places = np.empty(len(points), dtype=int)
+    places[np.lexsort((-distance, rank))] = np.arange(len(points))
+    return places
+
+
+def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int) -> Sampler:
+    """The sampler that ``config`` names."""
+    if config.sampler == "random":
+        return RandomSampler(feasible, seed)
+    if config.sampler == "evolution":
+        return EvolutionSampler(feasible, seed, config.population)
+    from nas.search.optuna_sampler import OptunaSampler
+
+    return OptunaSampler(feasible, seed, config)

@@ -1,0 +1,126 @@
+"""The trial log: one JSON line per proposal, append-only, the source of truth of a search."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from search_spaces import Architecture, MoesaicError
+from search_spaces.files import unwritable
+from supernet.evaluate import LayerLoad
+
+State = Literal["evaluated", "refused", "duplicate", "failed"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One proposal and what became of it.
+
+    ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was
+    evaluated before and the values are that trial's. ``failed``: its loss is not finite. ``excess`` is the relative
+    excess over each budget line (negative inside), under the measured load once there is one. ``engine`` is what the sampler needs to
+    know about it after a restart.
+    """
+
+    number: int
+    state: State
+    architecture: Architecture
+    costs: dict[str, float]
+    excess: dict[str, float]
+    loss: float | None = None
+    standard_error: float | None = None
+    loads: tuple[LayerLoad | None, ...] = ()
+    values: tuple[float, ...] = ()
+    seconds: float = 0.0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def feasible(self) -> bool:
+        """Evaluated, and inside every budget line by what is known of it."""
+        return self.state == "evaluated" and all(value <= 0 for value in self.excess.values())
+
+    def to_json(self) -> str:
+        data = {
+            **{k: v for k, v in asdict(self).items() if k not in ("architecture", "loads")},
+            "fingerprint": self.architecture.fingerprint,
+            "architecture": self.architecture.to_dict(),
+            "loads": [load and [round(p, 6) for p in load.pairs_per_token] for load in self.loads],
+        }
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+    @staticmethod
+    def from_json(line: str | bytes, where: str) -> Trial:
+        try:
+            data = json.loads(line)
+            fingerprint = data.pop("fingerprint")
+            data["architecture"] = Architecture.from_dict(data["architecture"], where)
+            data["loads"] = tuple(load and LayerLoad(tuple(load)) for load in data["loads"])
+            data["values"] = tuple(data["values"])
+            trial = Trial(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MoesaicError("is not a trial this program wrote", where=where, found=str(error)[:120]) from None
+        if trial.architecture.fingerprint != fingerprint:
+            raise MoesaicError("fingerprint and architecture disagree", where=where, found=fingerprint)
+        return trial
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """All complete trials of a log. A torn last line, and refusals whose trial never finished, do not count."""
+    return _read(path)[0]
+
+
+class TrialLog:
+    """Appends trials; what an earlier process was cut off in is cut away on opening."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.trials, good = _read(path)
+            self._file = open(path, "ab")  # noqa: SIM115
+            self._file.truncate(good)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    def append(self, trials: list[Trial]) -> None:
+        """Write an evaluated trial and the refusals before it in one go, and have them on the disk."""
+        start = self._file.tell()
+        try:
+            self._file.write("".join(trial.to_json() + "\n" for trial in trials).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            try:
+                os.ftruncate(self._file.fileno(), start)
+            except OSError:
+                pass  # the next opening cuts the torn tail away
+            raise unwritable(self.path, error) from None
+        self.trials += trials
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            pass  # nothing is buffered after append; a full disk was reported there
+
+
+def _read(path: Path) -> tuple[list[Trial], int]:
+    """The complete trials and the number of bytes they take."""
+    if not path.exists():
+        return [], 0
+    trials: list[Trial] = []
+    waiting: list[Trial] = []
+    good = at = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        at += len(line)
+        if not line.endswith(b"\n"):
+            break
+        trial = Trial.from_json(line, f"{path}:{number}")
+        waiting.append(trial)
+        if trial.state in ("evaluated", "failed"):
+            trials += waiting
+            waiting, good = [], at
+    return trials, good
