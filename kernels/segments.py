@@ -19,14 +19,14 @@ from kernels.reference import activate
 
 def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
     """See ``kernels.sparse_ffn``."""
-    if routing is None:
-        bounds = [0] + [len(x)] * len(layout.sizes)
-        if len(layout.sizes) != 1:
-            raise ValueError("without a routing there is one expert, which every token uses")
-        return _SegmentedFFN.apply(x, bank.up, bank.gate, bank.down, None, None, bounds, layout, activation)
-    bounds = routing.offsets.tolist()
+    if routing is None and len(layout.sizes) != 1:
+        raise ValueError("without a routing there is one expert, which every token uses")
+    weights, tokens = (None, None) if routing is None else (routing.weights, routing.tokens)
+    bounds = [0, len(x)] if routing is None else routing.offsets.tolist()
+    # Inside a Function gradients are always off: only here can it be known whether a backward pass will come.
+    keep_hidden = torch.is_grad_enabled()
     return _SegmentedFFN.apply(
-        x, bank.up, bank.gate, bank.down, routing.weights, routing.tokens, bounds, layout, activation
+        x, bank.up, bank.gate, bank.down, weights, tokens, bounds, layout, activation, keep_hidden
     )
 
 
@@ -43,17 +43,17 @@ class _SegmentedFFN(Function):
         bounds: list[int],
         layout: ExpertLayout,
         activation: str,
+        keep_hidden: bool,
     ) -> Tensor:
         inputs = x if tokens is None else x[tokens]  # [P, D]
         outputs = torch.empty_like(inputs)
-        differentiable = any(ctx.needs_input_grad)  # otherwise the hidden layer of one expert at a time is enough
         pre: list[Tensor | None] = []  # pre-activations per expert: up, gate
         for (start, size), first, last in _segments(layout, bounds):
             w_up, w_gate, w_down = _expert_weights(up, gate, down, start, size, x)
             a = inputs[first:last] @ w_up.T
             g = None if w_gate is None else inputs[first:last] @ w_gate.T
             torch.mm(activate(a, g, activation), w_down, out=outputs[first:last])
-            if differentiable:
+            if keep_hidden:
                 pre += [a, g]
         ctx.save_for_backward(x, up, gate, down, weights, tokens, outputs if weights is not None else None, *pre)
         ctx.bounds, ctx.layout, ctx.activation = bounds, layout, activation
@@ -90,7 +90,7 @@ class _SegmentedFFN(Function):
                 grad_gate[rows, :width] = grad_g.T @ inputs[pairs]
                 grad_inputs[pairs] += grad_g @ w_gate
         grad_x = grad_inputs if tokens is None else torch.zeros_like(x).index_add_(0, tokens, grad_inputs)
-        return grad_x, grad_up, grad_gate, grad_down, grad_weights, None, None, None, None
+        return grad_x, grad_up, grad_gate, grad_down, grad_weights, None, None, None, None, None
 
 
 def _segments(layout: ExpertLayout, bounds: list[int]):

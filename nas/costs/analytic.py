@@ -104,6 +104,7 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     """
     stack, backbone = architecture.decoder, architecture.backbone
     tokens, width, size = context.tokens, stack.width, context.bytes_per_value
+    kept: float = 8 * tokens  # token ids, and each layer's routing once it is known
     peak: float = tokens * (2 * width + context.vocab_size) * size
     for layer, use in zip(stack.layers, uses, strict=True):
         part = layer.feed_forward
@@ -115,10 +116,11 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
             values = tokens * (3 * width + hidden_copies * part.neurons)
             peak = max(peak, values * size)
             continue
-        routing = 16 * pairs + 4 * (tokens * part.experts + pairs)  # pair indices in int64, softmax and weights
+        kept += 12 * pairs + 4 * tokens * part.experts  # token index, weight, softmax
+        routing = 8 * pairs  # expert index
         largest_load = max(pairs / part.experts, 1) * part.expert_sizes[0]
         routed = 2 * tokens * width + 2 * pairs * width + hidden_copies * largest_load
         combined = 3 * tokens * width + 3 * pairs * width
         shared = tokens * (4 * width + hidden_copies * part.shared_size) if part.shared_size else 0
         peak = max(peak, routing + max(routed, combined, shared) * size)
-    return peak
+    return peak + kept
