@@ -36,7 +36,6 @@ def export_model(
     Raises
     ------
     MoesaicError : the folder cannot be written.
-    StageFailed is not needed: a model that reads back differently is an AssertionError, since it is a defect here.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nas.config import DataConfig
 from nas.data.files import SPLITS, TextFile, chunks, content_hash, find_files, split_texts
@@ -73,8 +75,15 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
 
 
-def load_corpus(config: DataConfig, where: str, on_stage: Callable[[str], None] = lambda text: None) -> Corpus:
+def load_corpus(
+    config: DataConfig,
+    where: str,
+    on_stage: Callable[[str], None] = lambda text: None,
+    tokenizer: Path | None = None,
+) -> Corpus:
     """The corpus of ``config``, from the cache when this text was tokenised before.
+
+    ``tokenizer`` is a ``tokenizer.json`` to use in place of one trained on this text.
 
     Raises
     ------
@@ -82,10 +91,11 @@ def load_corpus(config: DataConfig, where: str, on_stage: Callable[[str], None] 
     """
     on_stage("reading files")
     files = find_files(config, where)
-    fingerprint = f"{content_hash(files)}-{config.vocab_size}-{_FORMAT}"
+    vocabulary = str(config.vocab_size) if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
+    fingerprint = f"{content_hash(files)}-{vocabulary}-{_FORMAT}"
     directory = cache_directory() / "corpora" / fingerprint
     if not (directory / "corpus.json").exists():
-        _build(config, files, directory, where, on_stage)
+        _build(config, files, directory, where, on_stage, tokenizer)
     facts = read_json(directory / "corpus.json")
     splits = {}
     for name in SPLITS:
@@ -102,35 +112,24 @@ def load_corpus(config: DataConfig, where: str, on_stage: Callable[[str], None] 
                 allowed=f"at least sequence_length + 1 = {config.sequence_length + 1}",
                 nearest=f"data.sequence_length={max(8, len(tokens) - 1)}" if len(tokens) > 8 else None,
             )
-    tokenizer = directory / "tokenizer.json"
-    return Corpus(fingerprint, tokenizer, facts["vocab_size"], config.sequence_length, splits)
+    return Corpus(fingerprint, directory / "tokenizer.json", facts["vocab_size"], config.sequence_length, splits)
 
 
 def _build(
-    config: DataConfig, files: list[TextFile], directory: Path, where: str, on_stage: Callable[[str], None]
+    config: DataConfig,
+    files: list[TextFile],
+    directory: Path,
+    where: str,
+    on_stage: Callable[[str], None],
+    given: Path | None,
 ) -> None:
-    """Train the tokenizer on the training split and encode all splits, in a temporary folder renamed at the end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+    """Make or take the tokenizer and encode all splits, in a temporary folder renamed at the end."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        on_stage("training the tokenizer")
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
-        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
-        trainer = trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        texts = _limited(chain.from_iterable(map(chunks, split_texts(files, "train"))))
-        first = next(texts, None)
-        if first is None:
-            raise MoesaicError("the corpus is empty: its files hold no text", where=where)
-        tokenizer.train_from_iterator(chain([first], texts), trainer)
+        on_stage("training the tokenizer" if given is None else "reading the tokenizer")
+        tokenizer = _train_tokenizer(config, files, where) if given is None else Tokenizer.from_file(str(given))
         tokenizer.save(str(temporary / "tokenizer.json"))
         vocab_size = tokenizer.get_vocab_size()
         dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -150,6 +149,25 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _train_tokenizer(config: DataConfig, files: list[TextFile], where: str) -> Tokenizer:
+    """A byte-level BPE (arXiv 1508.07909) of the training split."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = _limited(chain.from_iterable(map(chunks, split_texts(files, "train"))))
+    first = next(texts, None)
+    if first is None:
+        raise MoesaicError("the corpus is empty: its files hold no text", where=where)
+    tokenizer.train_from_iterator(chain([first], texts), trainer)
+    return tokenizer
+
+
 def _limited(texts: Iterator[str]) -> Iterator[str]:
     left = _BPE_CHARACTERS
     for text in texts:
@@ -159,13 +177,13 @@ def _limited(texts: Iterator[str]) -> Iterator[str]:
         yield text
 
 
-def _encode(tokenizer: object, texts: Iterator[str], path: Path, dtype: str) -> dict[str, int]:
+def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: str) -> dict[str, int]:
     """Append each text and an end-of-text token to ``path``; a corpus larger than memory passes through in pieces."""
     tokens = text_bytes = 0
     with open(path, "wb") as file:
         for text in texts:
             pieces = list(chunks(text))
-            for index, encoding in enumerate(tokenizer.encode_batch(pieces)):  # type: ignore[attr-defined]
+            for index, encoding in enumerate(tokenizer.encode_batch(pieces)):
                 ids = encoding.ids + ([0] if index == len(pieces) - 1 else [])
                 file.write(np.asarray(ids, dtype=dtype).tobytes())
                 tokens += len(ids)

@@ -1,0 +1,126 @@
+"""Looking before training: size of the space, range of every cost, whether the budget can be met, estimated time."""
+
+from __future__ import annotations
+
+import time
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nas.costs.analytic import parameters
+from nas.costs.calibrate import autocast
+from nas.costs.latency import LatencyPredictor
+from nas.costs.price import Pricer
+from nas.progress import duration
+from nas.search.budget import BudgetLine, a_member_inside, cost_ranges, resolve_budget
+from nas.search.feasible import FeasibleSampler
+from nas.stages.latency import calibrated
+from nas.stages.run import Run
+from nas.units import DIMENSIONS
+from search_spaces import MoesaicError
+from supernet import Sandwich, Transformer, evaluate
+
+_SAMPLES = 1000
+
+
+def build_plan(run: Run) -> dict[str, Any]:
+    """All figures of a plan. Nothing is trained; latency is calibrated once per machine."""
+    predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device.fingerprint, str(run.device))
+    pricer = Pricer(run.context, predictor=predictor)
+    rng = Random(f"{run.config.seed}/plan")
+    samples = [run.space.sample_balanced(rng) for _ in range(_SAMPLES)]
+    ranges = cost_ranges(run.space, pricer, samples)
+    budget = resolve_budget(run.config, run.space, pricer)
+    problem: str | None = None
+    share = 0.0
+    try:
+        inside = a_member_inside(run.space, budget)
+        share = FeasibleSampler(run.space, budget, inside).acceptance(_SAMPLES, rng)
+    except MoesaicError as error:
+        problem = str(error)
+    lines = []
+    for line in budget.lines:
+        inside_line = sum(_price(pricer, line, a) <= line.limit for a in samples) / len(samples)
+        lines.append({"name": line.cost, "bind": line.bind, "limit": line.limit, "share": inside_line,
+                      "satisfiable": ranges[line.cost]["smallest"] <= line.limit})
+    return {
+        "space": run.space.name,
+        "cardinality": run.space.cardinality,
+        "raw_cardinality": run.space.raw_cardinality,
+        "envelope_parameters": parameters(run.space.envelope, run.context),
+        "costs": ranges,
+        "budget": lines,
+        "share_inside": share,
+        "problem": problem,
+        "seconds": _estimate_seconds(run),
+        "device": str(run.device),
+        "latency_error": predictor.accuracy.mape,
+    }
+
+
+def _price(pricer: Pricer, line: BudgetLine, architecture) -> float:
+    return (pricer.worst if line.bind == "worst" else pricer.expected)(architecture)[line.cost]
+
+
+def _estimate_seconds(run: Run) -> dict[str, float]:
+    """Seconds per stage from a few passes of an untrained supernet; a training pass costs about three forward ones."""
+    config, space = run.config, run.space
+    torch.manual_seed(config.seed)
+    model = Transformer(space.envelope, run.corpus.vocab_size).to(run.device.torch_device)
+    windows = run.corpus.batch("train", config.supernet.batch_size, config.seed, 0)
+    sandwich = Sandwich(space, config.seed, config.supernet.random_slices, config.supernet.sampling)
+
+    def forward_seconds(architectures) -> float:
+        start = time.perf_counter()
+        with autocast(run.device):
+            for architecture in architectures:
+                evaluate(model, windows, architecture)
+        return time.perf_counter() - start
+
+    forward_seconds(sandwich.slices(0))
+    slices = [forward_seconds(sandwich.slices(step)) for step in range(5)]
+    rng = Random(0)
+    typical = forward_seconds([space.sample_balanced(rng) for _ in range(5)]) / 5
+    models = 3 if config.retrain.rivals else 1
+    per_window = typical / len(windows)
+    evaluations = config.search.trials + (2 * 32 if config.retrain.rivals else 0)
+    return {
+        "supernet": 3 * sorted(slices)[2] * config.supernet.steps,
+        "search": evaluations * config.search.evaluation_windows * per_window,
+        "retrain": 3 * models * config.retrain.steps * config.retrain.batch_size * per_window,
+    }
+
+
+def print_plan(console: Console, plan: dict[str, Any]) -> None:
+    console.print(Text(f"Space {plan['space']}", style="bold"))
+    console.print(Text(f"  architectures        {plan['cardinality']:,} ({plan['cardinality']:.2e})"))
+    console.print(Text(f"  as ordered experts   {plan['raw_cardinality']:.2e}"))
+    envelope = DIMENSIONS["parameters"].format(plan["envelope_parameters"])
+    console.print(Text(f"  supernet             {envelope} parameters"))
+    limits = {line["name"]: line for line in plan["budget"]}
+    table = Table(title="Costs of the space, and the budget", title_justify="left")
+    for name in ("cost", "smallest", "typical", "largest", "worst case", "budget", "met by", "can be met"):
+        table.add_column(name, justify="left" if name in ("cost", "can be met") else "right")
+    for name, costs in plan["costs"].items():
+        form, line = DIMENSIONS[name].format, limits.get(name)
+        row = [f"{name} {DIMENSIONS[name].per}", *(form(costs[k]) for k in ("smallest", "typical", "largest", "worst"))]
+        if line:
+            answer = Text("yes", style="green") if line["satisfiable"] else Text("NO", style="bold red")
+            row += [form(line["limit"]), f"{line['share']:.1%}"]
+            table.add_row(*row, answer)
+        else:
+            table.add_row(*row, "", "", "")
+    console.print(table)
+    if plan["problem"]:
+        console.print(Text(f"The budget cannot be met: {plan['problem']}", style="red"))
+    else:
+        console.print(Text(f"The budget is met by {plan['share_inside']:.1%} of random architectures."))
+    seconds = plan["seconds"]
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    console.print(Text(f"Estimated time on {plan['device']}: {duration(sum(seconds.values()))} ({parts})."))
+    console.print(Text("Threshold routers are priced before training as if they could not tell experts apart; "
+                       f"latency is predicted within {plan['latency_error']:.1%} on held-out models."))

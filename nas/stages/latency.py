@@ -1,0 +1,77 @@
+"""Stage latency: calibrate the latency predictor on this device, or take this machine's earlier calibration."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+from nas.costs.calibrate import calibrate, calibration_key
+from nas.costs.latency import LatencyPredictor
+from nas.data.corpus import cache_directory
+from nas.run_directory import fingerprint
+from nas.stages.run import Run
+from search_spaces.files import write_atomically, write_text
+
+NOISY = 0.25
+"""Spread (interquartile range over median) of repeated measurements above which a warning is given."""
+
+
+def run_latency(run: Run, fresh: bool = False) -> None:
+    """Leaves ``predictor.json`` and ``measurements.csv``.
+
+    A calibration belongs to the machine: it is kept in the cache under everything it depends on, so that runs on
+    one machine share one predictor and the same seed gives the same search. ``fresh`` measures again.
+    """
+    if fresh:
+        shutil.rmtree(_cached(run), ignore_errors=True)
+        (run.stages["latency"].path / "artifact.json").unlink(missing_ok=True)
+    with run.work("latency") as stage:
+        if stage is None:
+            return
+        cached = calibrated(run)
+        for name in ("predictor.json", "measurements.csv"):
+            write_atomically(stage.path / name, lambda path, name=name: shutil.copyfile(cached / name, path))
+        predictor = LatencyPredictor.load(
+            stage.path / "predictor.json", run.device.fingerprint, str(run.device)
+        )
+        write_text(stage.path / "digest", fingerprint({"coefficients": predictor.coefficients}))
+        accuracy = predictor.accuracy
+        run.reporter.say(
+            f"latency: calibrated {predictor.measured_on} on {predictor.device}; on {accuracy.models} held-out models "
+            f"error {accuracy.mape:.1%} (bias {accuracy.bias:+.1%}), {accuracy.within_10_percent:.0%} within 10 %, "
+            f"Kendall tau {accuracy.tau:.2f}; spread of repeats {predictor.noise:.1%}"
+        )
+        if predictor.noise > NOISY:
+            run.reporter.say("latency: this machine is noisy; close other programs and run `moesaic latency --fresh`")
+
+
+def calibrated(run: Run) -> Path:
+    """The folder of this machine's calibration for the run's space and context, measured now if there is none."""
+    directory = _cached(run)
+    if (directory / "predictor.json").exists():
+        return directory
+    context = run.context
+    tokens = run.windows("validation", context.batch_size)[:, :-1]
+    if len(tokens) < context.batch_size:
+        tokens = tokens.repeat(-(-context.batch_size // len(tokens)), 1)[: context.batch_size]
+    with run.task("latency") as task:
+        calibration = calibrate(
+            run.space, tokens, context, run.config.latency, run.device, run.config.seed,
+            lambda done, total: task.update(done, total, "rounds of measurements"),
+        )
+
+    def write_rows(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(calibration.rows[0]))
+            writer.writeheader()
+            writer.writerows(calibration.rows)
+
+    write_atomically(directory / "measurements.csv", write_rows)
+    calibration.predictor.save(directory / "predictor.json")
+    return directory
+
+
+def _cached(run: Run) -> Path:
+    key = calibration_key(run.space, run.context, run.config.latency, run.device)
+    return cache_directory() / "latency" / f"{key}-{run.config.seed}"

@@ -1,0 +1,69 @@
+"""Stage retrain: train the chosen architecture and its rivals alike, and see which is better on the test split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nas.costs.measure import measure_costs
+from nas.export import load_exported
+from nas.retrain import loss_figures, retrain
+from nas.run_directory import fingerprint, stopwatch
+from nas.stages.run import Run
+from search_spaces import Architecture
+from search_spaces.files import read_json, write_json
+
+SEARCHED = "searched"
+
+
+def run_retrain(run: Run) -> None:
+    """Leaves a folder per model (weights, metrics) and ``results.json``, the searched model first."""
+    with run.work("retrain") as stage:
+        if stage is None:
+            return
+        config = run.config.retrain
+        models = contestants(run)
+        results: list[dict[str, Any]] = []
+        with run.task("retrain") as task:
+            for index, (name, (architecture, inherited_loss)) in enumerate(models.items()):
+
+                def on_step(step: int, record: dict[str, float], name: str = name, index: int = index) -> None:
+                    best = min((r["loss"] for r in results), default=None)
+                    facts = f"{name}  loss {record['loss']:.3f}" + (f"  best test {best:.4f}" if best else "")
+                    task.update(index * config.steps + step, len(models) * config.steps, facts)
+
+                inherited = None
+                if config.init == "inherited":
+                    inherited = run.supernet.extract(architecture)
+                identity = fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint})
+                with stopwatch() as seconds:
+                    trained = retrain(
+                        architecture, config, run.corpus, run.device, run.config.seed,
+                        stage.path / name, identity, inherited, on_step, run.should_stop,
+                    )
+                windows = run.windows("test", config.evaluation_windows)
+                measured = measure_costs(trained.model, windows, run.pricer, run.device)
+                results.append({
+                    "name": name,
+                    "fingerprint": architecture.fingerprint,
+                    "architecture": architecture.to_dict(),
+                    "inherited_loss": inherited_loss,
+                    **loss_figures(run.corpus, trained.evaluation),
+                    "predicted": dict(run.pricer.expected(architecture)),
+                    "measured": measured,
+                    "budget": run.budget_lines(architecture, measured),
+                    "steps": config.steps,
+                    "init": config.init,
+                    "seconds": round(seconds[0], 2),
+                })
+        write_json(stage.path / "results.json", results)
+
+
+def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
+    """Name, architecture and inherited validation loss of every model that is trained, the searched one first."""
+    figures = read_json(run.stages["export"].path / "best" / "figures.json")
+    best = load_exported(run.stages["export"].path / "best").architecture
+    models = {SEARCHED: (best, figures["validation_loss"])}
+    if run.config.retrain.rivals:
+        for rival in read_json(run.stages["search"].path / "rivals.json"):
+            models[rival["kind"].replace(" ", "-")] = (Architecture.from_dict(rival["architecture"]), rival["loss"])
+    return models

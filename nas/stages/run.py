@@ -1,0 +1,183 @@
+"""What the stages of one run share: configuration, device, corpus, folder, and the artifacts made so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nas.config import Config, Loaded
+from nas.costs.analytic import Context
+from nas.costs.latency import LatencyPredictor
+from nas.costs.price import Pricer
+from nas.costs.use import Occupancy
+from nas.data import Corpus, load_corpus
+from nas.device import Device, choose_device
+from nas.progress import Reporter, Task, duration
+from nas.run_directory import RunDirectory, StageDirectory, fingerprint, stopwatch
+from nas.search.budget import Budget, resolve_budget
+from nas.units import DIMENSIONS
+from search_spaces import Architecture, MoesaicError, SearchSpace
+from search_spaces.files import read_json
+from supernet import Transformer
+from supernet.checkpoint import load_tensors, load_weights
+
+STAGES = ("supernet", "latency", "search", "export", "retrain", "report")
+
+
+@dataclass
+class Run:
+    """One run. Properties load what earlier stages left; each raises MoesaicError when it is not there."""
+
+    loaded: Loaded
+    path: Path
+    reporter: Reporter = field(default_factory=Reporter)
+    should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.loaded.space
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.path)
+
+    @cached_property
+    def device(self) -> Device:
+        return choose_device(self.config.device)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
+        return load_corpus(self.config.data, where, lambda text: self.reporter.say(f"data: {text}"))
+
+    @cached_property
+    def context(self) -> Context:
+        config = self.config
+        return Context(
+            self.corpus.vocab_size, config.data.sequence_length, config.latency.batch_size, self.device.bytes_per_value
+        )
+
+    @cached_property
+    def stages(self) -> dict[str, StageDirectory]:
+        """Each stage's folder with the inputs that decide its result; later stages depend on earlier ones' results."""
+        config = self.config.model_dump(mode="json")
+        device = {"kind": self.device.kind, "dtype": self.device.dtype, "threads": self.device.threads}
+        inputs: dict[str, dict[str, Any]] = {
+            "supernet": {
+                "seed": config["seed"], "data": config["data"], "corpus": self.corpus.fingerprint,
+                "space": config["space"], "supernet": config["supernet"], "device": device,
+            },
+            "latency": {
+                "seed": config["seed"], "space": config["space"], "latency": config["latency"],
+                "vocabulary": self.context.vocab_size, "sequence_length": self.context.sequence_length,
+                "device": {**device, "name": self.device.name, "torch": self.device.torch},
+            },
+            "search": {"seed": config["seed"], "budget": config["budget"], "search": config["search"]},
+            "export": {"export": config["export"]},
+            "retrain": {"seed": config["seed"], "retrain": config["retrain"]},
+            "report": {"name": config["name"]},
+        }
+        upstream = {
+            "search": ("supernet", "latency"), "export": ("search",), "retrain": ("export",), "report": ("retrain",),
+        }
+        found: dict[str, StageDirectory] = {}
+        for name in STAGES:
+            for before in upstream.get(name, ()):
+                inputs[name][before] = self._result_id(found[before])
+            found[name] = self.directory.stage("exports" if name == "export" else name, inputs[name])
+        return found
+
+    @staticmethod
+    def _result_id(stage: StageDirectory) -> str:
+        """A finished stage's result: its inputs, and its digest where it measured something."""
+        digest = stage.artifact().get("digest") if stage.complete else None
+        return fingerprint({"inputs": stage.inputs, "digest": digest})
+
+    @contextmanager
+    def work(self, name: str, extendable: tuple[str, ...] = ()) -> Iterator[StageDirectory | None]:
+        """The stage's folder to work in, or None when it is complete already; marks it complete when left in peace."""
+        stage = self.stages[name]
+        if stage.complete:
+            self.reporter.say(f"{name}: complete, skipped")
+            yield None
+            return
+        self.require(*STAGES[: STAGES.index(name)], for_stage=name)
+        resumed, changes = self.directory.prepare(stage, extendable)
+        if changes:
+            again = "continues" if resumed else "runs again; what was there moved to previous/"
+            self.reporter.say(f"{name}: {again}, because {'; '.join(changes)}")
+        elif resumed:
+            self.reporter.say(f"{name}: continues where it stopped")
+        with stopwatch() as seconds:
+            yield stage
+        digest_file = stage.path / "digest"
+        digest = digest_file.read_text() if digest_file.exists() else None
+        stage.finish(seconds[0], resumed, digest)
+        self.__dict__.pop("stages", None)  # later stages' inputs hold this one's result
+        self.reporter.say(f"{name}: done in {duration(seconds[0])}")
+
+    def require(self, *names: str, for_stage: str) -> None:
+        """Raises MoesaicError naming the command that makes the first stage that is missing."""
+        for name in names:
+            if not self.stages[name].complete:
+                raise MoesaicError(
+                    f"stage {for_stage} needs stage {name}, which is not complete for this configuration",
+                    where=str(self.stages[name].path),
+                    nearest=f"moesaic {name} {self.loaded.source.name}",
+                )
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Task]:
+        with self.reporter.task(name) as task:
+            yield task
+
+    @cached_property
+    def supernet(self) -> Transformer:
+        """The trained supernet on the device, in evaluation mode."""
+        path = self.stages["supernet"].path / "model.safetensors"
+        tensors, _ = load_tensors(path)
+        model = Transformer(self.space.envelope, self.corpus.vocab_size, self.config.supernet.sharing)
+        load_weights(model, tensors, str(path))
+        return model.to(self.device.torch_device).eval()
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        """Costs with the measured occupancy and the calibrated latency."""
+        occupancy = Occupancy.from_rows(read_json(self.stages["supernet"].path / "occupancy.json"))
+        predictor = LatencyPredictor.load(
+            self.stages["latency"].path / "predictor.json", self.device.fingerprint, str(self.device)
+        )
+        return Pricer(self.context, occupancy, predictor)
+
+    @cached_property
+    def budget(self) -> Budget:
+        return resolve_budget(self.config, self.space, self.pricer)
+
+    def windows(self, split: str, count: int) -> Tensor:
+        return self.corpus.windows(split, count)
+
+    def budget_lines(self, architecture: Architecture, measured: dict[str, float]) -> list[dict[str, Any]]:
+        """``[{name, bind, limit, predicted, measured, unit, within}]`` for a model whose costs were measured."""
+        expected, worst = self.pricer.expected(architecture), self.pricer.worst(architecture)
+        return [
+            {
+                "name": line.cost,
+                "bind": line.bind,
+                "limit": line.limit,
+                "predicted": (worst if line.bind == "worst" else expected)[line.cost],
+                "measured": measured[line.cost],
+                "unit": f"{DIMENSIONS[line.cost].unit} {DIMENSIONS[line.cost].per}".strip(),
+                "within": measured[line.cost] <= line.limit,
+            }
+            for line in self.budget.lines
+        ]

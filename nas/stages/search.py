@@ -1,0 +1,118 @@
+"""Stage search: evaluate architectures inside the budget with inherited weights; keep the log, the front, the rivals."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from random import Random
+
+from nas.costs.calibrate import autocast
+from nas.run_directory import fingerprint
+from nas.search.budget import a_member_inside
+from nas.search.feasible import FeasibleSampler
+from nas.search.genome import Genome
+from nas.search.loop import SearchResult, hypervolume_history, result_of, run_search
+from nas.search.mirror import JournalMirror
+from nas.search.rivals import choose_rivals
+from nas.search.samplers import make_sampler
+from nas.search.trials import Trial, TrialLog, read_trials
+from nas.stages.run import Run
+from search_spaces import Architecture, StageFailed
+from search_spaces.files import write_atomically, write_json, write_text
+from supernet import Evaluation, evaluate
+
+_ACCEPTANCE_DRAWS = 2000
+
+
+def run_search_stage(run: Run) -> None:
+    """Leaves ``trials.jsonl``, ``journal.log``, ``pareto.csv``, ``rivals.json`` and ``search.json``."""
+    with run.work("search", extendable=("search.trials",)) as stage:
+        if stage is None:
+            return
+        config, budget, seed = run.config.search, run.budget, run.config.seed
+        feasible = FeasibleSampler(run.space, budget, a_member_inside(run.space, budget))
+        acceptance = feasible.acceptance(_ACCEPTANCE_DRAWS, Random(f"{seed}/acceptance"))
+        run.reporter.say(
+            f"search: {' and '.join(map(str, budget.lines))}; {acceptance:.1%} of random architectures fit"
+        )
+        sampler = make_sampler(config, feasible, seed)
+        log = TrialLog(stage.path / "trials.jsonl")
+        mirror = JournalMirror(
+            stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
+        )
+        evaluator = _Evaluator(run)
+        try:
+            with run.task("search") as task:
+
+                def on_trial(finished: list[Trial]) -> None:
+                    mirror.append(finished)
+                    done = sum(trial.state in ("evaluated", "failed") for trial in log.trials)
+                    losses = [trial.loss for trial in log.trials if trial.feasible and trial.loss is not None]
+                    refused = sum(trial.state == "refused" for trial in log.trials)
+                    best = f"best loss {min(losses):.4f}" if losses else "none inside the budget yet"
+                    task.update(done, config.trials, f"{best}  refused {refused}")
+
+                run_search(config, budget, sampler, evaluator, log, on_trial, run.should_stop)
+        finally:
+            log.close()
+        result = result_of(log.trials)
+        if result is None:
+            raise StageFailed(
+                "no evaluated architecture is inside the budget: measured routing costs more than was expected",
+                where=str(log.path),
+                allowed="a larger budget, or more trials",
+            )
+        with run.task("rivals"):
+            rivals = choose_rivals(run.space, budget, lambda architecture: evaluator(architecture).loss)
+        write_json(stage.path / "rivals.json", [
+            {"kind": r.kind, "loss": r.loss, "architecture": r.architecture.to_dict()} for r in rivals
+        ])
+        write_front(stage.path / "pareto.csv", result)
+        states = [trial.state for trial in log.trials]
+        write_json(stage.path / "search.json", {
+            "sampler": config.sampler,
+            "objectives": config.objectives,
+            "acceptance": acceptance,
+            "counts": {state: states.count(state) for state in ("evaluated", "refused", "duplicate", "failed")},
+            "over_budget_when_measured": sum(t.state == "evaluated" and not t.feasible for t in log.trials),
+            "front": [trial.number for trial in result.front],
+            "best": result.best.number,
+            "hypervolume": hypervolume_history(log.trials)[-1][1],
+        })
+        write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
+
+
+class _Evaluator:
+    """Inherited loss on fixed held-out windows."""
+
+    def __init__(self, run: Run):
+        self.model, self.device = run.supernet, run.device
+        self.windows = run.windows("validation", run.config.search.evaluation_windows)
+
+    def __call__(self, architecture: Architecture) -> Evaluation:
+        with autocast(self.device):
+            return evaluate(self.model, self.windows, architecture)
+
+
+def load_search(run: Run) -> tuple[list[Trial], SearchResult]:
+    """The trials and the front of the finished search."""
+    run.require("search", for_stage="export")
+    trials = read_trials(run.stages["search"].path / "trials.jsonl")
+    result = result_of(trials)
+    assert result is not None, "a finished search has a front"
+    return trials, result
+
+
+def write_front(path: Path, result: SearchResult) -> None:
+    """The front as a table: a row per member, its objectives, costs and fingerprint."""
+    costs = list(result.best.costs)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["trial", "fingerprint", "loss", "standard_error", *costs])
+            for trial in result.front:
+                writer.writerow([trial.number, trial.architecture.fingerprint, trial.loss, trial.standard_error,
+                                 *(trial.costs[cost] for cost in costs)])
+
+    write_atomically(path, write)

@@ -1,0 +1,149 @@
+"""The result of a run in one value: what ``summary.json`` holds and what a person reads at the end."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nas.progress import duration
+from nas.stages.run import STAGES, Run
+from nas.units import DIMENSIONS
+from search_spaces import Architecture, draw
+from search_spaces.files import read_json
+
+_PACKAGES = ("torch", "numpy", "scipy", "optuna", "tokenizers", "safetensors", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Python, this program, and the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in ("moesaic", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def build_summary(run: Run) -> dict[str, Any]:
+    """Everything a run found, from its artifacts."""
+    stages = run.stages
+    best = read_json(stages["export"].path / "best" / "figures.json")
+    architecture = Architecture.from_yaml(stages["export"].path / "best" / "architecture.yaml")
+    results = read_json(stages["retrain"].path / "results.json")
+    searched, rivals = results[0], results[1:]
+    predictor = read_json(stages["latency"].path / "predictor.json")
+    seconds = {name: stages[name].artifact()["seconds"] for name in STAGES if stages[name].complete}
+    return {
+        "name": run.config.name,
+        "date": datetime.date.today().isoformat(),
+        "seed": run.config.seed,
+        "device": str(run.device),
+        "versions": versions(),
+        "budget": best["budget"],
+        "chosen": {
+            "fingerprint": architecture.fingerprint,
+            "architecture": architecture.to_dict(),
+            "picture": draw(architecture).split("\n"),
+            "inherited": {k: best[k] for k in ("loss", "standard_error", "perplexity", "bits_per_byte")},
+            "predicted": best["predicted"],
+            "measured": best["measured"],
+            "retrained": searched,
+        },
+        "rivals": rivals,
+        "search": read_json(stages["search"].path / "search.json"),
+        "supernet": read_json(stages["supernet"].path / "evaluation.json"),
+        "latency_predictor": {**predictor["accuracy"], "noise": predictor["noise"]},
+        "exports": [row["name"] for row in read_json(stages["export"].path / "exports.json")],
+        "stage_seconds": seconds,
+        "context": {"batch_size": run.context.batch_size, "sequence_length": run.context.sequence_length,
+                    "vocab_size": run.context.vocab_size},
+    }
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """One honest sentence: did the search pay, by the retrained losses and their standard errors?"""
+    searched, rivals = summary["chosen"]["retrained"], summary["rivals"]
+    if not rivals:
+        return "No rival was trained, so whether the search paid is not known."
+    best = min(rivals, key=lambda rival: rival["loss"])
+    difference = best["loss"] - searched["loss"]
+    error = (best["standard_error"] ** 2 + searched["standard_error"] ** 2) ** 0.5
+    figures = f"test loss {searched['loss']:.4f} against {best['loss']:.4f} of the best rival ({best['name']})"
+    if abs(difference) < error:
+        return f"The search made no difference that one seed can show: {figures}."
+    word = "paid" if difference > 0 else "did not pay"
+    return f"The search {word}: {figures}, one seed each."
+
+
+def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
+    """The chosen architecture, its budget, its rivals, and where the files are."""
+    chosen = summary["chosen"]
+    console.print()
+    console.print(Text("Chosen architecture", style="bold"))
+    for line in chosen["picture"]:
+        console.print(Text(line))
+    console.print()
+    console.print(_budget_table(summary["budget"]))
+    console.print(_costs_table(chosen))
+    console.print(_rivals_table([chosen["retrained"], *summary["rivals"]]))
+    console.print(Text(verdict(summary)))
+    console.print()
+    for name, path in (
+        ("report", run.path / "report" / "index.html"),
+        ("chosen model", run.path / "exports" / "best"),
+        ("figures", run.path / "summary.json"),
+    ):
+        console.print(Text(f"{name:13} {path}"))
+    seconds = summary["stage_seconds"]
+    parts = [f"{name} {duration(value)}" for name, value in seconds.items()]
+    console.print(Text(f"{'time':13} {duration(sum(seconds.values()))} ({', '.join(parts)})"))
+
+
+def _budget_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table(title="Budget of the chosen architecture", title_justify="left")
+    for name in ("line", "limit", "predicted", "re-measured", ""):
+        table.add_column(name, justify="left" if name in ("line", "") else "right")
+    for line in lines:
+        form = DIMENSIONS[line["name"]].format
+        inside = Text("inside", style="green") if line["within"] else Text("OVER", style="bold red")
+        table.add_row(f"{line['name']} {DIMENSIONS[line['name']].per} ({line['bind']})", form(line["limit"]),
+                      form(line["predicted"]), form(line["measured"]), inside)
+    return table
+
+
+def _costs_table(chosen: dict[str, Any]) -> Table:
+    table = Table(title="Costs", title_justify="left")
+    for name in ("cost", "predicted", "measured", "per"):
+        table.add_column(name, justify="right" if name in ("predicted", "measured") else "left")
+    for name, dimension in DIMENSIONS.items():
+        table.add_row(name, dimension.format(chosen["predicted"][name]), dimension.format(chosen["measured"][name]),
+                      dimension.per)
+    return table
+
+
+def _rivals_table(results: list[dict[str, Any]]) -> Table:
+    title = f"Retrained alike ({results[0]['steps']} steps from {results[0]['init']}), judged on the test split"
+    table = Table(title=title, title_justify="left")
+    for name in ("model", "loss", "perplexity", "bits/byte", "FLOPs/token", "latency", "active", "parameters", "budget"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    best = min(result["loss"] for result in results)
+    for result in results:
+        measured = result["measured"]
+        over = [line["name"] for line in result["budget"] if not line["within"]]
+        table.add_row(
+            result["name"],
+            Text(f"{result['loss']:.4f} ± {result['standard_error']:.4f}",
+                 style="bold" if result["loss"] == best else ""),
+            f"{result['perplexity']:.2f}",
+            f"{result['bits_per_byte']:.3f}",
+            *(DIMENSIONS[name].format(measured[name]) for name in ("flops", "latency", "active_parameters", "parameters")),
+            Text(f"OVER: {', '.join(over)}", style="red") if over else Text("inside", style="green"),
+        )
+    return table
