@@ -152,6 +152,16 @@ class Config(_Section):
         return {name: parse_limit(line.limit, name) for name, line in self.budget.items()}
 
 
+class RetrainFile(_Section):
+    """``retrain.yaml`` of an exported model: what its training needs to know of the run it came from."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    device: DeviceConfig = DeviceConfig()
+    retrain: RetrainConfig = RetrainConfig()
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A configuration with the space it names and the YAML it came from."""
@@ -172,18 +182,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     ------
     MoesaicError : the first thing that does not fit, with file, line, key and the nearest valid value.
     """
+    source = _read(path, overrides)
+    config = validate(Config, source)
+    for name, line in config.budget.items():
+        _check_budget(name, line, source)
+    space_source = source.at("space", data=config.space)
+    return Loaded(config, load_space(space_source), source)
+
+
+def load_retrain_file(path: Path, overrides: Sequence[str] = ()) -> RetrainFile:
+    """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
+    return validate(RetrainFile, _read(path, overrides))
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> YamlSource:
     source = read_yaml(path)
     if source.data is None:
         raise MoesaicError("is empty", where=str(path), allowed="a configuration; `moesaic init` writes one")
     if not isinstance(source.data, dict):
         raise MoesaicError("is not a mapping of keys", where=source.where(), found=source.data,
                            allowed=", ".join(Config.model_fields))
-    source = _overridden(source, overrides)
-    config = validate(Config, source)
-    for name, line in config.budget.items():
-        _check_budget(name, line, source)
-    space_source = source.at("space", data=config.space)
-    return Loaded(config, load_space(space_source), source)
+    return _overridden(source, overrides)
 
 
 def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:

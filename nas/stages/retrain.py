@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from nas.config import load_retrain_file
 from nas.costs.measure import measure_costs
+from nas.data import load_corpus
+from nas.device import choose_device
 from nas.export import load_exported
 from nas.retrain import loss_figures, retrain
-from nas.run_directory import fingerprint, stopwatch
+from nas.progress import Reporter
+from nas.run_directory import RunDirectory, fingerprint, stopwatch
 from nas.stages.run import Run
-from search_spaces import Architecture
+from search_spaces import Architecture, MoesaicError
 from search_spaces.files import read_json, write_json
 
 SEARCHED = "searched"
@@ -67,3 +73,33 @@ def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
         for rival in read_json(run.stages["search"].path / "rivals.json"):
             models[rival["kind"].replace(" ", "-")] = (Architecture.from_dict(rival["architecture"]), rival["loss"])
     return models
+
+
+def retrain_export(
+    directory: Path, overrides: Sequence[str], reporter: Reporter, should_stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Train an exported model by its ``retrain.yaml``, with its own tokenizer, into ``directory/retrained``."""
+    model = load_exported(directory)
+    file = load_retrain_file(directory / "retrain.yaml", overrides)
+    device = choose_device(file.device)
+    corpus = load_corpus(
+        file.data, str(directory / "retrain.yaml"), lambda text: reporter.say(f"data: {text}"),
+        tokenizer=directory / "tokenizer.json",
+    )
+    if corpus.vocab_size != model.vocab_size:
+        raise MoesaicError("tokenizer and model disagree", where=str(directory / "tokenizer.json"),
+                           found=f"{corpus.vocab_size} tokens", allowed=f"{model.vocab_size} tokens")
+    identity = fingerprint({"file": file.model_dump(mode="json", exclude={"name"}), "corpus": corpus.fingerprint,
+                            "architecture": model.architecture.fingerprint})
+    inherited = model if file.retrain.init == "inherited" else None
+    target = RunDirectory(directory / "retrained")
+    with target.locked(), reporter.task("retrain") as task:
+        trained = retrain(
+            model.architecture, file.retrain, corpus, device, file.seed, target.path, identity, inherited,
+            lambda step, record: task.update(step, file.retrain.steps, f"loss {record['loss']:.3f}"), should_stop,
+        )
+        result = {"name": file.name, "fingerprint": model.architecture.fingerprint, "device": str(device),
+                  "steps": file.retrain.steps, "init": file.retrain.init, "seed": file.seed,
+                  **loss_figures(corpus, trained.evaluation)}
+        write_json(target.path / "result.json", result)
+    return result

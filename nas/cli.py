@@ -1,0 +1,231 @@
+"""The command line: one command per stage, `run` for all of them, and tools to look before training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas import __version__
+
+app = typer.Typer(
+    name="moesaic",
+    help="Designs heterogeneous sparse Transformers under a compute budget.",
+    epilog="Start with: moesaic init my.yaml, moesaic plan my.yaml, moesaic run my.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. search.trials=50.", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Directory of the run.  [default: runs/NAME]")]
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of tables.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"moesaic {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel="Main")
+def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Do the whole job: supernet, latency, search, export, retrain, report."""
+    _stages(config, overrides, out, None)
+
+
+@app.command(rich_help_panel="Main")
+def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Look before training: size of the space, range of costs, whether the budget can be met, estimated time."""
+    with _told():
+        from nas.config import load_config
+        from nas.plan import build_plan, print_plan
+        from nas.stages.run import Run
+
+        prepared = Run(load_config(config, overrides or ()), Path("runs"))
+        result = build_plan(prepared)
+        if as_json:
+            print(json.dumps(result, indent=2))
+        else:
+            print_plan(_console(), result)
+        if result["problem"]:
+            raise typer.Exit(2)
+
+
+@app.command(rich_help_panel="Main")
+def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Write a commented configuration to start from."""
+    with _told():
+        import re
+
+        from search_spaces import MoesaicError
+        from search_spaces.files import write_text
+
+        if path.exists():
+            raise MoesaicError("exists already", where=str(path), allowed="a new file")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
+        template = Path(__file__).parent / "templates" / "config.yaml"
+        write_text(path, template.read_text(encoding="utf-8").format(name=name))
+        typer.echo(f"wrote {path}; next: moesaic plan {path}")
+
+
+@app.command(rich_help_panel="Main")
+def cost(
+    architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE", help="architecture.yaml")],
+    vocab_size: Annotated[int, typer.Option(min=1)] = 1024,
+    sequence_length: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Price one architecture, layer by layer, and measure its latency on this device."""
+    with _told():
+        from nas.costs.analytic import Context
+        from nas.costs.statement import build_statement, print_statement
+        from search_spaces import Architecture
+
+        value = Architecture.from_yaml(architecture)
+        statement = build_statement(value, Context(vocab_size, sequence_length, batch_size))
+        if as_json:
+            print(json.dumps(statement, indent=2))
+        else:
+            print_statement(_console(), value, statement)
+
+
+@app.command(rich_help_panel="Stages")
+def supernet(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Train the weights that all architectures share."""
+    _stages(config, overrides, out, "supernet")
+
+
+@app.command(rich_help_panel="Stages")
+def latency(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if this machine was measured.")] = False,
+) -> None:
+    """Calibrate the latency predictor on this device."""
+    _stages(config, overrides, out, "latency", fresh=fresh)
+
+
+@app.command(rich_help_panel="Stages")
+def search(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Search for the best architectures inside the budget."""
+    _stages(config, overrides, out, "search")
+
+
+@app.command(rich_help_panel="Stages")
+def export(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Write the best architecture and the Pareto set as models of their own, and measure them."""
+    _stages(config, overrides, out, "export")
+
+
+@app.command(rich_help_panel="Stages")
+def retrain(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|DIRECTORY", help="YAML file of a run, or an export.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Train the chosen architecture and its rivals, or one exported model."""
+    if not config.is_dir():
+        _stages(config, overrides, out, "retrain")
+        return
+    with _told(), _stopping() as should_stop:
+        from nas.progress import Reporter
+        from nas.stages.retrain import retrain_export
+        from search_spaces import MoesaicError
+
+        if out is not None:
+            raise MoesaicError("--out goes with a run, an export is trained where it is", where="--out", found=out)
+        result = retrain_export(config, overrides or (), Reporter(), should_stop)
+        typer.echo(
+            f"test loss {result['loss']:.4f} ± {result['standard_error']:.4f}, perplexity {result['perplexity']:.2f}, "
+            f"{result['bits_per_byte']:.3f} bits per byte; weights in {config / 'retrained' / 'model.safetensors'}"
+        )
+
+
+@app.command(rich_help_panel="Stages")
+def report(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Write the report of a finished run."""
+    _stages(config, overrides, out, "report")
+
+
+@app.command(rich_help_panel="Main")
+def doctor() -> None:
+    """Show versions, device, threads, triton, and what is missing."""
+    with _told():
+        from rich.table import Table
+        from rich.text import Text
+
+        from nas.doctor import examine
+
+        checks = examine()
+        table = Table(show_header=False)
+        for check in checks:
+            table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
+        _console().print(table)
+        if not all(check.fine for check in checks):
+            raise typer.Exit(1)
+
+
+def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: str | None, fresh: bool = False) -> None:
+    """Run one stage, or all of them and print the result."""
+    with _told(), _stopping() as should_stop:
+        from nas.config import load_config
+        from nas.progress import Reporter
+
+        reporter = Reporter()
+        loaded = load_config(config, overrides or ())
+        path = out or Path("runs") / loaded.config.name
+        reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
+        from nas.stages.pipeline import run_stages
+        from nas.stages.run import Run
+
+        run_stages(Run(loaded, path, reporter, should_stop), _console(), only, fresh)
+
+
+@contextmanager
+def _stopping() -> Iterator:
+    from nas.stop import stop_on_signals
+
+    with stop_on_signals() as should_stop:
+        yield should_stop
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what a person can put right into one message and an exit code; anything else is a defect and shows."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped at once; the same command continues from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        from search_spaces.errors import MoesaicError
+
+        if not isinstance(error, MoesaicError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,70 @@
+"""The price of one architecture as a statement: every cost, expected and worst, and FLOPs layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nas.config import DeviceConfig
+from nas.costs.analytic import Context, flops_breakdown
+from nas.costs.calibrate import measure_model
+from nas.costs.price import Pricer
+from nas.device import choose_device
+from nas.units import DIMENSIONS
+from search_spaces import Architecture, draw
+from supernet import Transformer
+
+_REPEATS = 9
+
+
+def build_statement(architecture: Architecture, context: Context) -> dict[str, Any]:
+    """All costs in base units. Latency is measured, with random weights, on this device."""
+    pricer = Pricer(context)
+    uses = pricer.expected_uses(architecture)
+    layers, vocabulary = flops_breakdown(architecture, uses, context)
+    device = choose_device(DeviceConfig())
+    torch.manual_seed(0)
+    model = Transformer(architecture, context.vocab_size).to(device.torch_device).eval()
+    tokens = torch.randint(0, context.vocab_size, (context.batch_size, context.sequence_length))
+    return {
+        "fingerprint": architecture.fingerprint,
+        "context": {"vocab_size": context.vocab_size, "sequence_length": context.sequence_length,
+                    "batch_size": context.batch_size},
+        "expected": dict(pricer.expected(architecture)),
+        "worst": dict(pricer.worst(architecture)),
+        "measured_latency_ms": measure_model(model, tokens, device, _REPEATS),
+        "device": str(device),
+        "flops_per_layer": layers,
+        "flops_vocabulary": vocabulary,
+    }
+
+
+def print_statement(console: Console, architecture: Architecture, statement: dict[str, Any]) -> None:
+    for line in draw(architecture).split("\n"):
+        console.print(Text(line))
+    table = Table(title="Costs", title_justify="left")
+    for name in ("cost", "expected", "worst case", "per"):
+        table.add_column(name, justify="right" if name in ("expected", "worst case") else "left")
+    for name, value in statement["expected"].items():
+        form = DIMENSIONS[name].format
+        table.add_row(name, form(value), form(statement["worst"][name]), DIMENSIONS[name].per)
+    latency = DIMENSIONS["latency"].format(statement["measured_latency_ms"])
+    table.add_row("latency", latency, "", f"batch, measured on {statement['device']}")
+    console.print(table)
+    parts = list(statement["flops_per_layer"][0])
+    layers = Table(title="FLOPs per token", title_justify="left")
+    layers.add_column("layer")
+    for part in parts:
+        layers.add_column(part, justify="right")
+    form = DIMENSIONS["flops"].format
+    for index, layer in enumerate(statement["flops_per_layer"]):
+        layers.add_row(str(index), *(form(layer[part]) if layer[part] else "-" for part in parts))
+    layers.add_row("vocabulary", form(statement["flops_vocabulary"]))
+    console.print(layers)
+    shape = statement["context"]
+    console.print(Text(f"Context: {shape['batch_size']} x {shape['sequence_length']} tokens, vocabulary "
+                       f"{shape['vocab_size']}; a threshold router is priced as if it could not tell experts apart."))
