@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Expert e is the rows ``starts[e] : starts[e] + sizes[e]`` of a neuron bank."""
+    """Expert e is the rows ``starts[e] : starts[e] + sizes[e]`` of a neuron bank. Experts share no row."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]

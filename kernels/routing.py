@@ -31,8 +31,8 @@ def route(
     keep = torch.zeros_like(ranked, dtype=torch.bool)
     keep[:, :most] = True
     if threshold is not None:
-        keep &= (ranked.cumsum(-1) - ranked) < threshold
-        keep[:, 0] = True
+        # Summed over the experts ahead alone: "cumsum - own" rounds twice and breaks ties (E = 3, threshold = 2/3).
+        keep[:, 1:] &= ranked.cumsum(-1)[:, :-1] < threshold
     chosen = torch.zeros_like(keep).scatter_(1, order, keep)  # [T, E], by expert again
     pair_expert, pair_token = chosen.t().nonzero(as_tuple=True)
     offsets = torch.zeros(experts + 1, dtype=torch.int64, device=logits.device)

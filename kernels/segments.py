@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from kernels.layout import Bank, ExpertLayout, Routing
 from kernels.reference import activate
@@ -62,6 +63,7 @@ class _SegmentedFFN(Function):
         return torch.zeros_like(x).index_add_(0, tokens, outputs * weights[:, None].to(x.dtype))
 
     @staticmethod
+    @once_differentiable  # the saved hidden layer carries no graph: a second derivative would be wrong in silence
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, up, gate, down, weights, tokens, outputs, *pre = ctx.saved_tensors

@@ -50,7 +50,7 @@ class DataConfig(_Section):
 class BudgetLine(_Section):
     """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case."""
 
-    limit: str | float
+    limit: str | int | float
     bind: Literal["expected", "worst"] = "expected"
 
 
@@ -63,6 +63,8 @@ class DeviceConfig(_Section):
 
 
 class SupernetConfig(_Section):
+    """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
+
     steps: Count = 1000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
@@ -74,6 +76,7 @@ class SupernetConfig(_Section):
     sampling: Literal["fair", "uniform"] = "fair"
     sharing: Literal["nested", "packed"] = "nested"
     distill: bool = True
+    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.4
     checkpoint_every: Count = 100
 
 
@@ -95,13 +98,14 @@ class SearchConfig(_Section):
     population: Annotated[int, Field(ge=4)] = 40
     evaluation_windows: Annotated[int, Field(ge=2)] = 128
 
-    @model_validator(mode="after")
-    def _different(self) -> SearchConfig:
-        if len(set(self.objectives)) < len(self.objectives):
-            raise MoesaicError("an objective stands twice", found=self.objectives)
-        if "loss" not in self.objectives:
+    @field_validator("objectives")
+    @classmethod
+    def _different_and_loss(cls, objectives: list[Objective]) -> list[Objective]:
+        if len(set(objectives)) < len(objectives):
+            raise MoesaicError("an objective stands twice")
+        if "loss" not in objectives:
             raise MoesaicError("loss must be an objective: without it the smallest architecture always wins")
-        return self
+        return objectives
 
 
 class ExportConfig(_Section):

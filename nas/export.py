@@ -143,8 +143,8 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
         *costs,
         "",
         "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the expected",
-        "load of each expert, measured from the load on the test text. Latency is the median of repeated passes over",
-        f"{figures['context']['batch_size']} x {figures['context']['sequence_length']} tokens on {figures['device']}.",
+        "load of each expert, measured from the load on the test text. Latency is the lower quartile of repeated",
+        f"passes over {figures['context']['batch_size']} x {figures['context']['sequence_length']} tokens on {figures['device']}.",
         "Memory is the weights in float32 and the peak of activations of such a pass.",
         "",
         f"Slice of the supernet against this model: largest logit difference {figures['slice_max_logit_difference']:.2g}; "

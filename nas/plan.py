@@ -82,14 +82,16 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
         return time.perf_counter() - start
 
     forward_seconds(sandwich.slices(0))
-    slices = [forward_seconds(sandwich.slices(step)) for step in range(5)]
+    slices = sorted(forward_seconds(sandwich.slices(step)) for step in range(5))[2]
+    largest = sorted(forward_seconds([space.largest]) for _ in range(3))[1]
+    alone = config.supernet.largest_first
     rng = Random(0)
     typical = forward_seconds([space.sample_balanced(rng) for _ in range(5)]) / 5
     models = 3 if config.retrain.rivals else 1
     per_window = typical / len(windows)
     evaluations = config.search.trials + (2 * 32 if config.retrain.rivals else 0)
     return {
-        "supernet": 3 * sorted(slices)[2] * config.supernet.steps,
+        "supernet": 3 * (alone * largest + (1 - alone) * slices) * config.supernet.steps,
         "search": evaluations * config.search.evaluation_windows * per_window,
         "retrain": 3 * models * config.retrain.steps * config.retrain.batch_size * per_window,
     }

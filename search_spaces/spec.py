@@ -115,13 +115,14 @@ class SpaceSpec(_Spec):
             if width % TILE:
                 nearest = max(TILE, round(width / TILE) * TILE)
                 raise MoesaicError(f"width must be multiples of {TILE}", found=width, nearest=nearest)
-        for index in self.layers:
-            if not 0 <= index < max(self.depth):
-                raise MoesaicError("no such layer", found=index, allowed=f"0 to {max(self.depth) - 1}")
         return self
 
     def build(self, source: YamlSource) -> SearchSpace:
         """The space itself; ``source`` names the place of a wrong per-layer override."""
+        for index in self.layers:
+            if not 0 <= index < max(self.depth):
+                allowed = f"0 to {max(self.depth) - 1}"
+                raise MoesaicError("no such layer", where=source.where(("layers", index)), found=index, allowed=allowed)
         layers = []
         for index in range(max(self.depth)):
             override = self.layers.get(index, {})

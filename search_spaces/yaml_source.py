@@ -78,9 +78,9 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
 
 
 def parse_yaml(text: str, name: str) -> YamlSource:
-    """Parse YAML text; only plain data can come out of it (``yaml.safe_load``)."""
+    """Parse YAML text; only plain data can come out of it (``yaml.SafeLoader``)."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -90,10 +90,24 @@ def parse_yaml(text: str, name: str) -> YamlSource:
         raise MoesaicError(f"YAML syntax error: {error}", where=name) from None
     except RecursionError:
         raise MoesaicError("YAML is nested too deeply", where=name) from None
-    return YamlSource(name, data, dict(_key_lines(root, (), name)) if root else {})
+    return YamlSource(name, data, dict(_key_lines(root, (), name, set())) if root else {})
 
 
-def _key_lines(node: yaml.Node, path: KeyPath, name: str) -> Iterator[tuple[KeyPath, int]]:
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that names the line of a value it cannot convert (``2024-13-45``) in place of a bare ValueError."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):
+            problem = f"{node.value} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> Iterator[tuple[KeyPath, int]]:
+    if id(node) in walked:  # an alias is the node of its anchor: walking it again might never end
+        return
+    walked.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
@@ -105,11 +119,11 @@ def _key_lines(node: yaml.Node, path: KeyPath, name: str) -> Iterator[tuple[KeyP
                 )
             seen[key] = line
             yield (*path, key), line
-            yield from _key_lines(value_node, (*path, key), name)
+            yield from _key_lines(value_node, (*path, key), name, walked)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield (*path, index), item.start_mark.line + 1
-            yield from _key_lines(item, (*path, index), name)
+            yield from _key_lines(item, (*path, index), name, walked)
 
 
 def validate(kind: type[T], source: YamlSource) -> T:

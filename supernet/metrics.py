@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from search_spaces.files import unwritable
+from search_spaces.files import unwritable, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -28,12 +28,11 @@ class MetricLog:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
-            self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step)
         except OSError as error:
             raise unwritable(self.path, error) from None
-        for record in kept:
-            self._file.write(json.dumps(record) + "\n")
 
     def write(self, record: dict[str, float]) -> None:
         try:

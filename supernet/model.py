@@ -82,8 +82,10 @@ class Transformer(nn.Module):
         return self.run(tokens, architecture).logits
 
     def run(self, tokens: Tensor, architecture: Architecture | None = None) -> Output:
-        """``forward`` that also tells where the tokens were routed."""
+        """``forward`` that also tells where the tokens were routed. Raises MoesaicError where ``extract`` does."""
         architecture = self.architecture if architecture is None else architecture
+        if architecture is not self.architecture:
+            self._check_fits(architecture)
         stack = architecture.decoder
         weight = self.embedding.weight[:, : stack.width]
         x = F.embedding(tokens, weight)
@@ -101,12 +103,12 @@ class Transformer(nn.Module):
         ------
         MoesaicError : the architecture does not fit into this model.
         """
-        try:
-            self._check_fits(architecture)
-            sources = {name: rows for name, rows in self.slices(architecture).items()}
-        except ValueError as error:
-            raise MoesaicError(f"architecture {architecture.fingerprint} does not fit this model: {error}") from None
-        extracted = Transformer(architecture, self.vocab_size, self.sharing).to(self.embedding.weight.device)
+        self._check_fits(architecture)
+        sources = self.slices(architecture)
+        with torch.device("meta"):  # initial weights would only be thrown away, and draw from the global generator
+            extracted = Transformer(architecture, self.vocab_size, self.sharing)
+        weight = self.embedding.weight
+        extracted = extracted.to(weight.dtype).to_empty(device=weight.device)
         for name, parameter in extracted.named_parameters():
             parameter.copy_(sources[name])
         return extracted
@@ -142,6 +144,13 @@ class Transformer(nn.Module):
         return found
 
     def _check_fits(self, architecture: Architecture) -> None:
+        """Raises MoesaicError unless ``architecture`` is a slice of this model."""
+        try:
+            self._compare(architecture)
+        except ValueError as error:
+            raise MoesaicError(f"architecture {architecture.fingerprint} does not fit this model: {error}") from None
+
+    def _compare(self, architecture: Architecture) -> None:
         mine, other = self.architecture.decoder, architecture.decoder
         if architecture.backbone != self.architecture.backbone:
             raise ValueError(f"backbone {architecture.backbone} is not {self.architecture.backbone}")
@@ -150,3 +159,4 @@ class Transformer(nn.Module):
         for have, want in zip(mine.layers, other.layers, strict=False):
             if want.attention.heads > have.attention.heads or want.attention.kv_heads > have.attention.kv_heads:
                 raise ValueError(f"{want.attention} exceeds {have.attention}")
+            expert_layout(have.feed_forward, want.feed_forward, self.sharing)

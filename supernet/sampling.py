@@ -1,4 +1,4 @@
-"""Which slices of the supernet train at each step: the sandwich rule with fair or uniform random slices."""
+"""Which slices of the supernet train at each step: the largest alone at first, then the sandwich rule."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ class Sandwich:
     choice of width, depth, number of experts and router like a deck of cards: each value comes up once before any
     comes up again (FairNAS, arXiv 1907.01845), so no number of experts is trained less than another by bad luck.
     ``uniform`` draws each choice independently.
+
+    During the first ``largest_first`` steps the largest trains alone (progressive shrinking, arXiv 1908.09791):
+    slices that all still have to learn everything hold each other back for long.
     """
 
     space: SearchSpace
     seed: int
     random_slices: int = 1
     sampling: Literal["fair", "uniform"] = "fair"
+    largest_first: int = 0
 
     def slices(self, step: int) -> list[Architecture]:
         """The slices of ``step``, largest first: it is the teacher of the others."""
-        first = step * self.random_slices
+        if step < self.largest_first:
+            return [self.space.largest]
+        first = (step - self.largest_first) * self.random_slices
         drawn = [self._draw(first + i) for i in range(self.random_slices)]
         return [self.space.largest, self.space.smallest, *drawn]
 
@@ -40,14 +46,25 @@ class Sandwich:
         depth = self._deal(self.space.depths, "depth", draw)
         layers = []
         for index, choices in enumerate(self.space.layers[:depth]):
-            group = self._deal(choices.groups, f"experts {index}", draw)
+            turn = self._turn(index, draw)
+            group = self._deal(choices.groups, f"experts {index}", turn)
             part = group.sample(rng)
-            router = self._deal(group.routers, f"router {index} {group.experts}", draw // len(choices.groups))
+            router = self._deal(group.routers, f"router {index} {group.experts}", turn // len(choices.groups))
             part = type(part)(part.expert_sizes, router, part.shared_size)
             layers.append(Layer(rng.choice(choices.attentions), part))
         return self.space.build(self._deal(self.space.widths, "width", draw), tuple(layers))
 
+    def _turn(self, layer: int, draw: int) -> int:
+        """How many draws before ``draw`` had that layer: a deck must not lose cards to networks too shallow for it."""
+        depths = self.space.depths
+        deck, card = divmod(draw, len(depths))
+        deep, ahead = (sum(depth > layer for depth in d) for d in (depths, self._deck(depths, "depth", deck)[:card]))
+        return deck * deep + ahead
+
     def _deal(self, values: Sequence[T], name: str, draw: int) -> T:
         """Card number ``draw`` of an endless deal of shuffled decks of ``values``."""
         deck, card = divmod(draw, len(values))
-        return Random(f"{self.seed}/{name}/{deck}").sample(list(values), len(values))[card]
+        return self._deck(values, name, deck)[card]
+
+    def _deck(self, values: Sequence[T], name: str, deck: int) -> list[T]:
+        return Random(f"{self.seed}/{name}/{deck}").sample(list(values), len(values))

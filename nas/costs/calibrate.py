@@ -1,7 +1,8 @@
 """Measuring blocks and whole models on this device, and fitting the latency predictor to them.
 
 Every configuration is measured once per round and the order is shuffled in each, so a machine that drifts slows
-all of them alike; a figure is the median over rounds.
+all of them alike. A figure is the lower quartile over rounds: what disturbs a measurement only ever adds to it, and
+on a shared machine it may disturb most of them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ from search_spaces import Architecture, SearchSpace
 from supernet import LayerLoad, Transformer
 from supernet.model import TransformerLayer
 
-_VERSION = 1
+_VERSION = 2
 """Part of a calibration's key: raised when terms or kernels change what they cost."""
+NOISY = 0.15
+"""Spread of repeats (interquartile range over median) above which more rounds are measured, and no trust is kept."""
+_PATIENCE = 3
+"""How many times the rounds of a quiet machine a noisy one is measured at most."""
 
 
 @dataclass
@@ -51,8 +56,13 @@ class _Case:
     milliseconds: list[float]
 
     @property
-    def median(self) -> float:
-        return float(np.median(self.milliseconds))
+    def figure(self) -> float:
+        return steady(self.milliseconds)
+
+    @property
+    def spread(self) -> float:
+        quarter, median, three_quarters = np.percentile(self.milliseconds, [25, 50, 75])
+        return float((three_quarters - quarter) / median)
 
 
 @dataclass(frozen=True)
@@ -90,27 +100,31 @@ def calibrate(
         blocks = _block_cases(space, tokens, context, config.blocks, device, rng)
         models = [_model_case(space.sample_balanced(rng), tokens, context, device) for _ in range(config.models)]
         cases = [*blocks, *models]
-        for done in range(config.repeats):
+        done, rounds = 0, config.repeats
+        while done < rounds:
             for case in rng.sample(cases, len(cases)):
                 case.milliseconds.append(_time(case.run, device))
-            on_progress(done + 1, config.repeats)
+            done += 1
+            noise = float(np.median([case.spread for case in models]))
+            if done == rounds and noise > NOISY:
+                rounds = min(rounds + config.repeats, _PATIENCE * config.repeats)
+            on_progress(done, rounds)
     fitted, held_out = models[::2], models[1::2]
     training = [*blocks, *fitted]
     weights = np.array([1.0] * len(blocks) + [2.0] * len(fitted))
-    coefficients = fit(_matrix(training), np.array([case.median for case in training]), weights)
+    coefficients = fit(_matrix(training), np.array([case.figure for case in training]), weights)
     # Between other blocks a block finds colder caches than when it is timed alone: one factor, from whole models.
-    ratios = np.array([case.median for case in fitted]) / (_matrix(fitted) @ np.array(coefficients))
+    ratios = np.array([case.figure for case in fitted]) / (_matrix(fitted) @ np.array(coefficients))
     coefficients = tuple(float(np.median(ratios)) * value for value in coefficients)
     predicted = {id(case): float(case.terms @ np.array(coefficients)) for case in cases}
-    accuracy = Accuracy.of(np.array([predicted[id(c)] for c in held_out]), np.array([c.median for c in held_out]))
-    spread = [np.subtract(*np.percentile(case.milliseconds, [75, 25])) / case.median for case in models]
+    accuracy = Accuracy.of(np.array([predicted[id(c)] for c in held_out]), np.array([c.figure for c in held_out]))
     predictor = LatencyPredictor(
         coefficients,
         context,
         str(device),
         device.fingerprint,
         accuracy,
-        noise=float(np.median(spread)),
+        noise=noise,
         measured_on=datetime.date.today().isoformat(),
         key=calibration_key(space, context, config, device),
     )
@@ -118,7 +132,7 @@ def calibrate(
     rows: list[dict[str, float | str]] = [
         {
             "kind": "held-out model" if id(case) in held else case.kind,
-            "measured_ms": case.median,
+            "measured_ms": case.figure,
             "predicted_ms": predicted[id(case)],
             **dict(zip(TERMS, case.terms.tolist(), strict=True)),
         }
@@ -128,10 +142,15 @@ def calibrate(
 
 
 def measure_model(model: Transformer, tokens: Tensor, device: Device, repeats: int) -> float:
-    """Median milliseconds of one forward pass of ``model`` over ``tokens`` [B, S] on ``device``."""
+    """Milliseconds of one forward pass of ``model`` over ``tokens`` [B, S], measured as the calibration measures."""
     tokens = tokens.to(device.torch_device)
     with torch.inference_mode(), autocast(device):
-        return float(np.median([_time(lambda: model(tokens), device) for _ in range(repeats)]))
+        return steady([_time(lambda: model(tokens), device) for _ in range(repeats)])
+
+
+def steady(milliseconds: list[float]) -> float:
+    """The lower quartile of repeated measurements."""
+    return float(np.percentile(milliseconds, 25))
 
 
 @contextmanager

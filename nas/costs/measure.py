@@ -61,7 +61,7 @@ def measure_costs(model: Transformer, windows: Tensor, pricer: Pricer, device: D
     """Every cost of ``pricer`` measured on ``model``: time and memory on this device, routing on ``windows``.
 
     ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the routing that
-    was seen, latency is the median of repeated passes over the context's batch.
+    was seen, latency is the lower quartile of repeated passes over the context's batch.
     """
     context = pricer.context
     tokens = windows[: context.batch_size, :-1]

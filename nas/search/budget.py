@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,36 +49,48 @@ class Budget:
 
 
 def resolve_budget(config: Config, space: SearchSpace, pricer: Pricer) -> Budget:
-    """The budget in base units; relative lines are shares of the largest architecture's cost."""
-    largest = {"expected": pricer.expected(space.largest), "worst": pricer.worst(space.largest)}
-    limits = config.limits()
-    lines = [
-        BudgetLine(name, limits[name].resolve(largest[line.bind][name]), line.bind)
-        for name, line in config.budget.items()
-    ]
+    """The budget in base units; relative lines are shares of the most that an architecture of the space costs."""
+    lines = []
+    for name, limit in config.limits().items():
+        bind = config.budget[name].bind
+        price = pricer.worst if bind == "worst" else pricer.expected
+        largest = price(dearest(space, pricer, name, bind))[name]
+        lines.append(BudgetLine(name, limit.resolve(largest), bind))
     return Budget(tuple(lines), pricer)
 
 
 def cheapest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
     """The member with the least ``cost``: least width and depth, and each layer its cheapest choice."""
+    return _extreme(space, pricer, cost, bind, space.smallest, min, first=True)
+
+
+def dearest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
+    """The member with the most ``cost``. It need not be ``space.largest``: few large experts may cost more than many."""
+    return _extreme(space, pricer, cost, bind, space.largest, max, first=False)
+
+
+def _extreme(
+    space: SearchSpace, pricer: Pricer, cost: str, bind: str, start: Architecture, choose: Callable, first: bool
+) -> Architecture:
+    """Replace each layer of ``start`` in turn by its extreme choice; exact for costs that add up over layers."""
     price = pricer.worst if bind == "worst" else pricer.expected
-    best = space.smallest
+    best = start
     for position, layer_space in enumerate(space.layers[: len(best.decoder.layers)]):
         layers = best.decoder.layers
         candidates = [
             space.build(best.decoder.width, (*layers[:position], layer, *layers[position + 1 :]))
-            for layer in _small_layers(layer_space)
+            for layer in _extreme_layers(layer_space, 0 if first else -1)
         ]
-        best = min(candidates, key=lambda a: price(a)[cost])
+        best = choose(candidates, key=lambda a: price(a)[cost])
     return best
 
 
-def _small_layers(space: LayerSpace) -> Iterator[Layer]:
-    """Layers of which one is the cheapest whatever the cost: all sizes least, any heads, count and router."""
+def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:
+    """Layers with all sizes least (``end`` 0) or most (-1), any heads, count and router: one of them is extreme."""
     for attention in space.attentions:
         for group in space.groups:
             for router in group.routers:
-                part = FeedForward((group.sizes[0],) * group.experts, router, group.shared_sizes[0])
+                part = FeedForward((group.sizes[end],) * group.experts, router, group.shared_sizes[end])
                 yield Layer(attention, part)
 
 
@@ -133,16 +145,15 @@ def _descend(space: SearchSpace, budget: Budget, start: Architecture) -> Archite
 
 
 def cost_ranges(space: SearchSpace, pricer: Pricer, samples: list[Architecture]) -> dict[str, Mapping[str, float]]:
-    """Per cost: ``smallest`` and ``largest`` in the space, ``typical`` (median of ``samples``), ``worst`` of the largest."""
+    """Per cost: ``smallest`` and ``largest`` expected in the space, ``worst`` case, ``typical`` (median of ``samples``)."""
     priced = [pricer.expected(a) for a in samples]
-    largest, worst = pricer.expected(space.largest), pricer.worst(space.largest)
     ranges = {}
-    for cost in largest:
+    for cost in priced[0]:
         values = sorted(costs[cost] for costs in priced)
         ranges[cost] = {
             "smallest": pricer.expected(cheapest(space, pricer, cost))[cost],
             "typical": values[len(values) // 2],
-            "largest": largest[cost],
-            "worst": worst[cost],
+            "largest": pricer.expected(dearest(space, pricer, cost))[cost],
+            "worst": pricer.worst(dearest(space, pricer, cost, "worst"))[cost],
         }
     return ranges

@@ -106,7 +106,7 @@ def _judge(
     )
 
 
-def result_of(trials: list[Trial], loss_index: int = 0) -> SearchResult | None:
+def result_of(trials: list[Trial]) -> SearchResult | None:
     """The front of a log's feasible trials, or None when there is none."""
     feasible = [trial for trial in trials if trial.feasible]
     if not feasible:
@@ -114,7 +114,7 @@ def result_of(trials: list[Trial], loss_index: int = 0) -> SearchResult | None:
     points = np.array([trial.values for trial in feasible])
     front = [trial for trial, keep in zip(feasible, non_dominated(points), strict=True) if keep]
     unique = {trial.values: trial for trial in reversed(front)}
-    return SearchResult(tuple(sorted(unique.values(), key=lambda t: (t.values[loss_index], t.number))))
+    return SearchResult(tuple(sorted(unique.values(), key=lambda t: (t.loss or 0.0, t.number))))
 
 
 def hypervolume_history(trials: list[Trial]) -> list[tuple[int, float]]:

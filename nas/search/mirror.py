@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import optuna
@@ -37,5 +38,7 @@ class JournalMirror:
         study = optuna.create_study(
             storage=storage, study_name=name, directions=["minimize"] * len(objectives), load_if_exists=True
         )
-        study.set_metric_names(objectives)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(objectives)
         return study

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 from random import Random
 
 import optuna
@@ -18,7 +19,9 @@ from nas.search.trials import Trial
 from search_spaces import Architecture
 
 _REFUSALS = 20
-"""Refused proposals in a row before the last one is repaired and evaluated in their place."""
+"""Refused proposals on the way to one before the last is repaired and evaluated in their place."""
+_DUPLICATES = 20
+"""Known proposals on the way to one before a random one is evaluated in their place: the sampler has converged."""
 
 
 class _OrderedNSGAII(NSGAIISampler):
@@ -47,7 +50,7 @@ class OptunaSampler:
     def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
         skipped: list[Skipped] = []
         refusals = duplicates = 0
-        while duplicates < UNSEEN_TRIES:
+        while True:
             trial, architecture = self._ask()
             engine = {"params": trial.params, "system_attrs": dict(self._trials()[trial.number].system_attrs)}
             excess = self.feasible.budget.excess(architecture)
@@ -56,15 +59,6 @@ class OptunaSampler:
                 skipped.append(Skipped("refused", architecture, engine))
                 self._tell(trial, (), excess)
                 refusals += 1
-                if refusals % _REFUSALS == 0:
-                    rng = Random(f"{self.seed}/repair/{len(self._trials())}")
-                    repaired = self.feasible.repair(architecture, rng)
-                    if repaired.fingerprint not in seen:
-                        # It takes the refused trial's place in its generation, with the genome it really has.
-                        return Proposal(
-                            repaired, tuple(skipped), {**engine, "params": self.genome.encode(repaired)}
-                        )
-                    duplicates += 1
             elif known is not None:
                 skipped.append(Skipped("duplicate", architecture, engine))
                 self._tell(trial, known.values, known.excess)
@@ -72,7 +66,18 @@ class OptunaSampler:
             else:
                 self._asked = trial
                 return Proposal(architecture, tuple(skipped), engine)
-        return None
+            if refusals == _REFUSALS or duplicates == _DUPLICATES:
+                found = self._instead(architecture, seen)
+                # It takes the last trial's place in its generation, with the genome it really has.
+                return found and Proposal(found, tuple(skipped), {**engine, "params": self.genome.encode(found)})
+
+    def _instead(self, architecture: Architecture, seen: dict[str, Trial]) -> Architecture | None:
+        """A new architecture inside the budget when the sampler offers none: the last one repaired, else a random
+        one; None when the space seems exhausted."""
+        rng = Random(f"{self.seed}/instead/{len(self._trials())}")
+        candidates = chain([self.feasible.repair(architecture, rng)],
+                           (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES)))
+        return next((a for a in candidates if a.fingerprint not in seen), None)
 
     def observe(self, trials: list[Trial]) -> None:
         for trial in trials:

@@ -73,8 +73,9 @@ class RandomSampler:
 class EvolutionSampler:
     """Evolution over architectures themselves.
 
-    The first ``population`` are random. Then two tournaments over everything feasible so far (by non-dominated rank,
-    then crowding) choose parents; half of the children are crossed layer by layer, all are mutated by one to three
+    The first ``population`` are random. Then tournaments over everything feasible so far choose parents, one half of
+    them by non-dominated rank and crowding, which widens the front, and one half by loss, since what the budget is
+    spent on in the end is the member of least loss. Half of the children are crossed layer by layer, all are mutated by one to three
     structural steps; a child over budget is repaired, and none is evaluated twice. AutoMoE (arXiv 2210.07535)
     and HAT evolve so with a fitness of loss alone, re-evaluate parents, and change them in place; here parents are
     values, the archive is the population, and nothing is evaluated twice.
@@ -89,10 +90,13 @@ class EvolutionSampler:
         archive = [trial for trial in trials if trial.feasible]
         if len(seen) < self.population or len(archive) < 2:
             return RandomSampler(self.feasible, self.seed).propose(trials, seen)
-        order = _preference(np.array([trial.values for trial in archive]))
+        points = np.array([trial.values for trial in archive])
+        losses = np.array([trial.loss for trial in archive])
+        orders = (_preference(points), losses.argsort(kind="stable").argsort())
         space = self.feasible.space
         refused: list[Skipped] = []
         for _ in range(UNSEEN_TRIES):
+            order = rng.choice(orders)
             first, second = (archive[self._tournament(order, rng)].architecture for _ in range(2))
             child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
             child = mutate(space, child, rng, steps=rng.randint(1, 3))

@@ -6,15 +6,12 @@ import csv
 import shutil
 from pathlib import Path
 
-from nas.costs.calibrate import calibrate, calibration_key
+from nas.costs.calibrate import NOISY, calibrate, calibration_key
 from nas.costs.latency import LatencyPredictor
 from nas.data.corpus import cache_directory
 from nas.run_directory import fingerprint
 from nas.stages.run import Run
-from search_spaces.files import write_atomically, write_text
-
-NOISY = 0.25
-"""Spread (interquartile range over median) of repeated measurements above which a warning is given."""
+from search_spaces.files import read_json, write_atomically, write_text
 
 
 def run_latency(run: Run, fresh: bool = False) -> None:
@@ -43,13 +40,15 @@ def run_latency(run: Run, fresh: bool = False) -> None:
             f"Kendall tau {accuracy.tau:.2f}; spread of repeats {predictor.noise:.1%}"
         )
         if predictor.noise > NOISY:
-            run.reporter.say("latency: this machine is noisy; close other programs and run `moesaic latency --fresh`")
+            run.reporter.say("latency: this machine was busy; close other programs and run `moesaic latency --fresh` for a better predictor")
 
 
 def calibrated(run: Run) -> Path:
     """The folder of this machine's calibration for the run's space and context, measured now if there is none."""
     directory = _cached(run)
-    if (directory / "predictor.json").exists():
+    known = directory / "predictor.json"
+    # What was measured while the machine was busy is used once, for the run that asked, and not kept for others.
+    if known.exists() and read_json(known)["noise"] <= NOISY:
         return directory
     context = run.context
     tokens = run.windows("validation", context.batch_size)[:, :-1]

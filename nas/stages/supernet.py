@@ -27,7 +27,8 @@ def run_supernet(run: Run) -> None:
         config = run.config.supernet
         torch.manual_seed(run.config.seed)
         model = Transformer(run.space.envelope, run.corpus.vocab_size, config.sharing).to(run.device.torch_device)
-        sandwich = Sandwich(run.space, run.config.seed, config.random_slices, config.sampling)
+        largest_first = round(config.largest_first * config.steps)
+        sandwich = Sandwich(run.space, run.config.seed, config.random_slices, config.sampling, largest_first)
         data = TrainData(
             lambda step: run.corpus.batch("train", config.batch_size, run.config.seed, step), sandwich.slices
         )
@@ -35,7 +36,8 @@ def run_supernet(run: Run) -> None:
         with run.task("supernet") as task:
 
             def on_step(step: int, record: dict[str, float]) -> None:
-                task.update(step, config.steps, f"loss {record['loss']:.3f}  random {record['loss_random']:.3f}")
+                slices = f"  random slice {record['loss_random']:.3f}" if "loss_random" in record else ""
+                task.update(step, config.steps, f"loss {record['loss']:.3f}{slices}")
 
             train(model, data, settings, stage.path, stage.fingerprint, on_step, run.should_stop)
         model.eval()

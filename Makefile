@@ -1,0 +1,37 @@
+# make demo: the whole job on real text. make test: lint, types, tests. Both set up what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Dependencies are installed anew only when what is asked for changed.
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint types unit clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	# torch alone first: asked for by its exact version, a package index may offer a build for this machine.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/moesaic run experiments/quickstart.yaml
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+unit: setup
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

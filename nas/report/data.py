@@ -1,0 +1,221 @@
+"""What the pictures of a report show: pure functions from a run's artifacts to plain values, drawn elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.costs.analytic import Context, flops_breakdown
+from nas.costs.price import Costs, Pricer
+from nas.costs.use import LayerUse
+from nas.search.loop import SearchResult, hypervolume_history
+from nas.search.pareto import non_dominated
+from nas.search.trials import Trial
+from nas.units import DIMENSIONS
+from search_spaces import Architecture
+from supernet.metrics import read_metrics
+
+COSTS = tuple(DIMENSIONS)
+ON_FRONT = ("front", "exported", "best")
+"""Kinds of points that are on the Pareto front."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One architecture in a plot of loss against cost. ``kind`` is a key of ``colours.KINDS`` or ``rival``."""
+
+    kind: str
+    label: str
+    architecture: Architecture
+    costs: Costs
+    loss: float | None = None
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture with the load it is priced under."""
+
+    name: str
+    architecture: Architecture
+    uses: tuple[LayerUse, ...]
+    costs: Costs
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A search after one more evaluation. ``best`` is the least loss inside the budget, None before there is one."""
+
+    evaluations: int
+    best: float | None
+    hypervolume: float
+
+
+@dataclass(frozen=True)
+class RoutingError:
+    """How far FLOPs expected before evaluation are from those under measured routing, relative to the latter."""
+
+    trials: int
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss on training batches. ``model`` is None for the supernet, whose curves are of its slices."""
+
+    label: str
+    model: str | None
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A block or model that the latency calibration measured; a ``held-out model`` was not fitted."""
+
+    kind: str
+    measured_ms: float
+    predicted_ms: float
+
+
+def batch_text(context: Context) -> str:
+    return f"batch of {context.batch_size} × {context.sequence_length} tokens"
+
+
+def cost_name(cost: str) -> str:
+    return DIMENSIONS[cost].unit if DIMENSIONS[cost].unit.lower() == cost else cost.replace("_", " ")
+
+
+def per_text(cost: str, context: Context) -> str:
+    """What ``cost`` is per, with the batch spelled out."""
+    return re.sub(r"\bbatch\b", batch_text(context), DIMENSIONS[cost].per)
+
+
+def axis_title(cost: str, context: Context) -> str:
+    """Quantity, unit, and what it is per."""
+    parts = dict.fromkeys((cost_name(cost), DIMENSIONS[cost].unit))
+    return f"{', '.join(filter(None, parts))} {per_text(cost, context)}"
+
+
+def limit_text(cost: str, limit: float, bind: str) -> str:
+    worst = ", worst case" if bind == "worst" else ""
+    return f"budget {DIMENSIONS[cost].format(limit)}{worst}"
+
+
+def margin_text(measured: float, limit: float) -> str:
+    """Where a measured cost stands to its limit, in words."""
+    share = measured / limit - 1
+    if share > 1:
+        return f"over: {measured / limit:.3g} × the limit"
+    return f"over by {share:.1%}" if share > 0 else f"inside, {-share:.1%} to spare"
+
+
+def pareto_points(
+    trials: Sequence[Trial], result: SearchResult, exports: Mapping[int, str], rivals: Iterable[Point]
+) -> list[Point]:
+    """Every architecture of a search once, by what became of it, and its rivals.
+
+    ``exports`` names exported trials by number. Duplicates stand for trials that are there already, and failed
+    trials have nothing to show.
+    """
+    front = {trial.number for trial in result.front}
+    refused: dict[str, Point] = {}
+    points: list[Point] = []
+    for trial in trials:
+        costs = trial.costs
+        over = ", ".join(cost_name(cost) for cost, excess in trial.excess.items() if excess > 0)
+        label = f"trial {trial.number}" + (f", over budget: {over}" if over else "")
+        if trial.state == "refused":
+            refused.setdefault(trial.architecture.fingerprint, Point("refused", label, trial.architecture, costs))
+        elif trial.state == "evaluated":
+            if trial.number in exports:
+                kind = "best" if trial.number == result.best.number else "exported"
+                label = f"{label}, exported as {exports[trial.number]}"
+            elif trial.number in front:
+                kind = "front"
+            else:
+                kind = "evaluated" if trial.feasible else "over"
+            points.append(Point(kind, label, trial.architecture, costs, trial.loss, trial.standard_error))
+    return [*refused.values(), *points, *rivals]
+
+
+def front_line(points: Sequence[Point], cost: str) -> list[tuple[float, float]]:
+    """(cost, loss) of the front members that no other one dominates in these two, by rising cost.
+
+    With more objectives than these two, a member of the front may be dominated in their plane.
+    """
+    members = [p for p in points if p.kind in ON_FRONT and p.loss is not None]
+    plane = np.array([(p.costs[cost], p.loss) for p in members])
+    return sorted({(float(x), float(y)) for x, y in plane[non_dominated(plane)]})
+
+
+def search_history(trials: list[Trial]) -> list[Evaluated]:
+    """Best loss and hypervolume after every evaluation."""
+    history, best = [], None
+    evaluated = (trial for trial in trials if trial.state in ("evaluated", "failed"))
+    for trial, (evaluations, volume) in zip(evaluated, hypervolume_history(trials), strict=True):
+        if trial.feasible and trial.loss is not None:
+            best = trial.loss if best is None else min(best, trial.loss)
+        history.append(Evaluated(evaluations, best, volume))
+    return history
+
+
+def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float]]]:
+    """FLOPs per token by part: a row per layer, and the vocabulary layer last."""
+    layers, vocabulary = flops_breakdown(model.architecture, model.uses, context)
+    rows = [(f"layer {index}", parts) for index, parts in enumerate(layers)]
+    return [*rows, ("vocabulary", {"vocabulary": float(vocabulary)})]
+
+
+def routing_error(trials: Iterable[Trial], pricer: Pricer) -> RoutingError | None:
+    """The error of expected FLOPs over evaluated trials with a threshold router; None where there is none."""
+    errors = [
+        abs(pricer.expected(trial.architecture)["flops"] / trial.costs["flops"] - 1)
+        for trial in trials
+        if trial.state == "evaluated" and _has_threshold_router(trial.architecture)
+    ]
+    return RoutingError(len(errors), float(np.median(errors)), max(errors)) if errors else None
+
+
+def _has_threshold_router(architecture: Architecture) -> bool:
+    routers = (layer.feed_forward.router for layer in architecture.decoder.layers)
+    return any(router is not None and router.kind == "threshold" for router in routers)
+
+
+def training_curves(supernet: Path, retrained: Mapping[str, Path]) -> list[Curve]:
+    """Curves of the supernet's slices and of each retrained model, from the folders with their metrics."""
+    slices = {"loss": "largest", "loss_smallest": "smallest", "loss_random": "random"}
+    records = read_metrics(supernet / "metrics.jsonl")
+    curves = [_curve(f"supernet, {name} slice", None, records, key) for key, name in slices.items()]
+    curves += [_curve(name, name, read_metrics(path / "metrics.jsonl"), "loss") for name, path in retrained.items()]
+    return [curve for curve in curves if curve.steps]
+
+
+def _curve(label: str, model: str | None, records: list[dict[str, float]], key: str) -> Curve:
+    known = [record for record in records if key in record]
+    return Curve(label, model, tuple(int(r["step"]) for r in known), tuple(r[key] for r in known))
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """The calibration's measurements of the latency stage."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Measurement(row["kind"], float(row["measured_ms"]), float(row["predicted_ms"]))
+            for row in csv.DictReader(file)
+        ]
+
+
+def over_budget(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The budget lines that a measured model breaks, by how much."""
+    return [
+        f"{cost_name(line['name'])} {margin_text(line['measured'], line['limit'])}"
+        for line in lines
+        if not line["within"]
+    ]

@@ -1,0 +1,43 @@
+"""Pieces of HTML with every text escaped: what a run is called, and what its files say, is a user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Markup:
+    """HTML that is safe to place in a page as it is."""
+
+    html: str
+
+
+Content = str | Markup
+
+
+def render(content: Content) -> str:
+    return content.html if isinstance(content, Markup) else escape(content)
+
+
+def flag(text: str, good: bool) -> Markup:
+    return Markup(f'<span class="{"good" if good else "bad"}">{escape(text)}</span>')
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Content]], chosen: int | None = None) -> str:
+    """A table whose first column is names; row ``chosen`` stands out."""
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = [
+        f"<tr{' class=chosen' if index == chosen else ''}>{''.join(f'<td>{render(cell)}</td>' for cell in row)}</tr>"
+        for index, row in enumerate(rows)
+    ]
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def section(name: str, title: str, parts: Iterable[str]) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'

@@ -1,0 +1,231 @@
+"""The page of a report: one HTML file that opens without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from nas.progress import duration
+from nas.report.data import Model, batch_text, cost_name, margin_text, over_budget, per_text
+from nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
+from nas.report.findings import Findings
+from nas.report.html import flag, paragraph, section, table
+from nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
+from nas.summary import verdict
+from nas.units import DIMENSIONS
+
+_BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+"""Forbids the page to load anything, whatever is in it."""
+
+
+def build_page(findings: Findings) -> str:
+    """The whole page as text."""
+    summary = findings.summary
+    sections = {
+        "result": ("Result", _result(findings)),
+        "front": ("Pareto front", _front(findings)),
+        "architectures": ("Architectures", _architectures(findings)),
+        "compute": ("Compute by layer", _compute(findings)),
+        "search": ("Search", _search(findings)),
+        "training": ("Training", _training(findings)),
+        "predictions": ("Predictions", _predictions(findings)),
+        "reproduce": ("Reproduce", _reproduce(findings)),
+    }
+    name = escape(summary["name"])
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, (title, _) in sections.items())
+    about = paragraph(f"{summary['date']} · {summary['device']} · seed {summary['seed']}", "muted")
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{name} · Moesaic</title>\n<style>\n{style}</style>",
+            f"<script>{get_plotlyjs()}</script>\n</head>\n<body>",
+            f"{HATCH}<header><h1>{name}</h1>{about}</header>\n<nav><div>{links}</div></nav>\n<main>",
+            *(section(key, title, parts) for key, (title, parts) in sections.items()),
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _result(findings: Findings) -> Iterator[str]:
+    summary, context = findings.summary, findings.context
+    chosen = summary["chosen"]
+    yield paragraph(verdict(summary), "verdict")
+    yield "<h3>Costs of the chosen architecture</h3>"
+    yield table(
+        ("cost", "limit", "predicted", "measured", "budget"),
+        [_cost_row(findings, cost, chosen) for cost in DIMENSIONS],
+    )
+    yield paragraph(
+        f"Predicted before anything ran; measured on the exported model, routing on the test split. "
+        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device; latency is a median.",
+        "muted",
+    )
+    results = [chosen["retrained"], *summary["rivals"]]
+    yield "<h3>Retrained alike, judged on the test split</h3>"
+    yield table(
+        (
+            "model",
+            "loss, nats per token",
+            "perplexity",
+            "bits per byte",
+            "FLOPs per token",
+            "latency",
+            "active parameters",
+            "parameters",
+            "budget",
+        ),
+        [_result_row(result) for result in results],
+        chosen=0,
+    )
+    yield paragraph(
+        f"Trained for {results[0]['steps']} steps from {results[0]['init']} with one seed and the same batches; "
+        f"± is the standard error over sequences of {results[0]['tokens']} test tokens. Costs are measured, latency "
+        f"{per_text('latency', context)}.",
+        "muted",
+    )
+
+
+def _cost_row(findings: Findings, cost: str, chosen: dict[str, Any]) -> tuple:
+    form = DIMENSIONS[cost].format
+    name = f"{cost_name(cost)}, {per_text(cost, findings.context)}"
+    line = next((line for line in findings.summary["budget"] if line["name"] == cost), None)
+    if line is None:
+        return name, "none", form(chosen["predicted"][cost]), form(chosen["measured"][cost]), ""
+    worst = " (worst case)" if line["bind"] == "worst" else ""
+    return (
+        name,
+        form(line["limit"]),
+        form(line["predicted"]) + worst,
+        form(line["measured"]),
+        flag(margin_text(line["measured"], line["limit"]), line["within"]),
+    )
+
+
+def _result_row(result: dict[str, Any]) -> tuple:
+    over = over_budget(result["budget"])
+    return (
+        result["name"],
+        f"{result['loss']:.4f} ± {result['standard_error']:.4f}",
+        f"{result['perplexity']:.2f}",
+        f"{result['bits_per_byte']:.3f}",
+        *(
+            DIMENSIONS[cost].format(result["measured"][cost])
+            for cost in ("flops", "latency", "active_parameters", "parameters")
+        ),
+        flag("; ".join(over) or "inside", not over),
+    )
+
+
+def _front(findings: Findings) -> Iterator[str]:
+    search = findings.summary["search"]
+    refused = sum(point.kind == "refused" for point in findings.points)
+    yield paragraph(
+        f"{search['counts']['evaluated']} architectures were evaluated with weights inherited from the supernet, "
+        f"{search['over_budget_when_measured']} of them were over budget when their routing was "
+        f"measured, and {refused} others were refused before evaluation because their predicted costs were over "
+        f"budget. Members of the front of {' and '.join(_names(findings.objectives))}: {len(findings.result.front)}."
+    )
+    yield _plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost))
+    yield paragraph(
+        "Costs are those under the routing that the evaluation measured, for refused architectures and rivals those "
+        "expected; latency is predicted in both. Bars are ± one standard error over sequences.",
+        "muted",
+    )
+
+
+def _architectures(findings: Findings) -> Iterator[str]:
+    models = [*findings.models, *findings.exported]
+    scale = pixels_per_neuron(models)
+    yield paragraph(
+        "A row per layer: query heads / key-value heads, then a tile per expert, as wide as the expert has neurons, "
+        "all on one scale. Hatched: the shared expert, used by every token. The dark bar is as long as the neurons "
+        "that one token is expected to use."
+    )
+    for model in models:
+        yield f"<h3>{escape(model.name)}</h3>{paragraph(_about(model), 'muted')}"
+        yield f'<div class="scroll">{architecture_svg(model, scale)}</div>'
+
+
+def _about(model: Model) -> str:
+    architecture = model.architecture
+    active, total = (DIMENSIONS[c].format(model.costs[c]) for c in ("active_parameters", "parameters"))
+    return (
+        f"width {architecture.decoder.width}, {architecture.backbone.activation}, {architecture.fingerprint}; "
+        f"{DIMENSIONS['flops'].format(model.costs['flops'])} per token, {active} of {total} parameters active per token"
+    )
+
+
+def _compute(findings: Findings) -> Iterator[str]:
+    yield paragraph("Expected FLOPs per token, forward, by part of each layer; the vocabulary layer last.")
+    yield _plot("compute-plot", breakdown_figure(findings.models, findings.context))
+
+
+def _search(findings: Findings) -> Iterator[str]:
+    rivals = [point for point in findings.points if point.kind == "rival"]
+    search = findings.summary["search"]
+    yield paragraph(
+        f"Sampler {search['sampler']}. {search['acceptance']:.1%} of random architectures of the "
+        f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
+        "is taken from a reference point that belongs to this search: compare it with nothing else."
+    )
+    yield _plot("history", history_figure(findings.history, rivals))
+
+
+def _training(findings: Findings) -> Iterator[str]:
+    yield paragraph("Losses on single training batches. Dotted: slices of the supernet. Solid: models retrained alone.")
+    yield _plot("curves", training_figure(findings.curves))
+
+
+def _predictions(findings: Findings) -> Iterator[str]:
+    accuracy = findings.summary["latency_predictor"]
+    yield paragraph(
+        f"Latency: on {accuracy['models']} held-out models the mean absolute error is {accuracy['mape']:.1%} (bias "
+        f"{accuracy['bias']:+.1%}), {accuracy['within_10_percent']:.0%} are within 10 %, Kendall's tau is "
+        f"{accuracy['tau']:.2f}. Repeats spread by {accuracy['noise']:.1%} (interquartile range over median)."
+    )
+    yield paragraph("Predictions are scaled to whole models: a block timed alone finds warmer caches.", "muted")
+    yield _plot("latency", latency_figure(findings.measurements, findings.context))
+    routing = findings.routing
+    yield paragraph(
+        "No evaluated architecture has a threshold router."
+        if routing is None
+        else f"FLOPs: over {routing.trials} evaluated architectures with threshold routers, FLOPs per token predicted "
+        f"before evaluation and those under the measured routing differ by {routing.median:.1%} in the median and by "
+        f"{routing.largest:.1%} at most."
+    )
+
+
+def _reproduce(findings: Findings) -> Iterator[str]:
+    summary = findings.summary
+    seconds = summary["stage_seconds"]
+    yield paragraph(f"Seed {summary['seed']} for every stage. Device: {summary['device']}.")
+    stages = [*seconds.items(), ("total", sum(seconds.values()))]
+    yield '<div class="columns"><div><h3>Versions</h3>'
+    yield table(("package", "version"), list(summary["versions"].items()))
+    yield "</div><div><h3>Time of each stage</h3>"
+    yield table(("stage", "h:mm:ss"), [(name, duration(value)) for name, value in stages])
+    yield f"</div></div><h3>Configuration, resolved</h3><pre>{escape(findings.configuration)}</pre>"
+
+
+def _names(objectives: tuple[str, ...]) -> list[str]:
+    return [name if name == "loss" else cost_name(name) for name in objectives]
+
+
+def _plot(name: str, figure: go.Figure) -> str:
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=name,
+        default_width="100%",
+        config={"responsive": True, "displaylogo": False, "modeBarButtons": _BUTTONS},
+    )
+    return f'<div class="plot">{drawn}</div>'

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, sparse_ffn
+
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+ACTIVATIONS = ["relu", "gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the layer, with everything that has a gradient in ``leaves``."""
+
+    x: Tensor
+    bank: Bank
+    layout: ExpertLayout
+    routing: Routing | None
+    activation: str
+    direction: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        found = {"x": self.x, "up": self.bank.up, "gate": self.bank.gate, "down": self.bank.down}
+        if self.routing is not None:
+            found["weights"] = self.routing.weights
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        bank = Bank(*(None if m is None else m.to(dtype) for m in (self.bank.up, self.bank.gate, self.bank.down)))
+        routing = self.routing and replace(self.routing, weights=self.routing.weights.to(dtype))
+        return replace(self, x=self.x.to(dtype), bank=bank, routing=routing, direction=self.direction.to(dtype))
+
+    def run(self, implementation: str) -> dict[str, Tensor]:
+        """Output and all gradients, of fresh leaves that keep their strides."""
+        fresh = {name: tensor.detach().requires_grad_() for name, tensor in self.leaves.items()}
+        bank = Bank(fresh["up"], fresh.get("gate"), fresh["down"])
+        routing = self.routing and replace(self.routing, weights=fresh["weights"])
+        out = sparse_ffn(fresh["x"], bank, self.layout, routing, self.activation, implementation)
+        assert out.dtype == self.x.dtype
+        assert out.shape == self.x.shape
+        grads = torch.autograd.grad(out, list(fresh.values()), self.direction, allow_unused=True)
+        zeros = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, fresh.values(), strict=True))
+        return {"out": out.detach(), **{f"grad {name}": g for name, g in zip(fresh, zeros, strict=True)}}
+
+
+def make_routing(table: Tensor, weights: Tensor) -> Routing:
+    """Pairs where ``table`` [T, E] is true, built without the router."""
+    pairs = [(e, t) for e in range(table.shape[1]) for t in range(table.shape[0]) if table[t, e]]
+    tokens = torch.tensor([t for _, t in pairs], dtype=torch.int64)
+    load = torch.tensor([0] + [int(table[:, e].sum()) for e in range(table.shape[1])])
+    return Routing(tokens, load.cumsum(0), weights[: len(pairs)], table.double())
+
+
+def make_case(
+    sizes: list[int], table: Tensor | None, tokens: int, width: int, activation: str, *,
+    extra_width: int = 0, gap: int = 0, transposed: bool = False, seed: int = 0,
+) -> Case:  # fmt: skip
+    """A case in float64. ``gap`` rows of the bank lie unused before each expert, ``extra_width`` columns beside."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end + gap)
+        end += gap + size
+    order = torch.randperm(len(sizes), generator=generator).tolist()  # experts need not stand in order
+    layout = ExpertLayout(tuple(starts[i] for i in order), tuple(sizes[i] for i in order))
+    rows, columns = end + gap, width + extra_width
+    bank = Bank(normal(rows, columns), normal(rows, columns) if activation == "swiglu" else None, normal(rows, columns))
+    x = normal(width, tokens).t() if transposed else normal(tokens, width)
+    routing = None if table is None else make_routing(table, normal(tokens * len(sizes)).abs() + 0.1)
+    return Case(x, bank, layout, routing, activation, normal(tokens, width))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    sizes = draw(st.lists(st.sampled_from([1, 3, 7, 16, 33, 100, 300]), min_size=1, max_size=5))
+    tokens = draw(st.sampled_from([0, 1, 2, 5, 17]))
+    table = None
+    if len(sizes) > 1 or draw(st.booleans()):
+        kind = draw(st.sampled_from(["random", "one", "none", "all"]))
+        random = torch.tensor(
+            draw(st.lists(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)),
+                          min_size=tokens, max_size=tokens)), dtype=torch.bool).view(tokens, len(sizes))  # fmt: skip
+        alone = torch.arange(len(sizes)) == draw(st.integers(0, len(sizes) - 1))
+        table = {
+            "random": random,
+            "one": alone.repeat(tokens, 1),  # all tokens go to one expert, the others are empty
+            "none": torch.zeros_like(random),
+            "all": torch.ones_like(random),
+        }[kind]
+    return make_case(
+        sizes, table, tokens, draw(st.sampled_from([1, 4, 9])), draw(st.sampled_from(ACTIVATIONS)),
+        extra_width=draw(st.sampled_from([0, 3])), gap=draw(st.sampled_from([0, 2])),
+        transposed=draw(st.booleans()), seed=draw(st.integers(0, 10_000)),
+    )  # fmt: skip
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative Frobenius error of the output and of each gradient."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name].double() - value.double()).norm()
+        assert error <= tolerance * value.double().norm(), f"{name}: {error} of {value.norm()}"
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@given(case=cases())
+def test_output_and_gradients_are_those_of_the_reference_in_float64(implementation: str, case: Case) -> None:
+    assert_near(case.run(implementation), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@given(case=cases())
+def test_output_and_gradients_are_those_of_the_reference_in_float32(implementation: str, case: Case) -> None:
+    single = case.to(torch.float32)
+    assert_near(single.run(implementation), single.to(torch.float64).run("reference"), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bank_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_as_good_as_its_digits(implementation: str, activation: str, bank_dtype: torch.dtype) -> None:
+    table = torch.rand(32, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    case = make_case([16, 64, 128, 48], table, 32, 32, activation, extra_width=16, seed=2).to(torch.bfloat16)
+    exact = case.to(torch.float64).run("reference")
+    mixed = replace(case, bank=case.to(bank_dtype).bank)  # master weights may stay in float32
+    found = mixed.run(implementation)
+    assert found["out"].dtype == torch.bfloat16
+    assert found["grad up"].dtype == bank_dtype
+    assert_near(found, exact, 2e-2)
+    error, size = (found["out"].double() - exact["out"]).abs(), exact["out"].abs()
+    assert (error / size.clamp(min=size.square().mean().sqrt())).max() <= 2e-2
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("scale", [1e-18, 1e4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_huge_and_tiny_inputs_are_those_of_the_reference(implementation: str, scale: float, activation: str) -> None:
+    table = torch.rand(9, 3, generator=torch.Generator().manual_seed(1)) < 0.6
+    case = make_case([5, 500, 17], table, 9, 8, activation, seed=3)
+    case = replace(case, x=case.x * scale)
+    assert_near(case.run(implementation), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_gradcheck(implementation: str, activation: str, dense: bool) -> None:
+    table = None if dense else torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
+    case = make_case([3] if dense else [2, 3, 1], table, 3, 2, activation, extra_width=1, gap=1, seed=4)
+    names = list(case.leaves)
+
+    def run(*leaves: Tensor) -> Tensor:
+        fresh = dict(zip(names, leaves, strict=True))
+        routing = case.routing and replace(case.routing, weights=fresh["weights"])
+        bank = Bank(fresh["up"], fresh.get("gate"), fresh["down"])
+        return sparse_ffn(fresh["x"], bank, case.layout, routing, activation, implementation)
+
+    assert torch.autograd.gradcheck(run, [leaf.clone().requires_grad_() for leaf in case.leaves.values()])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_layer_by_hand(implementation: str) -> None:
+    """Two experts of one neuron, three tokens; the numbers are worked out on paper."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, 0.0]])
+    bank = Bank(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), None, torch.tensor([[10.0, 1.0], [2.0, 20.0]]))
+    table = torch.tensor([[True, True], [True, False], [False, False]])
+    routing = make_routing(table, torch.tensor([0.5, 2.0, 0.25]))  # (expert 0: tokens 0, 1), (expert 1: token 0)
+    out = sparse_ffn(x, bank, ExpertLayout((0, 1), (1, 1)), routing, "relu", implementation)
+    # token 0: 0.5 * relu(1) * [10, 1] + 0.25 * relu(2) * [2, 20]; token 1: 2 * relu(3) * [10, 1]; token 2: none
+    assert out.tolist() == [[6.0, 10.5], [60.0, 6.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_rows_and_columns_outside_the_layout_are_neither_read_nor_trained(implementation: str, activation: str) -> None:
+    table = torch.ones(4, 2, dtype=torch.bool)
+    table[:, 1] = False  # the second expert is there, but no token goes to it
+    case = make_case([4, 3], table, 4, 5, activation, extra_width=2, gap=3, seed=5)
+    used = torch.zeros(case.bank.up.shape, dtype=torch.bool)
+    start, size = case.layout.segments[0]
+    used[start : start + size, :5] = True
+    found = case.run(implementation)
+    for name in ("up", "gate", "down"):
+        if f"grad {name}" in found:
+            assert torch.equal(found[f"grad {name}"] != 0, used) or activation == "relu"
+            assert (found[f"grad {name}"][~used] == 0).all()
+    for matrix in (case.bank.up, case.bank.gate, case.bank.down):
+        if matrix is not None:
+            matrix[~used] = float("nan")
+    assert torch.equal(case.run(implementation)["out"], found["out"])
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_a_real_routing_trains_the_router_as_the_reference_does(implementation: str) -> None:
+    case = make_case([16, 40, 8], None, 20, 8, "swiglu", seed=6).to(torch.float32)
+    scores = torch.randn(20, 3, generator=torch.Generator().manual_seed(7))
+    grads = []
+    for name in ("reference", implementation):
+        logits = scores.clone().requires_grad_()
+        routing = route(logits, most=3, threshold=0.6)
+        sparse_ffn(case.x, case.bank, case.layout, routing, "swiglu", name).square().sum().backward()
+        grads.append(logits.grad)
+    assert grads[0] is not None
+    assert grads[0].norm() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_arguments_are_not_changed(implementation: str) -> None:
+    table = torch.ones(4, 2, dtype=torch.bool)
+    case = make_case([4, 3], table, 4, 5, "swiglu", seed=8)
+    before = {name: tensor.clone() for name, tensor in case.leaves.items()}
+    case.run(implementation)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.leaves.items())
+
+
+def test_without_gradients_the_output_is_the_same() -> None:
+    table = torch.ones(4, 2, dtype=torch.bool)
+    case = make_case([4, 3], table, 4, 5, "gelu", seed=9)
+    with torch.no_grad():
+        out = sparse_ffn(case.x, case.bank, case.layout, case.routing, "gelu")
+    assert torch.equal(out, case.run("segments")["out"])
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    case = make_case([4], None, 3, 5, "gelu", seed=10)
+    x = case.x.requires_grad_()
+    out = sparse_ffn(x, case.bank, case.layout, None, "gelu")
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+def test_a_gate_is_there_exactly_for_gated_units() -> None:
+    gated, plain = (make_case([4], None, 3, 5, activation) for activation in ("swiglu", "relu"))
+    with pytest.raises(ValueError, match="needs gate"):
+        sparse_ffn(plain.x, plain.bank, plain.layout, None, "swiglu")
+    with pytest.raises(ValueError, match="has no gate"):
+        sparse_ffn(gated.x, gated.bank, gated.layout, None, "relu")
+
+
+def test_several_experts_need_a_routing_and_a_layout_both_of_its_halves() -> None:
+    case = make_case([4, 4], torch.ones(3, 2, dtype=torch.bool), 3, 5, "relu")
+    with pytest.raises(ValueError, match="one expert"):
+        sparse_ffn(case.x, case.bank, case.layout, None, "relu")
+    with pytest.raises(ValueError, match="2 starts but 1 sizes"):
+        ExpertLayout((0, 4), (4,))

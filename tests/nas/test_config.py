@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import pytest
+
+from nas.config import load_config
+from search_spaces import MoesaicError
+
+GOOD = """\
+name: example
+budget:
+  flops: 60%
+  latency: 12 ms
+search:
+  trials: 50
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> MoesaicError:
+    with pytest.raises(MoesaicError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_defaults_fill_what_is_not_written(tmp_path):
+    config = load_config(write(tmp_path, GOOD)).config
+    assert config.search.trials == 50
+    assert config.search.sampler == "evolution"
+    assert config.budget["latency"].bind == "expected"
+
+
+def test_overrides_reach_any_depth_and_keep_the_rest(tmp_path):
+    path = write(tmp_path, GOOD + "space: tiny\n")
+    loaded = load_config(path, ["search.trials=7", "space.layer.experts=[1, 2]", "budget.memory=90%"])
+    assert loaded.config.search.trials == 7
+    assert [group.experts for group in loaded.space.layers[0].groups] == [1, 2]
+    assert set(loaded.config.budget) == {"flops", "latency", "memory"}
+
+
+def test_the_resolved_configuration_reads_back_the_same(tmp_path):
+    loaded = load_config(write(tmp_path, GOOD), ["seed=3"])
+    again = load_config(write(tmp_path, loaded.resolved_yaml()))
+    assert again.config == loaded.config
+    assert again.space == loaded.space
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "problem", "nearest"),
+    [
+        (GOOD.replace("trials", "trails"), ":6: search.trails", "unknown key", "trials"),
+        (GOOD.replace("50", "many"), ":6: search.trials", "integer", None),
+        (GOOD.replace("50", "0"), ":6: search.trials", "greater than or equal to 1", None),
+        (GOOD.replace("12 ms", "12 GB"), ":4: budget.latency", "not measured in GB", None),
+        (GOOD.replace("12 ms", "12"), ":4: budget.latency", "needs a unit", "12 ms"),
+        (GOOD.replace("60%", "0%"), ":3: budget.flops", "leaves nothing", None),
+        (GOOD.replace("latency", "latencie"), ":4: budget.latencie", "unknown cost", "latency"),
+        (GOOD + "space: smal\n", ":7: space.preset", "no such preset", "small"),
+        (GOOD + "space: {preset: tiny, layer: {expert_sizes: [30]}}\n", ":7: space.layer", "multiples of 16", "32"),
+        (GOOD + "space:\n  preset: tiny\n  layers:\n    1:\n      expertz: [1]\n", ":11: space.layers.1.expertz",
+         "unknown key", "experts"),
+        (GOOD + "space:\n  preset: tiny\n  layers: {9: {experts: [1]}}\n", ":9: space.layers.9", "no such layer", None),
+        (GOOD + "data: {kind: text}\n", ":7: data", "needs files", None),
+        (GOOD + "data: {kind: sdtlib}\n", ":7: data.kind", "not one of", "stdlib"),
+        (GOOD + "name: twice\n", ":7: name", "stands twice", None),
+        (GOOD + "search: [\n", ":8", "YAML syntax error", None),
+        (GOOD.replace("name: example", "name: ../escape"), ":1: name", "match pattern", None),
+        ("name: nothing\n", "run.yaml: budget", "missing key", None),
+        ("budget: {}\n", ":1: budget", "at least one line", None),
+        ("- a list\n", "run.yaml", "not a mapping", None),
+        ("", "run.yaml", "is empty", None),
+    ],
+)
+def test_bad_input_names_file_line_key_and_what_is_near(tmp_path, text, where, problem, nearest):
+    error = refusal(tmp_path, text)
+    assert problem in error.problem
+    assert where in str(error.where)
+    if nearest is not None:
+        assert str(error.nearest) == nearest
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("search.trails=5", "command line: search.trails"),
+        ("search.trials=five", "command line: search.trials"),
+        ("nonsense", "command line"),
+        ("name.first=x", "command line: name"),
+        ("search.objectives=[flops]", "command line: search"),
+        ("budget.flops=[", "command line: budget.flops"),
+    ],
+)
+def test_bad_overrides_say_that_they_stand_on_the_command_line(tmp_path, override, where):
+    assert where in str(refusal(tmp_path, GOOD, override).where)
+
+
+def test_a_missing_file_names_a_similar_one(tmp_path):
+    write(tmp_path, GOOD)
+    with pytest.raises(MoesaicError, match="no such file") as caught:
+        load_config(tmp_path / "rum.yaml")
+    assert caught.value.nearest == "run.yaml"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00binary", b"\x00\x01\x02"])
+def test_a_binary_file_is_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(MoesaicError):
+        load_config(path)
+
+
+def test_the_shipped_configurations_are_valid():
+    for path in Path("experiments").glob("*.yaml"):
+        assert load_config(path).space.cardinality > 1

@@ -1,0 +1,204 @@
+"""What every sampler must do, whichever it is; and what the search makes of it."""
+
+import math
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
+
+from nas.config import SearchConfig
+from nas.search.genome import Genome
+from nas.search.loop import hypervolume_history, result_of
+from nas.search.mirror import JournalMirror
+from nas.search.rivals import choose_rivals, uniform_layouts
+from search_spaces import Interrupted, load_space, preset_source
+from supernet import Evaluation
+
+SAMPLERS = ["random", "evolution", "nsga2", "tpe"]
+
+
+def config(sampler: str, trials: int = 40, **changes) -> SearchConfig:
+    if sampler == "tpe":
+        trials = min(trials, 14)  # it takes 50 ms for a proposal
+    return SearchConfig(sampler=sampler, trials=trials, population=8, **changes)
+
+
+def key(trials):
+    return [(t.number, t.state, t.architecture.fingerprint, t.values) for t in trials]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_over_budget_is_evaluated_and_nothing_twice(sampler, tmp_path):
+    space, asked = tiny_space(), []
+    budget = budget_of(space, flops="55%", parameters="50%")
+
+    def evaluate(architecture):
+        asked.append(architecture)
+        return formula(architecture)
+
+    trials = search(space, budget, tmp_path / "t.jsonl", config(sampler), evaluate)
+    assert len(asked) == len(set(asked)) == config(sampler).trials
+    for architecture in asked:
+        assert architecture in space
+        assert PRICER.expected(architecture)["flops"] <= budget.lines[0].limit
+        assert PRICER.expected(architecture)["parameters"] <= budget.lines[1].limit
+    refused = [t for t in trials if t.state == "refused"]
+    assert all(max(t.excess.values()) > 0 and not t.values for t in refused)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("stops", [[0, 1], [10, 3, 12]])
+def test_a_search_that_was_stopped_ends_as_one_that_was_not(sampler, stops, tmp_path):
+    space = tiny_space()
+    budget = budget_of(space, flops="45%")
+    whole = search(space, budget, tmp_path / "whole.jsonl", config(sampler))
+    for after in stops[: 1 if sampler == "tpe" else None]:
+        with pytest.raises(Interrupted):
+            search(space, budget, tmp_path / "parts.jsonl", config(sampler), should_stop=Stop(after))
+    parts = search(space, budget, tmp_path / "parts.jsonl", config(sampler))
+    assert key(parts) == key(whole)
+    assert (tmp_path / "parts.jsonl").read_text().count("\n") == len(whole)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_same_seed_gives_the_same_search_and_another_one_another(sampler, tmp_path):
+    space = tiny_space()
+    budget = budget_of(space, flops="60%")
+    first = search(space, budget, tmp_path / "1", config(sampler, 12), seed=1)
+    assert key(search(space, budget, tmp_path / "2", config(sampler, 12), seed=1)) == key(first)
+    assert key(search(space, budget, tmp_path / "3", config(sampler, 12), seed=2)) != key(first)
+
+
+@pytest.mark.parametrize("sampler", ["random", "evolution", "nsga2"])
+def test_an_exhausted_space_ends_the_search(sampler, tmp_path):
+    space = small_space()
+    budget = budget_of(space, flops="40%")
+    inside = [a for a in space if budget.fits(a)]
+    trials = search(space, budget, tmp_path / "t.jsonl", config(sampler, trials=10_000))
+    evaluated = [t for t in trials if t.state == "evaluated"]
+    assert len(evaluated) <= len(inside)
+    assert len(evaluated) >= 0.9 * len(inside)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_more_trials_continue_the_same_history(sampler, tmp_path):
+    space = tiny_space()
+    budget = budget_of(space, flops="60%")
+    short = search(space, budget, tmp_path / "t.jsonl", config(sampler, 9))
+    longer = search(space, budget, tmp_path / "t.jsonl", config(sampler, 14))
+    assert key(longer)[: len(short)] == key(short)
+    assert key(longer) == key(search(space, budget, tmp_path / "u.jsonl", config(sampler, 14)))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_poisoned_architecture_does_not_end_a_search(sampler, tmp_path):
+    def evaluate(architecture):
+        good = formula(architecture)
+        poisoned = architecture.decoder.width == 32
+        return Evaluation(math.nan, math.nan, good.tokens, good.loads) if poisoned else good
+
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="90%"), tmp_path / "t.jsonl", config(sampler), evaluate)
+    states = Counter(t.state for t in trials)
+    assert states["failed"] > 0
+    assert states["failed"] + states["evaluated"] == config(sampler).trials
+    result = result_of(trials)
+    assert result is not None
+    assert all(t.architecture.decoder.width == 48 for t in result.front)
+
+
+def test_measured_routing_over_budget_is_never_chosen(tmp_path):
+    space = tiny_space()
+    budget = budget_of(space, flops="45%")
+    trials = search(space, budget, tmp_path / "t.jsonl", config("evolution", 80))
+    over = [t for t in trials if t.state == "evaluated" and not t.feasible]
+    assert over, "lopsided loads cost more than the even ones that were expected"
+    result = result_of(trials)
+    assert result is not None
+    assert all(t.costs["flops"] <= budget.lines[0].limit for t in result.front)
+
+
+def test_evolution_finds_better_architectures_than_random_draws(tmp_path):
+    space = load_space(preset_source("small"))
+    budget = budget_of(space, flops="40%")
+    best = {}
+    for sampler in ("random", "evolution"):
+        found = []
+        for seed in range(4):
+            trials = search(space, budget, tmp_path / f"{sampler}{seed}", config(sampler, 100), seed=seed)
+            result = result_of(trials)
+            assert result is not None
+            found.append(result.best.loss)
+        best[sampler] = found
+    assert max(best["evolution"]) < min(best["random"])
+
+
+def test_the_front_is_sorted_and_hypervolume_only_grows(tmp_path):
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="60%"), tmp_path / "t.jsonl", config("evolution"))
+    result = result_of(trials)
+    assert result is not None
+    losses = [t.loss for t in result.front]
+    assert losses == sorted(losses)
+    assert result.best.loss == min(t.loss for t in trials if t.feasible)
+    history = hypervolume_history(trials)
+    assert [n for n, _ in history] == list(range(1, 41))
+    assert all(b >= a for (_, a), (_, b) in zip(history, history[1:], strict=False))
+
+
+def test_best_is_the_least_loss_whatever_the_order_of_objectives(tmp_path):
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="60%"), tmp_path / "t.jsonl",
+                    config("evolution", objectives=["flops", "loss"]))
+    result = result_of(trials)
+    assert result is not None
+    assert result.best.loss == min(t.loss for t in trials if t.feasible)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_a_genome_decodes_to_what_was_encoded(name):
+    space = load_space(preset_source(name))
+    genome, rng = Genome(space), Random(0)
+    for _ in range(200):
+        architecture = space.sample_balanced(rng)
+        genes = genome.encode(architecture)
+        assert set(genes) == set(genome.distributions)
+        assert genome.decode(lambda gene, _, genes=genes: genes[gene]) == architecture
+        drawn = {g: rng.randrange(_size(d)) for g, d in genome.distributions.items()}
+        assert genome.decode(lambda gene, _, drawn=drawn: drawn[gene]) in space
+
+
+def _size(distribution) -> int:
+    return len(distribution.choices) if hasattr(distribution, "choices") else distribution.high + 1
+
+
+def test_the_dashboard_sees_every_trial_and_the_journal_is_made_again_when_it_lags(tmp_path):
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="45%"), tmp_path / "t.jsonl", config("nsga2", 20))
+    path = tmp_path / "journal.log"
+    mirror = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials[:5])
+    mirror.append(trials[5:])
+    (tmp_path / "journal.log.lock").write_text("left by a killed process")
+    again = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials)
+    assert len(again.study.trials) == len(trials)
+    shorter = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials[:7])
+    assert len(shorter.study.trials) == 7
+    complete = [t for t in again.study.trials if t.values]
+    assert [tuple(t.values) for t in complete] == [t.values for t in trials if t.values]
+
+
+def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
+    space = tiny_space()
+    budget = budget_of(space, flops="60%")
+    rivals = {r.kind: r for r in choose_rivals(space, budget, lambda a: formula(a).loss)}
+    assert set(rivals) == {"uniform top-2", "dense"}
+    for kind, rival in rivals.items():
+        assert budget.fits(rival.architecture)
+        assert len(set(rival.architecture.decoder.layers)) == 1
+        part = rival.architecture.decoder.layers[0].feed_forward
+        assert (part.router is None) == (kind == "dense")
+        assert part.router is None or part.router.k == 2
+    layouts = [a for a in uniform_layouts(space, sparse=False) if budget.fits(a)]
+    assert rivals["dense"].loss == min(formula(a).loss for a in layouts)

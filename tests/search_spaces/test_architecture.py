@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Router, Stack
+
+tiles = st.integers(1, 8).map(lambda n: 16 * n)
+
+
+@st.composite
+def routers(draw: st.DrawFn, experts: int) -> Router:
+    if draw(st.booleans()):
+        return Router("top_k", k=draw(st.integers(1, experts)))
+    return Router("threshold", threshold=draw(st.floats(0.01, 0.99)), max_k=draw(st.integers(1, 2 * experts)))
+
+
+@st.composite
+def feed_forwards(draw: st.DrawFn) -> FeedForward:
+    sizes = draw(st.lists(tiles, min_size=1, max_size=6))
+    if len(sizes) == 1:
+        return FeedForward(tuple(sizes))
+    return FeedForward(tuple(sizes), draw(routers(len(sizes))), draw(st.sampled_from([0, 16, 64])))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    kv_heads = draw(st.integers(1, 3))
+    return Layer(Attention(kv_heads * draw(st.integers(1, 3)), kv_heads), draw(feed_forwards()))
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> Architecture:
+    backbone = Backbone(
+        draw(st.sampled_from([16, 32])),
+        draw(st.sampled_from(["relu", "gelu", "swiglu"])),
+        draw(st.sampled_from(["sum", "softmax"])),
+    )
+    return Architecture(Stack(draw(tiles), tuple(draw(st.lists(layers(), min_size=1, max_size=3)))), backbone)
+
+
+def pinned() -> Architecture:
+    sparse = FeedForward((64, 32, 16), Router("threshold", threshold=0.6, max_k=2), 16)
+    return Architecture(
+        Stack(32, (Layer(Attention(4, 2), sparse), Layer(Attention(2, 1), FeedForward((128,))))), Backbone(16, "gelu")
+    )
+
+
+PINNED = "c7336bfb723a4dd1"
+
+
+@given(architectures())
+def test_dict_round_trip(architecture: Architecture) -> None:
+    again = Architecture.from_dict(architecture.to_dict())
+    assert again == architecture
+    assert again.fingerprint == architecture.fingerprint
+
+
+@given(architecture=architectures())
+def test_yaml_round_trip(architecture: Architecture, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "architecture.yaml"
+    path.write_text(architecture.to_yaml())
+    assert Architecture.from_yaml(path) == architecture
+
+
+@given(architectures())
+def test_dict_is_plain_data_without_empty_keys(architecture: Architecture) -> None:
+    def walk(value: object) -> None:
+        assert type(value) in (dict, list, int, float, str)
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(inner)
+
+    walk(architecture.to_dict())
+    for layer in architecture.to_dict()["decoder"]["layers"]:
+        assert layer["feed_forward"].get("shared_size") != 0
+
+
+@given(st.lists(tiles, min_size=2, max_size=6), st.randoms(use_true_random=False))
+def test_order_of_experts_means_nothing(sizes: list[int], rng: Random) -> None:
+    shuffled = rng.sample(sizes, len(sizes))
+    router = Router("top_k", k=2)
+    first, second = (_one_layer(FeedForward(tuple(s), router)) for s in (sizes, shuffled))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first.fingerprint == second.fingerprint
+    assert first.to_yaml() == second.to_yaml()
+    assert sorted(first.decoder.layers[0].feed_forward.expert_sizes) == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Router("threshold", threshold=0.4, max_k=3), Router("threshold", threshold=0.4, max_k=99)),
+        (Router("threshold", threshold=0.4, max_k=1), Router("top_k", k=1)),
+        (Router("threshold", threshold=0.4, max_k=1), Router("threshold", threshold=0.9, max_k=1)),
+    ],
+)
+def test_equivalent_spellings_of_a_router_are_one_architecture(first: Router, second: Router) -> None:
+    one, other = (_one_layer(FeedForward((16, 16, 16), router)) for router in (first, second))
+    assert one == other
+    assert one.fingerprint == other.fingerprint
+
+
+def _one_layer(part: FeedForward) -> Architecture:
+    return Architecture(Stack(32, (Layer(Attention(1, 1), part),)))
+
+
+def test_fingerprint_is_pinned() -> None:
+    assert pinned().fingerprint == PINNED
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "12345"])
+def test_fingerprint_is_the_same_in_every_process(hash_seed: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(pinned().to_yaml())
+    code = "import sys; from search_spaces import Architecture; print(Architecture.from_yaml(sys.argv[1]).fingerprint)"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == PINNED
+
+
+@given(st.lists(architectures(), min_size=2, max_size=8))
+def test_fingerprints_are_equal_exactly_where_values_are(found: list[Architecture]) -> None:
+    for one in found:
+        for other in found:
+            assert (one == other) == (one.fingerprint == other.fingerprint)
+
+
+def _changed(change: Callable[[dict], None]) -> Architecture:
+    plain = pinned().to_dict()
+    change(plain)
+    return Architecture.from_dict(plain)
+
+
+CHANGES: dict[str, Callable[[dict], None]] = {
+    "width": lambda d: d["decoder"].update(width=48),
+    "heads": lambda d: d["decoder"]["layers"][0]["attention"].update(heads=2),
+    "kv_heads": lambda d: d["decoder"]["layers"][0]["attention"].update(kv_heads=4),
+    "order of layers": lambda d: d["decoder"]["layers"].reverse(),
+    "depth": lambda d: d["decoder"]["layers"].pop(),
+    "size": lambda d: d["decoder"]["layers"][0]["feed_forward"].update(expert_sizes=[64, 32, 32]),
+    "threshold": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(threshold=0.61),
+    "max_k": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(max_k=3),
+    "router": lambda d: d["decoder"]["layers"][0]["feed_forward"].update(router={"kind": "top_k", "k": 2}),
+    "shared": lambda d: d["decoder"]["layers"][0]["feed_forward"].pop("shared_size"),
+    "activation": lambda d: d["backbone"].update(activation="relu"),
+    "head_size": lambda d: d["backbone"].update(head_size=32),
+    "router_weights": lambda d: d["backbone"].update(router_weights="softmax"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_choice_changes_the_fingerprint(change: str) -> None:
+    changed = _changed(CHANGES[change])
+    assert changed != pinned()
+    assert changed.fingerprint != pinned().fingerprint
+
+
+def test_neurons_and_worst_active_neurons() -> None:
+    sparse = FeedForward((16, 64, 32), Router("threshold", threshold=0.6, max_k=2), 16)
+    assert (sparse.experts, sparse.neurons, sparse.worst_active_neurons) == (3, 128, 64 + 32 + 16)
+    dense = FeedForward((128,))
+    assert (dense.experts, dense.neurons, dense.worst_active_neurons) == (1, 128, 128)
+
+
+TEXT = """\
+decoder:
+  width: 32
+  layers:
+  - attention: {heads: 4, kv_heads: 2}
+    feed_forward:
+      expert_sizes: [64, 32]
+      router:
+        kind: top_k
+        k: 2
+"""
+
+MISTAKES = {
+    # what is written: (in place of what, place, the nearest right value or None)
+    "expert_size: [": ("expert_sizes: [", "a.yaml:6: decoder.layers.0.feed_forward.expert_size", "expert_sizes"),
+    "  widht: 32": ("  width: 32", "a.yaml:2: decoder.widht", "width"),
+    "  width: wide": ("  width: 32", "a.yaml:2: decoder.width", None),
+    "  width: 40": ("  width: 32", "a.yaml:1: decoder", 32),
+    "[64, 30]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", 32),
+    "[64, many]": ("[64, 32]", "a.yaml:6: decoder.layers.0.feed_forward.expert_sizes.1", None),
+    "kv_heads: 3": ("kv_heads: 2", "a.yaml:4: decoder.layers.0.attention", None),
+    "        k: 3": ("        k: 2", "a.yaml:5: decoder.layers.0.feed_forward", None),
+    "        k: 0": ("        k: 2", "a.yaml:7: decoder.layers.0.feed_forward.router", None),
+    "        max_k: 2": ("        k: 2", "a.yaml:7: decoder.layers.0.feed_forward.router", None),
+    "        kind: topk": ("        kind: top_k", "a.yaml:8: decoder.layers.0.feed_forward.router.kind", "top_k"),
+    "      shared_size: 8\n      router:": ("      router:", "a.yaml:5: decoder.layers.0.feed_forward", 16),
+    "[64]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", None),
+    "[]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", None),
+    "{heads: 4}": ("{heads: 4, kv_heads: 2}", "a.yaml:4: decoder.layers.0.attention.kv_heads", None),
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_a_mistake_is_refused_with_its_line_and_key(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, where, nearest = MISTAKES[wrong]
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(TEXT)
+    Architecture.from_yaml("a.yaml")
+    assert TEXT.count(right) == 1
+    Path("a.yaml").write_text(TEXT.replace(right, wrong))
+    with pytest.raises(MoesaicError) as caught:
+        Architecture.from_yaml("a.yaml")
+    assert caught.value.where == where
+    assert caught.value.nearest == nearest
+    assert str(caught.value).startswith(f"{where}: {caught.value.problem}")
+
+
+@pytest.mark.parametrize(
+    ("make", "found", "allowed"),
+    [
+        (lambda: Attention(6, 4), "4 of 6", [1, 2, 3, 6]),
+        (lambda: FeedForward((16, 16), Router("top_k", k=3)), 3, "1 to 2"),
+        (lambda: Router("threshold", threshold=1.0, max_k=2), 1.0, "0 < threshold < 1"),
+        (lambda: Backbone(head_size=15), 15, "an even head_size >= 2"),
+    ],
+)
+def test_an_impossible_value_says_what_is_possible(make: Callable, found: object, allowed: object) -> None:
+    with pytest.raises(MoesaicError) as caught:
+        make()
+    assert (caught.value.found, caught.value.allowed) == (found, allowed)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Router("top_k"),
+        lambda: Router("top_k", k=1, threshold=0.5),
+        lambda: Router("threshold", threshold=0.5),
+        lambda: Router("threshold", threshold=0.5, max_k=2, k=1),
+        lambda: FeedForward((16, 16)),
+        lambda: FeedForward((16,), Router("top_k", k=1)),
+        lambda: FeedForward((16,), shared_size=16),
+        lambda: FeedForward((16, 16), Router("top_k", k=1), -16),
+        lambda: FeedForward((0,)),
+        lambda: Stack(32, ()),
+        lambda: Attention(0, 1),
+    ],
+)
+def test_contradictions_are_refused(make: Callable) -> None:
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_from_dict_names_its_source_and_refuses_other_data() -> None:
+    for data in (None, [1], "small", {"decoder": 3}):
+        with pytest.raises(MoesaicError) as caught:
+            Architecture.from_dict(data, "trial 7")
+        assert caught.value.where is not None
+        assert caught.value.where.startswith("trial 7")
+
+
+def test_yaml_is_readable_without_this_program() -> None:
+    assert yaml.safe_load(pinned().to_yaml())["decoder"]["layers"][0]["feed_forward"]["expert_sizes"] == [64, 32, 16]

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from search_spaces import MoesaicError
+from search_spaces.files import read_json, write_atomically, write_json, write_text
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "a.txt", "new ü")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.txt": "new ü".encode()}
+
+
+def test_a_write_makes_the_folders_it_needs(tmp_path: Path) -> None:
+    write_text(tmp_path / "b" / "c" / "a.txt", "x")
+    assert contents(tmp_path / "b" / "c") == {"a.txt": "x"}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: Path, failure: BaseException) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ne")
+        assert temporary.parent == tmp_path  # on the same disk, so that the rename is one step
+        assert path.read_text() == "old"
+        raise failure
+
+    with pytest.raises(MoesaicError if isinstance(failure, OSError) else type(failure)) as caught:
+        write_atomically(path, half)
+    assert contents(tmp_path) == {"a.txt": "old"}
+    if isinstance(caught.value, MoesaicError):
+        assert caught.value.where == str(path)
+        assert "No space left on device" in caught.value.problem
+
+
+def test_a_failed_first_write_leaves_an_empty_folder(tmp_path: Path) -> None:
+    def half(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError("disk")
+
+    with pytest.raises(MoesaicError):
+        write_atomically(tmp_path / "a.txt", half)
+    assert contents(tmp_path) == {}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "a.txt", tmp_path / "file" / "deeper" / "a.txt"):
+        with pytest.raises(MoesaicError) as caught:
+            write_text(path, "x")
+        assert caught.value.where == str(path)
+    assert contents(tmp_path) == {"file": "kept"}
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    data = {"a": [1, 2.5, None, "ü"], "b": {}}
+    write_json(tmp_path / "a.json", data)
+    assert read_json(tmp_path / "a.json") == data == json.loads((tmp_path / "a.json").read_text())
+
+
+def test_json_without_a_standard_form_is_not_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    for data in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(tmp_path / "a.json", data)
+    assert contents(tmp_path) == {"a.json": "1\n"}
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a": 1', b"\xff\xfe{}", b'{"a": 1}}'])
+def test_damaged_json_is_refused(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(damage)
+    with pytest.raises(MoesaicError, match="damaged") as caught:
+        read_json(path)
+    assert caught.value.where == str(path)
+
+
+def test_absent_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MoesaicError, match="no such file"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(MoesaicError, match="cannot be read"):
+        read_json(tmp_path)

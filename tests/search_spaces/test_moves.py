@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections import Counter, deque
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search_spaces import Architecture, Layer, SearchSpace, crossover, load_space, mutate, neighbours
+from search_spaces.space import LayerSpace
+from search_spaces.yaml_source import YamlSource
+
+seeds = st.integers(0, 2**32)
+
+
+def beside(values: tuple[int, ...], one: int, other: int) -> bool:
+    return abs(values.index(one) - values.index(other)) == 1
+
+
+def one_size_apart(sizes: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one expert of one multiset, and nothing else, has the next size in the other."""
+    gone, come = Counter(one) - Counter(other), Counter(other) - Counter(one)
+    return gone.total() == come.total() == 1 and beside(sizes, next(iter(gone)), next(iter(come)))
+
+
+def one_choice_apart(space: LayerSpace, one: Layer, other: Layer) -> bool:
+    """Whether two layers with the same number of experts differ by one step of one choice."""
+    a, b = one.feed_forward, other.feed_forward
+    differ = [one.attention != other.attention, a.router != b.router, a.shared_size != b.shared_size]
+    differ.append(a.expert_sizes != b.expert_sizes)
+    if sum(differ) != 1:
+        return False
+    group = space.group(a.experts)
+    assert group is not None
+    return a.expert_sizes == b.expert_sizes or one_size_apart(group.sizes, a.expert_sizes, b.expert_sizes)
+
+
+def is_one_step(space: SearchSpace, a: Architecture, b: Architecture) -> bool:
+    """The definition of a neighbour, told from two architectures alone."""
+    if a.decoder.width != b.decoder.width:
+        return a.decoder.layers == b.decoder.layers and beside(space.widths, a.decoder.width, b.decoder.width)
+    mine, other = a.decoder.layers, b.decoder.layers
+    if len(mine) != len(other):
+        shared = min(len(mine), len(other))
+        return mine[:shared] == other[:shared] and beside(space.depths, len(mine), len(other))
+    changed = [i for i in range(len(mine)) if mine[i] != other[i]]
+    if len(changed) != 1:
+        return False
+    one, two, layer = mine[changed[0]], other[changed[0]], space.layers[changed[0]]
+    counts = tuple(group.experts for group in layer.groups)
+    if one.feed_forward.experts != two.feed_forward.experts:
+        return one.attention == two.attention and beside(counts, one.feed_forward.experts, two.feed_forward.experts)
+    return one_choice_apart(layer, one, two)
+
+
+def test_neighbours_are_members_one_step_away_each_once(small_space: SearchSpace) -> None:
+    for member in small_space:
+        found = neighbours(small_space, member)
+        assert member not in found
+        assert len(found) == len(set(found))
+        for neighbour in found:
+            assert neighbour in small_space
+            assert is_one_step(small_space, member, neighbour)
+
+
+def test_neighbours_miss_no_step_between_layers_of_equal_depth_and_number_of_experts(small_space: SearchSpace) -> None:
+    def shape(a: Architecture) -> tuple[int, ...]:
+        return tuple(layer.feed_forward.experts for layer in a.decoder.layers)
+
+    members = list(small_space)
+    for member in members:
+        expected = {m for m in members if shape(m) == shape(member) and is_one_step(small_space, member, m)}
+        assert {m for m in neighbours(small_space, member) if shape(m) == shape(member)} == expected
+
+
+def test_another_expert_may_have_any_size_and_keeps_the_others(sparse_space: SearchSpace) -> None:
+    for member in sparse_space:
+        part = member.decoder.layers[0].feed_forward
+        if part.experts != 2:
+            continue
+        grown = [n.decoder.layers[0].feed_forward for n in neighbours(sparse_space, member)]
+        added = {p.expert_sizes for p in grown if p.experts == 3}
+        assert added == {tuple(sorted((*part.expert_sizes, size), reverse=True)) for size in (16, 32)}
+
+
+def test_a_deeper_neighbour_repeats_the_last_layer() -> None:
+    space = load_space(YamlSource("test", "tiny"))
+    shallow = space.build(32, space.sample(Random(1)).decoder.layers[:1])
+    deeper = [n for n in neighbours(space, shallow) if len(n.decoder.layers) == 2]
+    assert [n.decoder.layers for n in deeper] == [shallow.decoder.layers * 2]
+
+
+def reachable(edges: dict[Architecture, list[Architecture]], start: Architecture) -> set[Architecture]:
+    seen, queue = {start}, deque([start])
+    while queue:
+        for following in edges[queue.popleft()]:
+            if following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return seen
+
+
+def test_every_member_is_reachable_from_every_other(small_space: SearchSpace) -> None:
+    members = set(small_space)
+    forward = {member: neighbours(small_space, member) for member in members}
+    backward: dict[Architecture, list[Architecture]] = {member: [] for member in members}
+    for member, following in forward.items():
+        for neighbour in following:
+            backward[neighbour].append(member)
+    start = small_space.smallest
+    assert reachable(forward, start) == members
+    assert reachable(backward, start) == members
+
+
+@given(seed=seeds, steps=st.integers(1, 4))
+def test_mutations_are_members(seed: int, steps: int, preset_space: SearchSpace) -> None:
+    rng = Random(seed)
+    assert mutate(preset_space, preset_space.sample_balanced(rng), rng, steps) in preset_space
+
+
+@given(seed=seeds)
+def test_one_mutation_is_one_step(seed: int, preset_space: SearchSpace) -> None:
+    rng = Random(seed)
+    parent = preset_space.sample_balanced(rng)
+    child = mutate(preset_space, parent, rng)
+    assert child != parent
+    assert is_one_step(preset_space, parent, child)
+
+
+def test_a_space_of_one_member_mutates_into_itself() -> None:
+    layer = {"heads": [1], "kv_heads": [1], "experts": [1], "dense_sizes": [16]}
+    space = load_space(YamlSource("test", {"width": [16], "depth": [1], "layer": layer}))
+    assert neighbours(space, space.largest) == []
+    assert mutate(space, space.largest, Random(0), steps=3) == space.largest
+
+
+@given(seed=seeds)
+def test_a_child_is_a_member_made_of_its_parents(seed: int, preset_space: SearchSpace) -> None:
+    rng = Random(seed)
+    parents = preset_space.sample_balanced(rng), preset_space.sample_balanced(rng)
+    child = crossover(preset_space, *parents, rng)
+    assert child in preset_space
+    assert child.decoder.width in {p.decoder.width for p in parents}
+    assert len(child.decoder.layers) in {len(p.decoder.layers) for p in parents}
+    for position, layer in enumerate(child.decoder.layers):
+        assert layer in [p.decoder.layers[position] for p in parents if position < len(p.decoder.layers)]
+
+
+def test_crossover_takes_from_both_parents(small_space: SearchSpace) -> None:
+    """Over many draws each parent gives every part that it has."""
+    rng = Random(0)
+    first, second = small_space.smallest, small_space.largest
+    children = {crossover(small_space, first, second, rng) for _ in range(300)}
+    assert {first, second} <= children
+    assert {c.decoder.width for c in children} == {first.decoder.width, second.decoder.width}
+    assert {c.decoder.layers[0] for c in children} == {first.decoder.layers[0], second.decoder.layers[0]}
+
+
+@given(seed=seeds)
+def test_moves_do_not_change_their_arguments(seed: int, preset_space: SearchSpace) -> None:
+    rng = Random(seed)
+    parents = preset_space.sample_balanced(rng), preset_space.sample_balanced(rng)
+    before = [p.to_yaml() for p in parents]
+    hashes = [hash(p) for p in parents]
+    cardinality = preset_space.cardinality
+    mutate(preset_space, parents[0], rng, 2)
+    crossover(preset_space, *parents, rng)
+    neighbours(preset_space, preset_space.smallest)
+    assert [p.to_yaml() for p in parents] == before
+    assert [hash(p) for p in parents] == hashes
+    assert preset_space.cardinality == cardinality
+
+
+@pytest.mark.parametrize("move", ["mutate", "crossover"])
+def test_moves_are_functions_of_the_generator(move: str, preset_space: SearchSpace) -> None:
+    first, second = (preset_space.sample(Random(s)) for s in (1, 2))
+    once, again = (
+        mutate(preset_space, first, Random(5), 3) if move == "mutate" else crossover(preset_space, first, second, rng)
+        for rng in (Random(5), Random(5))
+    )
+    assert once == again

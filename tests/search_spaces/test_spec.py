@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from search_spaces import MoesaicError, load_space, preset_names, preset_source
+from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
+
+TEXT = """\
+width: [32, 48]
+depth: [1, 2]
+layer:
+  heads: [2]
+  kv_heads: [1, 2]
+  experts: [1, 2]
+  expert_sizes: [16, 32]
+  dense_sizes: [32]
+  routers:
+    - {kind: top_k, k: [1]}
+layers:
+  1:
+    experts: [1]
+"""
+
+
+def test_presets_are_there_and_load() -> None:
+    assert preset_names() == ["medium", "small", "tiny", "xmoe"]
+    for name in preset_names():
+        space = load_space(YamlSource("test", name))
+        assert space.name == name
+        assert space.cardinality > 1000
+        assert space == load_space(preset_source(name))
+
+
+def test_a_space_reads_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(TEXT)
+    space = load_space(read_yaml(tmp_path / "space.yaml"))
+    assert (space.widths, space.depths, space.name) == ((32, 48), (1, 2), "custom")
+    # 2 pairs of heads x (1 dense + 3 multisets), and a second layer that is dense
+    assert space.cardinality == 2 * (2 * 4 + 2 * 4 * 2 * 1)
+
+
+def test_order_and_repetition_in_a_list_mean_nothing() -> None:
+    messy = TEXT.replace("[32, 48]", "[48, 32, 48]").replace("[16, 32]", "[32, 16, 32]").replace("[1, 2]", "[2, 1, 2]")
+    assert load_space(parse_yaml(messy, "test")) == load_space(parse_yaml(TEXT, "test"))
+
+
+def test_overrides_of_a_preset_replace_lists_and_keep_the_rest() -> None:
+    tiny = load_space(YamlSource("test", "tiny"))
+    changed = load_space(parse_yaml("preset: tiny\nwidth: [64]\nlayer: {heads: [4]}\n", "test"))
+    assert changed.widths == (64,)
+    assert {a.heads for a in changed.layers[0].attentions} == {4}
+    assert {a.kv_heads for a in changed.layers[0].attentions} == {1, 2}
+    assert changed.layers[0].groups == tiny.layers[0].groups
+    assert changed.backbone == tiny.backbone
+    assert load_space(parse_yaml("{preset: tiny, backbone: {head_size: 8}}", "test")).backbone.activation == "swiglu"
+
+
+MISTAKES = {
+    # what is written: (in place of what, place, nearest)
+    "widht: [32]": ("width: [32, 48]", "space.yaml:1: widht", "width"),
+    "width: 32": ("width: [32, 48]", "space.yaml:1: width", None),
+    "width: [32, 40]": ("width: [32, 48]", "space.yaml", 32),
+    "width: []": ("width: [32, 48]", "space.yaml", None),
+    "depth: [1, 0]": ("depth: [1, 2]", "space.yaml:2: depth.1", None),
+    "  head: [2]": ("  heads: [2]", "space.yaml:4: layer.head", "heads"),
+    "  heads: [2, two]": ("  heads: [2]", "space.yaml:4: layer.heads.1", None),
+    "  kv_heads: [3]": ("  kv_heads: [1, 2]", "space.yaml:3: layer", None),
+    "  expert_sizes: [16, 30]": ("  expert_sizes: [16, 32]", "space.yaml:3: layer", 32),
+    "  expert_sizes: []": ("  expert_sizes: [16, 32]", "space.yaml:3: layer", None),
+    "  dense_sizes: []": ("  dense_sizes: [32]", "space.yaml:3: layer", None),
+    "    - {kind: top_k, k: [3]}": ("    - {kind: top_k, k: [1]}", "space.yaml:3: layer", None),
+    "    - {kind: top_k, max_k: [3]}": ("    - {kind: top_k, k: [1]}", "space.yaml:10: layer.routers.0", None),
+    "    - {kind: top_k}": ("    - {kind: top_k, k: [1]}", "space.yaml:10: layer.routers.0", None),
+    "    - {kind: treshold}": ("    - {kind: top_k, k: [1]}", "space.yaml:10: layer.routers.0.kind", "threshold"),
+    "    - {kind: threshold, threshold: [1.5], max_k: [2]}": (
+        "    - {kind: top_k, k: [1]}", "space.yaml:10: layer.routers.0", None),
+    "    expert: [1]": ("    experts: [1]", "space.yaml:13: layers.1.expert", "experts"),
+    "  2:": ("  1:", "space.yaml:12: layers.2", None),
+    "  first:": ("  1:", "space.yaml:12: layers.first", None),
+    "    experts: [1]\n    dense_sizes: [8]": ("    experts: [1]", "space.yaml:12: layers.1", 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_a_mistake_is_refused_with_its_line_and_key(wrong: str) -> None:
+    right, where, nearest = MISTAKES[wrong]
+    assert TEXT.count(f"{right}\n") == 1
+    with pytest.raises(MoesaicError) as caught:
+        load_space(parse_yaml(TEXT.replace(f"{right}\n", f"{wrong}\n"), "space.yaml"))
+    assert caught.value.where == where
+    assert caught.value.nearest == nearest
+
+
+def test_an_unknown_preset_is_told_the_nearest_and_all() -> None:
+    with pytest.raises(MoesaicError) as caught:
+        load_space(parse_yaml("# mine\npreset: smal\n", "space.yaml"))
+    error = caught.value
+    assert (error.where, error.nearest, error.allowed) == (
+        "space.yaml:2: preset",
+        "small",
+        "medium, small, tiny, xmoe",
+    )
+    with pytest.raises(MoesaicError):
+        preset_source("../presets/small")
+
+
+@pytest.mark.parametrize("text", ["", "3", "[tiny]"])
+def test_a_space_is_a_name_or_a_mapping(text: str) -> None:
+    with pytest.raises(MoesaicError) as caught:
+        load_space(parse_yaml(text, "space.yaml"))
+    assert caught.value.where == "space.yaml"
+    assert "tiny" in str(caught.value.allowed)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from scipy.stats import chisquare
+
+from search_spaces import Architecture, SearchSpace, load_space
+from search_spaces.yaml_source import YamlSource
+from supernet import Sandwich
+
+SAMPLINGS = ["fair", "uniform"]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("random_slices", [0, 1, 3])
+def test_a_step_has_the_largest_then_the_smallest_then_random_members(
+    sampling: str, random_slices: int, preset_space: SearchSpace
+) -> None:
+    sandwich = Sandwich(preset_space, 0, random_slices, sampling)
+    for step in range(20):
+        largest, smallest, *others = sandwich.slices(step)
+        assert (largest, smallest) == (preset_space.largest, preset_space.smallest)
+        assert len(others) == random_slices
+        assert all(member in preset_space for member in others)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_slices_are_a_function_of_seed_and_step(sampling: str, preset_space: SearchSpace) -> None:
+    forward = [Sandwich(preset_space, 3, 2, sampling).slices(step) for step in range(10)]
+    one = Sandwich(preset_space, 3, 2, sampling)
+    assert [one.slices(step) for step in reversed(range(10))] == forward[::-1]
+    assert [Sandwich(preset_space, 4, 2, sampling).slices(step) for step in range(10)] != forward
+    assert len({tuple(found) for found in forward}) > 5
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_largest_trains_alone_for_as_long_as_asked_and_no_card_is_lost(sampling: str, tiny_space) -> None:
+    plain, patient = Sandwich(tiny_space, 0, 2, sampling), Sandwich(tiny_space, 0, 2, sampling, largest_first=5)
+    assert [patient.slices(step) for step in range(5)] == [[tiny_space.largest]] * 5
+    assert [patient.slices(step + 5) for step in range(8)] == [plain.slices(step) for step in range(8)]
+
+
+def drawn(space: SearchSpace, draws: int, random_slices: int = 1, seed: int = 0) -> list[Architecture]:
+    sandwich = Sandwich(space, seed, random_slices, "fair")
+    return [member for step in range(draws // random_slices) for member in sandwich.slices(step)[2:]]
+
+
+UNEVEN = {
+    "width": [16, 32, 48],
+    "depth": [1, 3, 4],
+    "layer": {
+        "heads": [1],
+        "kv_heads": [1],
+        "experts": [1, 2, 3, 4],
+        "expert_sizes": [16, 32],
+        "dense_sizes": [16],
+        "routers": [{"kind": "top_k", "k": [1, 2]}, {"kind": "threshold", "threshold": [0.6], "max_k": [3]}],
+    },
+    "layers": {2: {"experts": [1, 3]}},
+}
+
+
+@pytest.mark.parametrize("random_slices", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fair_sampling_deals_every_choice_equally_often_over_whole_decks(random_slices: int, seed: int) -> None:
+    """36 draws are whole decks of widths and depths, and of the experts of layers that 3, 2 and 1 of 3 depths have."""
+    space = load_space(YamlSource("test", UNEVEN))
+    members = drawn(space, 36, random_slices, seed)
+    assert set(Counter(m.decoder.width for m in members).values()) == {36 // 3}
+    assert set(Counter(len(m.decoder.layers) for m in members).values()) == {36 // 3}
+    for index, layer in enumerate(space.layers):
+        parts = [m.decoder.layers[index].feed_forward for m in members if len(m.decoder.layers) > index]
+        deep = sum(depth > index for depth in space.depths)
+        assert len(parts) == 36 * deep // 3
+        counts = Counter(part.experts for part in parts)
+        assert set(counts) == {group.experts for group in layer.groups}
+        assert set(counts.values()) == {len(parts) // len(layer.groups)}
+
+
+def test_fair_sampling_deals_each_value_once_before_any_comes_again() -> None:
+    space = load_space(YamlSource("test", UNEVEN))
+    members = drawn(space, 144)
+    for index, layer in enumerate(space.layers):
+        parts = [m.decoder.layers[index].feed_forward for m in members if len(m.decoder.layers) > index]
+        size = len(layer.groups)
+        for first in range(0, len(parts) - size + 1, size):
+            assert {p.experts for p in parts[first : first + size]} == {g.experts for g in layer.groups}
+
+
+def test_fair_sampling_deals_the_routers_of_each_number_of_experts_equally_often() -> None:
+    space = load_space(YamlSource("test", UNEVEN))
+    members = drawn(space, 3 * 4 * 12)
+    for group in space.layers[0].groups:
+        routers = [
+            m.decoder.layers[0].feed_forward.router
+            for m in members
+            if m.decoder.layers[0].feed_forward.experts == group.experts
+        ]
+        counts = Counter(routers)
+        assert set(counts) == set(group.routers)
+        assert set(counts.values()) == {len(routers) // len(group.routers)}
+
+
+def test_choices_are_dealt_independently_of_each_other() -> None:
+    """Width and the experts of the first layer have decks of their own: all pairs come up."""
+    space = load_space(YamlSource("test", UNEVEN))
+    pairs = Counter((m.decoder.width, m.decoder.layers[0].feed_forward.experts) for m in drawn(space, 1200))
+    assert len(pairs) == 3 * 4
+    assert chisquare(list(pairs.values())).pvalue > 1e-3
