@@ -14,26 +14,49 @@ def check(run: Path) -> list[str]:
     summary = json.loads((run / "summary.json").read_text())
     chosen = summary["chosen"]
     figures = {
-        **{f"budget.{line['name']}.{key}": line[key] for line in summary["budget"]
-           for key in ("limit", "predicted", "measured")},
+        **{
+            f"budget.{line['name']}.{key}": line[key]
+            for line in summary["budget"]
+            for key in ("limit", "predicted", "measured")
+        },
         **{f"chosen.{kind}.{cost}": chosen[kind][cost] for kind in ("predicted", "measured") for cost in COSTS},
         **{f"inherited.{name}": chosen["inherited"][name] for name in LOSSES},
-        **{f"{model['name']}.{name}": model[name] for model in (chosen["retrained"], *summary["rivals"])
-           for name in LOSSES},
-        **{f"stage_seconds.{name}": summary["stage_seconds"].get(name) for name in
-           ("supernet", "latency", "search", "export", "retrain")},
+        **{
+            f"{model['name']}.{name}": model[name]
+            for model in (chosen["retrained"], *summary["rivals"])
+            for name in LOSSES
+        },
+        **{
+            f"stage_seconds.{name}": summary["stage_seconds"].get(name)
+            for name in ("supernet", "latency", "search", "export", "retrain")
+        },
         "latency_predictor.mape": summary["latency_predictor"]["mape"],
         "search.hypervolume": summary["search"]["hypervolume"],
         "search.acceptance": summary["search"]["acceptance"],
     }
-    wrong = [name for name, value in figures.items()
-             if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0]
-    wrong += [f"budget.{line['name']} predicted over its limit" for line in summary["budget"]
-              if line["predicted"] > line["limit"]]
+    wrong = [
+        name
+        for name, value in figures.items()
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0
+    ]
+    wrong += [
+        f"budget.{line['name']} predicted over its limit"
+        for line in summary["budget"]
+        if line["predicted"] > line["limit"]
+    ]
     names = {model["name"] for model in summary["rivals"]}
     wrong += [f"rival {name}" for name in ("uniform-top-2", "dense") if name not in names]
-    files = ["report/index.html", "report/pareto.png", "report/pareto.svg", "report/pareto.csv", "config.yaml",
-             "env.json", "search/trials.jsonl", "search/journal.log", "latency/measurements.csv"]
+    files = [
+        "report/index.html",
+        "report/pareto.png",
+        "report/pareto.svg",
+        "report/pareto.csv",
+        "config.yaml",
+        "env.json",
+        "search/trials.jsonl",
+        "search/journal.log",
+        "latency/measurements.csv",
+    ]
     exported = ["architecture.yaml", "config.json", "model.safetensors", "tokenizer.json", "retrain.yaml", "README.md"]
     files += [f"exports/{name}/{file}" for name in summary["exports"] for file in exported]
     return wrong + [file for file in files if not (run / file).is_file() or not (run / file).stat().st_size]

@@ -8,9 +8,7 @@ from torch import Tensor
 from kernels.layout import Routing
 
 
-def route(
-    logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True
-) -> Routing:
+def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
     """Choose experts for each token.
 
     Parameters

@@ -64,8 +64,7 @@ class _SegmentedFFN(Function):
 
     @staticmethod
     @once_differentiable  # the saved hidden layer carries no graph: a second derivative would be wrong in silence
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, up, gate, down, weights, tokens, outputs, *pre = ctx.saved_tensors
         width = x.shape[1]
         inputs = x if tokens is None else x[tokens]

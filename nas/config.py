@@ -22,11 +22,11 @@ Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class DataConfig(_Section):
-    """``kind: stdlib`` is the Python standard library's source; ``kind: text`` takes ``files``: paths, folders, globs."""
+    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs."""
 
     kind: Literal["stdlib", "text"] = "stdlib"
     files: list[str] = []
@@ -90,7 +90,7 @@ class LatencyConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """``trials`` architectures are evaluated on ``evaluation_windows`` held-out windows of ``sequence_length`` tokens."""
+    """``trials`` architectures are evaluated on ``evaluation_windows`` windows of held-out text."""
 
     sampler: Literal["random", "nsga2", "tpe", "evolution"] = "evolution"
     trials: Count = 300
@@ -204,20 +204,31 @@ def _read(path: str | Path, overrides: Sequence[str]) -> YamlSource:
     if source.data is None:
         raise MoesaicError("is empty", where=str(path), allowed="a configuration; `moesaic init` writes one")
     if not isinstance(source.data, dict):
-        raise MoesaicError("is not a mapping of keys", where=source.where(), found=source.data,
-                           allowed=", ".join(Config.model_fields))
+        raise MoesaicError(
+            "is not a mapping of keys", where=source.where(), found=source.data, allowed=", ".join(Config.model_fields)
+        )
     return _overridden(source, overrides)
 
 
 def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
     if name not in DIMENSIONS:
-        raise MoesaicError("unknown cost", where=source.where(("budget", name)), found=name,
-                           allowed=", ".join(DIMENSIONS), nearest=nearest_name(name, DIMENSIONS))
+        raise MoesaicError(
+            "unknown cost",
+            where=source.where(("budget", name)),
+            found=name,
+            allowed=", ".join(DIMENSIONS),
+            nearest=nearest_name(name, DIMENSIONS),
+        )
     try:
         parse_limit(line.limit, name)
     except MoesaicError as error:
-        raise MoesaicError(error.problem, where=source.where(("budget", name)), found=error.found,
-                           allowed=error.allowed, nearest=error.nearest) from None
+        raise MoesaicError(
+            error.problem,
+            where=source.where(("budget", name)),
+            found=error.found,
+            allowed=error.allowed,
+            nearest=error.nearest,
+        ) from None
 
 
 def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
@@ -226,14 +237,15 @@ def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise MoesaicError("an override is KEY=VALUE", where="command line", found=override,
-                               nearest="search.trials=50")
+            raise MoesaicError(
+                "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise MoesaicError("the value is not YAML", where=f"command line: {key}", found=text) from None
         *parents, last = path = tuple(key.split("."))
-        target = data
+        target: dict[str, Any] = data
         for depth, parent in enumerate(parents):
             inner = target.get(parent)
             if parent == "space" and isinstance(inner, str):
@@ -241,8 +253,9 @@ def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
             if inner is None:
                 inner = {}
             if not isinstance(inner, dict):
-                raise MoesaicError("the key has no parts", where=f"command line: {'.'.join(parents[: depth + 1])}",
-                                   found=override)
+                raise MoesaicError(
+                    "the key has no parts", where=f"command line: {'.'.join(parents[: depth + 1])}", found=override
+                )
             target[parent] = inner
             target = inner
         target[last] = value

@@ -1,4 +1,4 @@
-"""Exported models: a folder with a plain checkpoint, its architecture, its tokenizer, and how its figures came about."""
+"""Exported models: a folder with a plain checkpoint, architecture, tokenizer, and how its figures came about."""
 
 from __future__ import annotations
 
@@ -43,17 +43,21 @@ def export_model(
         temporary.mkdir(parents=True)
         architecture = model.architecture
         save_tensors(
-            temporary / "model.safetensors", dict(model.named_parameters()),
+            temporary / "model.safetensors",
+            dict(model.named_parameters()),
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
-        write_json(temporary / "config.json", {
-            "model_type": MODEL_TYPE,
-            "version": __version__,
-            "vocab_size": model.vocab_size,
-            "sequence_length": config.data.sequence_length,
-            "fingerprint": architecture.fingerprint,
-            "architecture": architecture.to_dict(),
-        })
+        write_json(
+            temporary / "config.json",
+            {
+                "model_type": MODEL_TYPE,
+                "version": __version__,
+                "vocab_size": model.vocab_size,
+                "sequence_length": config.data.sequence_length,
+                "fingerprint": architecture.fingerprint,
+                "architecture": architecture.to_dict(),
+            },
+        )
         write_text(temporary / "architecture.yaml", architecture.to_yaml())
         shutil.copyfile(tokenizer, temporary / "tokenizer.json")
         write_text(temporary / "retrain.yaml", _retrain_yaml(config))
@@ -85,8 +89,12 @@ def load_exported(directory: Path) -> Transformer:
     facts = read_json(path)
     if not isinstance(facts, dict) or facts.get("model_type") != MODEL_TYPE:
         found = facts.get("model_type") if isinstance(facts, dict) else type(facts).__name__
-        raise MoesaicError("is not the configuration of an exported model", where=str(path),
-                           found=f"model_type {found}", allowed=f"model_type {MODEL_TYPE}")
+        raise MoesaicError(
+            "is not the configuration of an exported model",
+            where=str(path),
+            found=f"model_type {found}",
+            allowed=f"model_type {MODEL_TYPE}",
+        )
     architecture = Architecture.from_dict(facts.get("architecture"), str(path))
     vocab_size = facts.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -101,8 +109,9 @@ def _retrain_yaml(config: Config) -> str:
     """What `moesaic retrain` needs of the run: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
     data = config.model_dump(mode="json", include=keep)
-    data["data"]["files"] = [str(Path(name).expanduser().resolve()) if not _is_glob(name) else name
-                             for name in data["data"]["files"]]
+    data["data"]["files"] = [
+        str(Path(name).expanduser().resolve()) if not _is_glob(name) else name for name in data["data"]["files"]
+    ]
     head = "# How this model is retrained: `moesaic retrain DIRECTORY`, with KEY=VALUE to change a setting.\n"
     return head + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
@@ -113,6 +122,7 @@ def _is_glob(name: str) -> bool:
 
 def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
     """A README for the folder: the picture, the figures, and how they were obtained."""
+    shape = figures["context"]
     rows = [
         f"| {line['name']} ({line['bind']}) | {_cost(line, 'limit')} | {_cost(line, 'predicted')} "
         f"| {_cost(line, 'measured')} |"
@@ -123,36 +133,39 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
         f"{DIMENSIONS[name].format(figures['measured'][name])} | {DIMENSIONS[name].per} |"
         for name in figures["measured"]
     ]
-    return "\n".join([
-        f"# {figures['name']}: a sparse Transformer designed by Moesaic {__version__}",
-        "",
-        "```",
-        draw(architecture),
-        "```",
-        "",
-        f"Weights: {figures['weights']}. Loss on held-out text: {figures['loss']:.4f} nats per token "
-        f"(standard error {figures['standard_error']:.4f}, {figures['tokens']} tokens), "
-        f"perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte.",
-        "",
-        "| budget line | limit | predicted | measured |",
-        "|---|---|---|---|",
-        *rows,
-        "",
-        "| cost | predicted | measured | |",
-        "|---|---|---|---|",
-        *costs,
-        "",
-        "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the expected",
-        "load of each expert, measured from the load on the test text. Latency is the lower quartile of repeated",
-        f"passes over {figures['context']['batch_size']} x {figures['context']['sequence_length']} tokens on {figures['device']}.",
-        "Memory is the weights in float32 and the peak of activations of such a pass.",
-        "",
-        f"Slice of the supernet against this model: largest logit difference {figures['slice_max_logit_difference']:.2g}; "
-        f"this model against itself read back from disk: {figures['reload_max_logit_difference']:.2g}.",
-        "",
-        "Load it with `nas.export.load_exported(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
-        "",
-    ])
+    return "\n".join(
+        [
+            f"# {figures['name']}: a sparse Transformer designed by Moesaic {__version__}",
+            "",
+            "```",
+            draw(architecture),
+            "```",
+            "",
+            f"Weights: {figures['weights']}. Loss on held-out text: {figures['loss']:.4f} nats per token "
+            f"(standard error {figures['standard_error']:.4f}, {figures['tokens']} tokens), "
+            f"perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte.",
+            "",
+            "| budget line | limit | predicted | measured |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "| cost | predicted | measured | |",
+            "|---|---|---|---|",
+            *costs,
+            "",
+            "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
+            "expected load of each expert, measured from the load on the test text. Latency is the lower quartile of repeated",
+            f"passes over {shape['batch_size']} x {shape['sequence_length']} tokens on {figures['device']}.",
+            "Memory is the weights in float32 and the peak of activations of such a pass.",
+            "",
+            "Slice of the supernet against this model: largest logit difference "
+            f"{figures['slice_max_logit_difference']:.2g}; "
+            f"this model against itself read back from disk: {figures['reload_max_logit_difference']:.2g}.",
+            "",
+            "Load it with `nas.export.load_exported(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
+            "",
+        ]
+    )
 
 
 def _cost(line: dict[str, Any], key: str) -> str:

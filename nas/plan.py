@@ -45,8 +45,15 @@ def build_plan(run: Run) -> dict[str, Any]:
     lines = []
     for line in budget.lines:
         inside_line = sum(_price(pricer, line, a) <= line.limit for a in samples) / len(samples)
-        lines.append({"name": line.cost, "bind": line.bind, "limit": line.limit, "share": inside_line,
-                      "satisfiable": ranges[line.cost]["smallest"] <= line.limit})
+        lines.append(
+            {
+                "name": line.cost,
+                "bind": line.bind,
+                "limit": line.limit,
+                "share": inside_line,
+                "satisfiable": ranges[line.cost]["smallest"] <= line.limit,
+            }
+        )
     return {
         "space": run.space.name,
         "cardinality": run.space.cardinality,
@@ -124,5 +131,9 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     seconds = plan["seconds"]
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     console.print(Text(f"Estimated time on {plan['device']}: {duration(sum(seconds.values()))} ({parts})."))
-    console.print(Text("Threshold routers are priced before training as if they could not tell experts apart; "
-                       f"latency is predicted within {plan['latency_error']:.1%} on held-out models."))
+    console.print(
+        Text(
+            "Threshold routers are priced before training as if they could not tell experts apart; "
+            f"latency is predicted within {plan['latency_error']:.1%} on held-out models."
+        )
+    )

@@ -58,9 +58,7 @@ def retrain(
     if metadata.get("identity") == identity:
         load_weights(model, tensors, str(weights))
     else:
-        data = TrainData(
-            lambda step: corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture]
-        )
+        data = TrainData(lambda step: corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture])
         settings = train_settings(config, device.bfloat16, distill=False)
         train(model, data, settings, directory, identity, on_step, should_stop)
         save_tensors(weights, dict(model.named_parameters()), {"identity": identity})
@@ -94,5 +92,3 @@ def loss_figures(corpus: Corpus, evaluation: Evaluation) -> dict[str, Any]:
         "bits_per_byte": corpus.bits_per_byte("test", evaluation.loss),
         "tokens": evaluation.tokens,
     }
-
-

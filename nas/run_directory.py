@@ -64,11 +64,18 @@ class StageDirectory:
 
     def finish(self, seconds: float, resumed: bool, digest: str | None = None) -> None:
         """Mark the stage complete. ``digest`` identifies a result that its inputs alone do not (a measurement)."""
-        write_json(self.path / "artifact.json", {
-            "inputs": self.inputs, "fingerprint": self.fingerprint, "digest": digest, "seconds": round(seconds, 2),
-            "resumed": resumed, "version": __version__,
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        })
+        write_json(
+            self.path / "artifact.json",
+            {
+                "inputs": self.inputs,
+                "fingerprint": self.fingerprint,
+                "digest": digest,
+                "seconds": round(seconds, 2),
+                "resumed": resumed,
+                "version": __version__,
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+        )
 
     def artifact(self) -> dict[str, Any]:
         return read_json(self.path / "artifact.json")
@@ -89,8 +96,11 @@ class RunDirectory:
             with lock:
                 yield
         except Timeout:
-            raise MoesaicError("another moesaic is running in this directory", where=str(self.path),
-                               allowed="wait for it, or --out another directory") from None
+            raise MoesaicError(
+                "another moesaic is running in this directory",
+                where=str(self.path),
+                allowed="wait for it, or --out another directory",
+            ) from None
         except OSError as error:
             raise unwritable(self.path, error) from None
 

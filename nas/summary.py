@@ -62,8 +62,11 @@ def build_summary(run: Run) -> dict[str, Any]:
         "latency_predictor": {**predictor["accuracy"], "noise": predictor["noise"]},
         "exports": [row["name"] for row in read_json(stages["export"].path / "exports.json")],
         "stage_seconds": seconds,
-        "context": {"batch_size": run.context.batch_size, "sequence_length": run.context.sequence_length,
-                    "vocab_size": run.context.vocab_size},
+        "context": {
+            "batch_size": run.context.batch_size,
+            "sequence_length": run.context.sequence_length,
+            "vocab_size": run.context.vocab_size,
+        },
     }
 
 
@@ -113,8 +116,13 @@ def _budget_table(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         form = DIMENSIONS[line["name"]].format
         inside = Text("inside", style="green") if line["within"] else Text("OVER", style="bold red")
-        table.add_row(f"{line['name']} {DIMENSIONS[line['name']].per} ({line['bind']})", form(line["limit"]),
-                      form(line["predicted"]), form(line["measured"]), inside)
+        table.add_row(
+            f"{line['name']} {DIMENSIONS[line['name']].per} ({line['bind']})",
+            form(line["limit"]),
+            form(line["predicted"]),
+            form(line["measured"]),
+            inside,
+        )
     return table
 
 
@@ -123,27 +131,31 @@ def _costs_table(chosen: dict[str, Any]) -> Table:
     for name in ("cost", "predicted", "measured", "per"):
         table.add_column(name, justify="right" if name in ("predicted", "measured") else "left")
     for name, dimension in DIMENSIONS.items():
-        table.add_row(name, dimension.format(chosen["predicted"][name]), dimension.format(chosen["measured"][name]),
-                      dimension.per)
+        table.add_row(
+            name, dimension.format(chosen["predicted"][name]), dimension.format(chosen["measured"][name]), dimension.per
+        )
     return table
 
 
 def _rivals_table(results: list[dict[str, Any]]) -> Table:
     title = f"Retrained alike ({results[0]['steps']} steps from {results[0]['init']}), judged on the test split"
     table = Table(title=title, title_justify="left")
-    for name in ("model", "loss", "perplexity", "bits/byte", "FLOPs/token", "latency", "active", "parameters", "budget"):
+    columns = ("model", "loss", "perplexity", "bits/byte", "FLOPs/token", "latency", "active", "parameters", "budget")
+    for name in columns:
         table.add_column(name, justify="left" if name == "model" else "right")
     best = min(result["loss"] for result in results)
+    costs = ("flops", "latency", "active_parameters", "parameters")
     for result in results:
         measured = result["measured"]
         over = [line["name"] for line in result["budget"] if not line["within"]]
         table.add_row(
             result["name"],
-            Text(f"{result['loss']:.4f} ± {result['standard_error']:.4f}",
-                 style="bold" if result["loss"] == best else ""),
+            Text(
+                f"{result['loss']:.4f} ± {result['standard_error']:.4f}", style="bold" if result["loss"] == best else ""
+            ),
             f"{result['perplexity']:.2f}",
             f"{result['bits_per_byte']:.3f}",
-            *(DIMENSIONS[name].format(measured[name]) for name in ("flops", "latency", "active_parameters", "parameters")),
+            *(DIMENSIONS[cost].format(measured[cost]) for cost in costs),
             Text(f"OVER: {', '.join(over)}", style="red") if over else Text("inside", style="green"),
         )
     return table

@@ -24,8 +24,8 @@ class Dimension:
         if not math.isfinite(value):
             return str(value)
         fitting = [(name, scale) for name, scale in self.scales.items() if abs(value) >= scale]
-        name, scale = max(fitting, key=lambda pair: pair[1]) if fitting else min(
-            self.scales.items(), key=lambda pair: pair[1]
+        name, scale = (
+            max(fitting, key=lambda pair: pair[1]) if fitting else min(self.scales.items(), key=lambda pair: pair[1])
         )
         number = f"{value / scale:.4g}"
         return f"{number} {name}" if len(name) > 1 else f"{number}{name}"
@@ -36,8 +36,11 @@ DIMENSIONS = {
     "latency": Dimension("ms", "per batch", {"us": 1e-3, "ms": 1.0, "s": 1e3}),
     "parameters": Dimension("", "in total", {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}),
     "active_parameters": Dimension("", "per token", {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}),
-    "memory": Dimension("B", "weights and activations of a batch", {
-        **{f"{p}B": s for p, s in _DECIMAL.items()}, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}),
+    "memory": Dimension(
+        "B",
+        "weights and activations of a batch",
+        {**{f"{p}B": s for p, s in _DECIMAL.items()}, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+    ),
 }
 """Costs that a budget may bind, in their base units: FLOPs, milliseconds, counts, bytes."""
 

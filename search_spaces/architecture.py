@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -60,8 +61,14 @@ class Router:
         return most
 
     def for_experts(self, experts: int) -> Router:
-        """The canonical spelling for ``experts`` experts: no more than all, and one expert at most is top-1."""
+        """The canonical spelling for ``experts`` experts: no more than all, and one expert at most is top-1.
+
+        The j most probable of E experts hold a mass of j / E or more, so a threshold router keeps no more than
+        ceil(threshold * E) of them, whatever its max_k.
+        """
         most = min(self.most, experts)
+        if self.threshold is not None:
+            most = min(most, math.ceil(self.threshold * experts - 1e-9))
         if self.kind == "top_k" or most == 1:
             return Router("top_k", k=most)
         return Router("threshold", threshold=self.threshold, max_k=most)

@@ -256,5 +256,3 @@ def _layer_tuples(spaces: tuple[LayerSpace, ...]) -> Iterator[tuple[Layer, ...]]
             for group in spaces[-1].groups:
                 for part in group:
                     yield (*rest, Layer(attention, part))
-
-

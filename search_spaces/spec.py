@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RouterSpec(_Spec):
@@ -30,9 +30,7 @@ class RouterSpec(_Spec):
     def routers(self) -> list[Router]:
         if self.kind == "top_k":
             return [Router("top_k", k=k) for k in self.k or []]
-        return [
-            Router("threshold", threshold=t, max_k=most) for t in self.threshold or [] for most in self.max_k or []
-        ]
+        return [Router("threshold", threshold=t, max_k=most) for t in self.threshold or [] for most in self.max_k or []]
 
     @model_validator(mode="after")
     def _complete(self) -> RouterSpec:
@@ -133,8 +131,11 @@ class SpaceSpec(_Spec):
 
 
 def preset_names() -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files("search_spaces.presets").iterdir()
-                  if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("search_spaces.presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def preset_source(name: str) -> YamlSource:
@@ -157,15 +158,24 @@ def load_space(source: YamlSource) -> SearchSpace:
     if isinstance(source.data, str):
         source = source.at(data={"preset": source.data})
     if not isinstance(source.data, dict):
-        raise MoesaicError("a space is the name of a preset or a mapping", where=source.where(), found=source.data,
-                           allowed=", ".join(preset_names()))
+        raise MoesaicError(
+            "a space is the name of a preset or a mapping",
+            where=source.where(),
+            found=source.data,
+            allowed=", ".join(preset_names()),
+        )
     data = dict(source.data)
     if "preset" in data:
         try:
             base = preset_source(str(data.pop("preset"))).data
         except MoesaicError as error:
-            raise MoesaicError(error.problem, where=source.where(("preset",)), found=error.found,
-                               allowed=error.allowed, nearest=error.nearest) from None
+            raise MoesaicError(
+                error.problem,
+                where=source.where(("preset",)),
+                found=error.found,
+                allowed=error.allowed,
+                nearest=error.nearest,
+            ) from None
         data = _merged(base, data)
     merged = source.at(data=data)
     return validate(SpaceSpec, merged).build(merged)

@@ -145,6 +145,7 @@ def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicEr
     first = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), details[0])
     location = _yaml_path(first["loc"], source.data)
     found: object = first.get("input")
+    context = first.get("ctx", {})
     allowed: object = None
     nearest: object = None
     problem = first["msg"].removeprefix("Value error, ")
@@ -155,19 +156,16 @@ def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicEr
     elif first["type"] in ("missing", "missing_argument"):
         problem, found = "missing key", None
     elif first["type"] == "literal_error":
-        allowed = first["ctx"]["expected"]
+        allowed = str(context["expected"])
         choices = [c.strip().strip("'") for c in allowed.replace(" or ", ",").split(",")]
         problem, nearest = "not one of the choices", nearest_name(str(found), choices)
-    elif cause := first.get("ctx", {}).get("error"):
-        if isinstance(cause, MoesaicError):
-            problem, allowed, nearest = cause.problem, cause.allowed, cause.nearest
-            found = cause.found if cause.found is not None else found
+    elif isinstance(cause := context.get("error"), MoesaicError):
+        problem, allowed, nearest = cause.problem, cause.allowed, cause.nearest
+        found = cause.found if cause.found is not None else found
     if isinstance(found, dict):
         found = None  # a rule between keys: the message names them
     text = None if found is None else str(found) if len(str(found)) <= 120 else str(found)[:117] + "..."
-    return MoesaicError(
-        problem, where=source.where(location), found=text, allowed=allowed, nearest=nearest
-    )
+    return MoesaicError(problem, where=source.where(location), found=text, allowed=allowed, nearest=nearest)
 
 
 def _yaml_path(location: tuple[int | str, ...], data: Any) -> KeyPath:
@@ -175,12 +173,14 @@ def _yaml_path(location: tuple[int | str, ...], data: Any) -> KeyPath:
     path: list[str | int] = []
     for index, part in enumerate(location):
         last = index == len(location) - 1
-        if isinstance(data, Mapping) and part in data:
+        here: Mapping[Any, Any] = {}
+        if isinstance(data, Mapping):
+            here = data
+        elif isinstance(data, list | tuple):
+            here = dict(enumerate(data))
+        if part in here:
             path.append(part)
-            data = data[part]
-        elif isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
-            path.append(part)
-            data = data[part]
+            data = here[part]
         elif last and isinstance(data, Mapping) and isinstance(part, str) and part.isidentifier():
             path.append(part)  # a missing key
     return tuple(path)

@@ -58,7 +58,8 @@ class Transformer(nn.Module):
 
     def __init__(self, architecture: Architecture, vocab_size: int, sharing: Sharing = "nested"):
         super().__init__()
-        stack, self.architecture, self.sharing = architecture.decoder, architecture, sharing
+        stack, self.architecture = architecture.decoder, architecture
+        self.sharing: Sharing = sharing
         self.embedding = nn.Embedding(vocab_size, stack.width)
         self.layers = nn.ModuleList(
             TransformerLayer(stack.width, layer, architecture.backbone, sharing) for layer in stack.layers
@@ -123,8 +124,9 @@ class Transformer(nn.Module):
             attention, part = layer.attention, layer.feed_forward
             bank = module.feed_forward
             layout = expert_layout(bank.part, part, self.sharing)
-            rows = torch.cat([torch.arange(start, start + size) for start, size in
-                              ((0, part.shared_size), *layout.segments)])
+            rows = torch.cat(
+                [torch.arange(start, start + size) for start, size in ((0, part.shared_size), *layout.segments)]
+            )
             q_rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
             weights = {
                 "attention_norm.weight": module.attention_norm.weight[:width],

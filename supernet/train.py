@@ -136,7 +136,7 @@ def _train_step(
     if not all(map(math.isfinite, (*losses, norm))):
         kept = f"the last good one is {checkpoint}" if checkpoint.exists() else "none was written yet"
         raise StageFailed(
-            f"training diverged at step {step}: loss {losses}, gradient norm {norm}; no checkpoint was overwritten, {kept}",
+            f"training diverged at step {step}: loss {losses}, gradient norm {norm}; no checkpoint was lost, {kept}",
             allowed="a lower learning_rate or a longer warm-up",
             found=f"learning_rate {settings.learning_rate:g}",
         )
@@ -156,7 +156,7 @@ def _optimizer(model: Transformer, settings: TrainSettings) -> torch.optim.AdamW
 
 
 def _save(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str, step: int) -> None:
-    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value

@@ -58,8 +58,10 @@ def flops(architecture: Architecture, uses: Sequence[LayerUse], context: Context
     per_neuron = 2 * backbone.matrices * stack.width
     for layer, use in zip(stack.layers, uses, strict=True):
         attention, part = layer.attention, layer.feed_forward
-        total += 4 * backbone.head_size * (
-            stack.width * (attention.heads + attention.kv_heads) + context.sequence_length * attention.heads
+        total += (
+            4
+            * backbone.head_size
+            * (stack.width * (attention.heads + attention.kv_heads) + context.sequence_length * attention.heads)
         )
         total += per_neuron * (use.neurons + part.shared_size)
         if part.router:
@@ -69,7 +71,8 @@ def flops(architecture: Architecture, uses: Sequence[LayerUse], context: Context
 
 def parameters(architecture: Architecture, context: Context) -> int:
     """All weights; the tied embedding counts once."""
-    return round(_parameters(architecture, [layer.feed_forward.neurons for layer in architecture.decoder.layers], context))
+    neurons = [layer.feed_forward.neurons for layer in architecture.decoder.layers]
+    return round(_parameters(architecture, neurons, context))
 
 
 def active_parameters(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:

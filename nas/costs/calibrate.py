@@ -100,7 +100,7 @@ def calibrate(
         blocks = _block_cases(space, tokens, context, config.blocks, device, rng)
         models = [_model_case(space.sample_balanced(rng), tokens, context, device) for _ in range(config.models)]
         cases = [*blocks, *models]
-        done, rounds = 0, config.repeats
+        done, rounds, noise = 0, config.repeats, 0.0
         while done < rounds:
             for case in rng.sample(cases, len(cases)):
                 case.milliseconds.append(_time(case.run, device))
@@ -187,8 +187,14 @@ def _block_cases(
         x = torch.randn(*tokens.shape, width, device=device.torch_device)
         if index % 3 == 0:
             terms = np.array(attention_terms(width, layer, space.backbone, context))
-            cases.append(_Case("attention", lambda m=module, x=x, a=layer.attention:
-                               x + m.attention(m.attention_norm(x), a), terms, []))
+            cases.append(
+                _Case(
+                    "attention",
+                    lambda m=module, x=x, a=layer.attention: x + m.attention(m.attention_norm(x), a),
+                    terms,
+                    [],
+                )
+            )
             continue
 
         def run(m: TransformerLayer = module, x: Tensor = x, part=layer.feed_forward):
@@ -214,8 +220,10 @@ def _model_case(architecture: Architecture, tokens: Tensor, context: Context, de
     model = Transformer(architecture, context.vocab_size).to(device.torch_device).eval()
     _randomise(model)
     output = model.run(tokens)
-    uses = [_use(layer.feed_forward, routing)
-            for layer, routing in zip(architecture.decoder.layers, output.routings, strict=True)]
+    uses = [
+        _use(layer.feed_forward, routing)
+        for layer, routing in zip(architecture.decoder.layers, output.routings, strict=True)
+    ]
     return _Case("model", lambda: model(tokens), model_terms(architecture, uses, context), [])
 
 

@@ -22,10 +22,24 @@ from search_spaces import Architecture, Backbone, Layer, MoesaicError
 from search_spaces.files import read_json, write_json
 
 TERMS = (
-    "head_launch", "head_macs",
-    "attention_launch", "attention_macs", "attention_scores", "attention_elements", "attention_width",
-    "dense_launch", "dense_macs", "dense_elements", "dense_width",
-    "sparse_launch", "routing", "experts", "pair_elements", "expert_macs", "expert_weights", "expert_elements",
+    "head_launch",
+    "head_macs",
+    "attention_launch",
+    "attention_macs",
+    "attention_scores",
+    "attention_elements",
+    "attention_width",
+    "dense_launch",
+    "dense_macs",
+    "dense_elements",
+    "dense_width",
+    "sparse_launch",
+    "routing",
+    "experts",
+    "pair_elements",
+    "expert_macs",
+    "expert_weights",
+    "expert_elements",
     "sparse_width",
 )
 _INDEX = {name: i for i, name in enumerate(TERMS)}
@@ -54,8 +68,12 @@ def feed_forward_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbo
     """Norm, feed-forward part and residual of one layer."""
     part, tokens, matrices = layer.feed_forward, context.tokens, backbone.matrices
     if part.router is None:
-        return _vector(dense_launch=1, dense_macs=tokens * width * matrices * part.neurons,
-                       dense_elements=tokens * part.neurons, dense_width=tokens * width)
+        return _vector(
+            dense_launch=1,
+            dense_macs=tokens * width * matrices * part.neurons,
+            dense_elements=tokens * part.neurons,
+            dense_width=tokens * width,
+        )
     return _vector(
         dense_macs=tokens * width * matrices * part.shared_size,
         dense_elements=tokens * part.shared_size,
@@ -100,7 +118,7 @@ class Accuracy:
     @staticmethod
     def of(predicted: np.ndarray, measured: np.ndarray) -> Accuracy:
         relative = predicted / measured - 1
-        tau = float(kendalltau(predicted, measured).statistic)
+        tau = float(kendalltau(predicted, measured)[0])
         return Accuracy(
             len(measured),
             float(np.abs(relative).mean()),
@@ -147,11 +165,13 @@ class LatencyPredictor:
             data["accuracy"] = Accuracy(**data["accuracy"])
             predictor = LatencyPredictor(**data)
         except (KeyError, TypeError):
-            raise MoesaicError("is not a latency predictor of this version", where=str(path),
-                               allowed="the output of `moesaic latency`") from None
+            raise MoesaicError(
+                "is not a latency predictor of this version", where=str(path), allowed="the output of `moesaic latency`"
+            ) from None
         if predictor.device_fingerprint != device_fingerprint:
-            raise MoesaicError("was calibrated on another device", where=str(path), found=predictor.device,
-                               allowed=device)
+            raise MoesaicError(
+                "was calibrated on another device", where=str(path), found=predictor.device, allowed=device
+            )
         return predictor
 
 

@@ -20,7 +20,7 @@ class Pricer:
     """Prices architectures in one context. Without a ``predictor`` there is no latency."""
 
     context: Context
-    occupancy: Occupancy = Occupancy()
+    occupancy: Occupancy = field(default_factory=Occupancy)
     predictor: LatencyPredictor | None = None
     _expected: dict[FeedForward, LayerUse] = field(default_factory=dict, repr=False, compare=False)
 

@@ -32,8 +32,11 @@ def build_statement(architecture: Architecture, context: Context) -> dict[str, A
     tokens = torch.randint(0, context.vocab_size, (context.batch_size, context.sequence_length))
     return {
         "fingerprint": architecture.fingerprint,
-        "context": {"vocab_size": context.vocab_size, "sequence_length": context.sequence_length,
-                    "batch_size": context.batch_size},
+        "context": {
+            "vocab_size": context.vocab_size,
+            "sequence_length": context.sequence_length,
+            "batch_size": context.batch_size,
+        },
         "expected": dict(pricer.expected(architecture)),
         "worst": dict(pricer.worst(architecture)),
         "measured_latency_ms": measure_model(model, tokens, device, _REPEATS),
@@ -66,5 +69,9 @@ def print_statement(console: Console, architecture: Architecture, statement: dic
     layers.add_row("vocabulary", form(statement["flops_vocabulary"]))
     console.print(layers)
     shape = statement["context"]
-    console.print(Text(f"Context: {shape['batch_size']} x {shape['sequence_length']} tokens, vocabulary "
-                       f"{shape['vocab_size']}; a threshold router is priced as if it could not tell experts apart."))
+    console.print(
+        Text(
+            f"Context: {shape['batch_size']} x {shape['sequence_length']} tokens, vocabulary "
+            f"{shape['vocab_size']}; a threshold router is priced as if it could not tell experts apart."
+        )
+    )

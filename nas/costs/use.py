@@ -6,7 +6,6 @@ trained supernet; before that, from a router that cannot tell experts apart yet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from supernet.evaluate import LayerLoad
 
 @dataclass(frozen=True)
 class LayerUse:
-    """Per token: ``pairs`` (routed experts) and ``neurons`` (of routed experts). Per batch: experts and neurons touched."""
+    """Per token, ``pairs`` (routed experts) and their ``neurons``; per batch, experts and neurons that are touched."""
 
     pairs: float
     neurons: float
@@ -31,12 +30,12 @@ class Occupancy:
     measured: Mapping[tuple[int, Router], float] = field(default_factory=dict)
 
     def experts_per_token(self, experts: int, router: Router) -> float:
-        """Exactly k for top-k. For a threshold router the measured mean; without one, that of uniform
-        probabilities, ceil(threshold * experts), which training only lowers."""
+        """Exactly k for top-k. For a threshold router the measured mean; without one, the most it can keep, which
+        is what it keeps while it cannot tell experts apart."""
         if router.kind == "top_k":
             return router.most
         known = self.measured.get((experts, router))
-        return known if known is not None else min(router.most, math.ceil((router.threshold or 0) * experts))
+        return known if known is not None else router.for_experts(experts).most
 
     def expected(self, part: FeedForward) -> LayerUse:
         """Tokens spread evenly over the experts, as the load-balance loss makes them."""
@@ -54,9 +53,14 @@ class Occupancy:
 
     @staticmethod
     def from_rows(rows: list[dict]) -> Occupancy:
-        return Occupancy({
-            (row["experts"], Router("threshold", threshold=row["threshold"], max_k=row["max_k"])):
-                row["experts_per_token"] for row in rows})
+        return Occupancy(
+            {
+                (row["experts"], Router("threshold", threshold=row["threshold"], max_k=row["max_k"])): row[
+                    "experts_per_token"
+                ]
+                for row in rows
+            }
+        )
 
 
 def worst_use(part: FeedForward) -> LayerUse:

@@ -91,7 +91,9 @@ def load_corpus(
     """
     on_stage("reading files")
     files = find_files(config, where)
-    vocabulary = str(config.vocab_size) if tokenizer is None else hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
+    vocabulary = str(config.vocab_size)
+    if tokenizer is not None:
+        vocabulary = hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
     fingerprint = f"{content_hash(files)}-{vocabulary}-{_FORMAT}"
     directory = cache_directory() / "corpora" / fingerprint
     if not (directory / "corpus.json").exists():
@@ -138,8 +140,11 @@ def _build(
             on_stage(f"encoding the {split} split")
             facts["splits"][split] = _encode(tokenizer, split_texts(files, split), temporary / f"{split}.tokens", dtype)
         if empty := [split for split in SPLITS if facts["splits"][split]["tokens"] == 0]:
-            raise MoesaicError(f"too little text: the {empty[0]} split is empty", where=where,
-                               allowed="more text, at least a few contexts for each of train, validation and test")
+            raise MoesaicError(
+                f"too little text: the {empty[0]} split is empty",
+                where=where,
+                allowed="more text, at least a few contexts for each of train, validation and test",
+            )
         write_json(temporary / "corpus.json", facts)
         if not directory.exists():
             os.rename(temporary, directory)

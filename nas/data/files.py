@@ -49,8 +49,11 @@ def find_files(config: DataConfig, where: str) -> list[TextFile]:
     """
     found = _standard_library() if config.kind == "stdlib" else _named(config.files, where)
     if not found:
-        raise MoesaicError("the corpus is empty: no text file found", where=where,
-                           found=", ".join(config.files) or "no standard library source beside this interpreter")
+        raise MoesaicError(
+            "the corpus is empty: no text file found",
+            where=where,
+            found=", ".join(config.files) or "no standard library source beside this interpreter",
+        )
     return sorted(found, key=lambda file: file.name)
 
 
@@ -79,8 +82,13 @@ def _named(patterns: list[str], where: str) -> list[TextFile]:
             named_directly = False
             if not entries:
                 siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                raise MoesaicError("no such file", where=where, found=pattern,
-                                   allowed="a text file, a folder or a glob", nearest=nearest_name(path.name, siblings))
+                raise MoesaicError(
+                    "no such file",
+                    where=where,
+                    found=pattern,
+                    allowed="a text file, a folder or a glob",
+                    nearest=nearest_name(path.name, siblings),
+                )
         for name, entry in entries:
             file = TextFile(name, entry)
             if file.text() is not None:

@@ -22,7 +22,8 @@ class BudgetLine:
     bind: Literal["expected", "worst"]
 
     def __str__(self) -> str:
-        return f"{self.cost} <= {format_cost(self.cost, self.limit)}" + (" (worst case)" if self.bind == "worst" else "")
+        case = " (worst case)" if self.bind == "worst" else ""
+        return f"{self.cost} <= {format_cost(self.cost, self.limit)}{case}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def cheapest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expecte
 
 
 def dearest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
-    """The member with the most ``cost``. It need not be ``space.largest``: few large experts may cost more than many."""
+    """The member with the most ``cost``; it need not be ``space.largest``, since a dense layer may cost more."""
     return _extreme(space, pricer, cost, bind, space.largest, max, first=False)
 
 
@@ -145,7 +146,7 @@ def _descend(space: SearchSpace, budget: Budget, start: Architecture) -> Archite
 
 
 def cost_ranges(space: SearchSpace, pricer: Pricer, samples: list[Architecture]) -> dict[str, Mapping[str, float]]:
-    """Per cost: ``smallest`` and ``largest`` expected in the space, ``worst`` case, ``typical`` (median of ``samples``)."""
+    """Per cost, of the space: ``smallest``, ``largest``, ``worst`` case, and ``typical`` (median of ``samples``)."""
     priced = [pricer.expected(a) for a in samples]
     ranges = {}
     for cost in priced[0]:

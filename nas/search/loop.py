@@ -60,14 +60,21 @@ def run_search(
         for skipped in proposal.skipped:
             excess = budget.excess(skipped.architecture)
             known = seen.get(skipped.architecture.fingerprint)
-            finished.append(Trial(
-                number + len(finished), skipped.state, skipped.architecture,
-                dict(budget.pricer.expected(skipped.architecture)),
-                known.excess if known else excess,
-                loss=known.loss if known else None, values=known.values if known else (), engine=skipped.engine,
-            ))
-        trial = _judge(config, budget, proposal.architecture, evaluation, number + len(finished), seconds,
-                       proposal.engine)
+            finished.append(
+                Trial(
+                    number + len(finished),
+                    skipped.state,
+                    skipped.architecture,
+                    dict(budget.pricer.expected(skipped.architecture)),
+                    known.excess if known else excess,
+                    loss=known.loss if known else None,
+                    values=known.values if known else (),
+                    engine=skipped.engine,
+                )
+            )
+        trial = _judge(
+            config, budget, proposal.architecture, evaluation, number + len(finished), seconds, proposal.engine
+        )
         finished.append(trial)
         log.append(finished)
         seen[trial.architecture.fingerprint] = trial
@@ -88,8 +95,8 @@ def _judge(
     measured = budget.pricer.measured(architecture, evaluation.loads)
     excess = budget.excess(architecture) | budget.measured_excess(measured)
     failed = not math.isfinite(evaluation.loss)
-    values = () if failed else tuple(
-        evaluation.loss if name == "loss" else measured[name] for name in config.objectives
+    values = (
+        () if failed else tuple(evaluation.loss if name == "loss" else measured[name] for name in config.objectives)
     )
     return Trial(
         number,

@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 
 from nas.search.genome import Genome
 from nas.search.optuna_sampler import frozen_trial
@@ -15,7 +16,7 @@ from nas.search.trials import Trial
 
 
 class JournalMirror:
-    """Writes finished trials to ``path``. The journal can always be made again from the log, and is when they differ."""
+    """Writes finished trials to ``path``; the journal is made again from the log when they differ."""
 
     def __init__(self, path: Path, name: str, objectives: list[str], genome: Genome, trials: list[Trial]):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -36,7 +37,10 @@ class JournalMirror:
     def _open(path: Path, name: str, objectives: list[str]) -> optuna.Study:
         storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize"] * len(objectives), load_if_exists=True
+            storage=storage,
+            study_name=name,
+            directions=[StudyDirection.MINIMIZE] * len(objectives),
+            load_if_exists=True,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

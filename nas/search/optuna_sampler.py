@@ -9,6 +9,7 @@ from random import Random
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.config import SearchConfig
@@ -44,7 +45,7 @@ class OptunaSampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.feasible, self.seed, self.config = feasible, seed, config
         self.genome = Genome(feasible.space)
-        self.study = optuna.create_study(directions=["minimize"] * len(config.objectives))
+        self.study = optuna.create_study(directions=[StudyDirection.MINIMIZE] * len(config.objectives))
         self._asked: optuna.Trial | None = None
 
     def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
@@ -75,8 +76,9 @@ class OptunaSampler:
         """A new architecture inside the budget when the sampler offers none: the last one repaired, else a random
         one; None when the space seems exhausted."""
         rng = Random(f"{self.seed}/instead/{len(self._trials())}")
-        candidates = chain([self.feasible.repair(architecture, rng)],
-                           (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES)))
+        candidates = chain(
+            [self.feasible.repair(architecture, rng)], (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES))
+        )
         return next((a for a in candidates if a.fingerprint not in seen), None)
 
     def observe(self, trials: list[Trial]) -> None:

@@ -9,7 +9,7 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
     """[n] True where no other point is at least as good in everything and better in something."""
     at_least = (points[:, None, :] <= points[None, :, :]).all(-1)
     better = (points[:, None, :] < points[None, :, :]).any(-1)
-    return ~(at_least & better).any(0)
+    return np.logical_not((at_least & better).any(0))
 
 
 def ranks(points: np.ndarray) -> np.ndarray:

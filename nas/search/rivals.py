@@ -23,9 +23,7 @@ class Rival:
     loss: float
 
 
-def choose_rivals(
-    space: SearchSpace, budget: Budget, inherited_loss: Callable[[Architecture], float]
-) -> list[Rival]:
+def choose_rivals(space: SearchSpace, budget: Budget, inherited_loss: Callable[[Architecture], float]) -> list[Rival]:
     """The best of each kind by inherited loss: the same judge, weights and budget as the search had."""
     rivals = []
     kinds: tuple[tuple[Literal["uniform top-2", "dense"], list[Architecture]], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +20,10 @@ State = Literal["evaluated", "refused", "duplicate", "failed"]
 class Trial:
     """One proposal and what became of it.
 
-    ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was
-    evaluated before and the values are that trial's. ``failed``: its loss is not finite. ``excess`` is the relative
-    excess over each budget line (negative inside), under the measured load once there is one. ``engine`` is what the sampler needs to
-    know about it after a restart.
+    ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was evaluated
+    before and the values are that trial's. ``failed``: its loss is not finite. ``excess`` is relative to each budget
+    line, negative inside, and under the measured load once there is one. ``engine`` is what the sampler needs to know
+    about the trial after a restart.
     """
 
     number: int
@@ -93,18 +94,14 @@ class TrialLog:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            try:
+            with suppress(OSError):  # the next opening cuts the torn tail away
                 os.ftruncate(self._file.fileno(), start)
-            except OSError:
-                pass  # the next opening cuts the torn tail away
             raise unwritable(self.path, error) from None
         self.trials += trials
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # a full disk was reported by append
             self._file.close()
-        except OSError:
-            pass  # nothing is buffered after append; a full disk was reported there
 
 
 def _read(path: Path) -> tuple[list[Trial], int]:

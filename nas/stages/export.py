@@ -25,7 +25,7 @@ def run_export(run: Run) -> None:
     with run.work("export") as stage:
         if stage is None:
             return
-        trials, result = load_search(run)
+        _, result = load_search(run)
         chosen = {"best": result.best}
         others = [trial for trial in result.front if trial is not result.best]
         if others and run.config.export.front:

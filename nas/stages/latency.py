@@ -29,9 +29,7 @@ def run_latency(run: Run, fresh: bool = False) -> None:
         cached = calibrated(run)
         for name in ("predictor.json", "measurements.csv"):
             write_atomically(stage.path / name, lambda path, name=name: shutil.copyfile(cached / name, path))
-        predictor = LatencyPredictor.load(
-            stage.path / "predictor.json", run.device.fingerprint, str(run.device)
-        )
+        predictor = LatencyPredictor.load(stage.path / "predictor.json", run.device.fingerprint, str(run.device))
         write_text(stage.path / "digest", fingerprint({"coefficients": predictor.coefficients}))
         accuracy = predictor.accuracy
         run.reporter.say(
@@ -40,7 +38,7 @@ def run_latency(run: Run, fresh: bool = False) -> None:
             f"Kendall tau {accuracy.tau:.2f}; spread of repeats {predictor.noise:.1%}"
         )
         if predictor.noise > NOISY:
-            run.reporter.say("latency: this machine was busy; close other programs and run `moesaic latency --fresh` for a better predictor")
+            run.reporter.say("latency: this machine was busy; quiet it and run `moesaic latency --fresh`")
 
 
 def calibrated(run: Run) -> Path:
@@ -56,7 +54,12 @@ def calibrated(run: Run) -> Path:
         tokens = tokens.repeat(-(-context.batch_size // len(tokens)), 1)[: context.batch_size]
     with run.task("latency") as task:
         calibration = calibrate(
-            run.space, tokens, context, run.config.latency, run.device, run.config.seed,
+            run.space,
+            tokens,
+            context,
+            run.config.latency,
+            run.device,
+            run.config.seed,
             lambda done, total: task.update(done, total, "rounds of measurements"),
         )
 

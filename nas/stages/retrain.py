@@ -11,8 +11,8 @@ from nas.costs.measure import measure_costs
 from nas.data import load_corpus
 from nas.device import choose_device
 from nas.export import load_exported
-from nas.retrain import loss_figures, retrain
 from nas.progress import Reporter
+from nas.retrain import loss_figures, retrain
 from nas.run_directory import RunDirectory, fingerprint, stopwatch
 from nas.stages.run import Run
 from search_spaces import Architecture, MoesaicError
@@ -43,24 +43,34 @@ def run_retrain(run: Run) -> None:
                 identity = fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint})
                 with stopwatch() as seconds:
                     trained = retrain(
-                        architecture, config, run.corpus, run.device, run.config.seed,
-                        stage.path / name, identity, inherited, on_step, run.should_stop,
+                        architecture,
+                        config,
+                        run.corpus,
+                        run.device,
+                        run.config.seed,
+                        stage.path / name,
+                        identity,
+                        inherited,
+                        on_step,
+                        run.should_stop,
                     )
                 windows = run.windows("test", config.evaluation_windows)
                 measured = measure_costs(trained.model, windows, run.pricer, run.device)
-                results.append({
-                    "name": name,
-                    "fingerprint": architecture.fingerprint,
-                    "architecture": architecture.to_dict(),
-                    "inherited_loss": inherited_loss,
-                    **loss_figures(run.corpus, trained.evaluation),
-                    "predicted": dict(run.pricer.expected(architecture)),
-                    "measured": measured,
-                    "budget": run.budget_lines(architecture, measured),
-                    "steps": config.steps,
-                    "init": config.init,
-                    "seconds": round(seconds[0], 2),
-                })
+                results.append(
+                    {
+                        "name": name,
+                        "fingerprint": architecture.fingerprint,
+                        "architecture": architecture.to_dict(),
+                        "inherited_loss": inherited_loss,
+                        **loss_figures(run.corpus, trained.evaluation),
+                        "predicted": dict(run.pricer.expected(architecture)),
+                        "measured": measured,
+                        "budget": run.budget_lines(architecture, measured),
+                        "steps": config.steps,
+                        "init": config.init,
+                        "seconds": round(seconds[0], 2),
+                    }
+                )
         write_json(stage.path / "results.json", results)
 
 
@@ -83,23 +93,48 @@ def retrain_export(
     file = load_retrain_file(directory / "retrain.yaml", overrides)
     device = choose_device(file.device)
     corpus = load_corpus(
-        file.data, str(directory / "retrain.yaml"), lambda text: reporter.say(f"data: {text}"),
+        file.data,
+        str(directory / "retrain.yaml"),
+        lambda text: reporter.say(f"data: {text}"),
         tokenizer=directory / "tokenizer.json",
     )
     if corpus.vocab_size != model.vocab_size:
-        raise MoesaicError("tokenizer and model disagree", where=str(directory / "tokenizer.json"),
-                           found=f"{corpus.vocab_size} tokens", allowed=f"{model.vocab_size} tokens")
-    identity = fingerprint({"file": file.model_dump(mode="json", exclude={"name"}), "corpus": corpus.fingerprint,
-                            "architecture": model.architecture.fingerprint})
+        raise MoesaicError(
+            "tokenizer and model disagree",
+            where=str(directory / "tokenizer.json"),
+            found=f"{corpus.vocab_size} tokens",
+            allowed=f"{model.vocab_size} tokens",
+        )
+    identity = fingerprint(
+        {
+            "file": file.model_dump(mode="json", exclude={"name"}),
+            "corpus": corpus.fingerprint,
+            "architecture": model.architecture.fingerprint,
+        }
+    )
     inherited = model if file.retrain.init == "inherited" else None
     target = RunDirectory(directory / "retrained")
     with target.locked(), reporter.task("retrain") as task:
         trained = retrain(
-            model.architecture, file.retrain, corpus, device, file.seed, target.path, identity, inherited,
-            lambda step, record: task.update(step, file.retrain.steps, f"loss {record['loss']:.3f}"), should_stop,
+            model.architecture,
+            file.retrain,
+            corpus,
+            device,
+            file.seed,
+            target.path,
+            identity,
+            inherited,
+            lambda step, record: task.update(step, file.retrain.steps, f"loss {record['loss']:.3f}"),
+            should_stop,
         )
-        result = {"name": file.name, "fingerprint": model.architecture.fingerprint, "device": str(device),
-                  "steps": file.retrain.steps, "init": file.retrain.init, "seed": file.seed,
-                  **loss_figures(corpus, trained.evaluation)}
+        result = {
+            "name": file.name,
+            "fingerprint": model.architecture.fingerprint,
+            "device": str(device),
+            "steps": file.retrain.steps,
+            "init": file.retrain.init,
+            "seed": file.seed,
+            **loss_figures(corpus, trained.evaluation),
+        }
         write_json(target.path / "result.json", result)
     return result

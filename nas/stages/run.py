@@ -74,12 +74,19 @@ class Run:
         device = {"kind": self.device.kind, "dtype": self.device.dtype, "threads": self.device.threads}
         inputs: dict[str, dict[str, Any]] = {
             "supernet": {
-                "seed": config["seed"], "data": config["data"], "corpus": self.corpus.fingerprint,
-                "space": config["space"], "supernet": config["supernet"], "device": device,
+                "seed": config["seed"],
+                "data": config["data"],
+                "corpus": self.corpus.fingerprint,
+                "space": config["space"],
+                "supernet": config["supernet"],
+                "device": device,
             },
             "latency": {
-                "seed": config["seed"], "space": config["space"], "latency": config["latency"],
-                "vocabulary": self.context.vocab_size, "sequence_length": self.context.sequence_length,
+                "seed": config["seed"],
+                "space": config["space"],
+                "latency": config["latency"],
+                "vocabulary": self.context.vocab_size,
+                "sequence_length": self.context.sequence_length,
                 "device": {**device, "name": self.device.name, "torch": self.device.torch},
             },
             "search": {"seed": config["seed"], "budget": config["budget"], "search": config["search"]},
@@ -88,7 +95,10 @@ class Run:
             "report": {"name": config["name"]},
         }
         upstream = {
-            "search": ("supernet", "latency"), "export": ("search",), "retrain": ("export",), "report": ("retrain",),
+            "search": ("supernet", "latency"),
+            "export": ("search",),
+            "retrain": ("export",),
+            "report": ("retrain",),
         }
         found: dict[str, StageDirectory] = {}
         for name in STAGES:

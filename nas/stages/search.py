@@ -1,4 +1,4 @@
-"""Stage search: evaluate architectures inside the budget with inherited weights; keep the log, the front, the rivals."""
+"""Stage search: evaluate architectures inside the budget with inherited weights; keep log, front and rivals."""
 
 from __future__ import annotations
 
@@ -64,21 +64,25 @@ def run_search_stage(run: Run) -> None:
             )
         with run.task("rivals"):
             rivals = choose_rivals(run.space, budget, lambda architecture: evaluator(architecture).loss)
-        write_json(stage.path / "rivals.json", [
-            {"kind": r.kind, "loss": r.loss, "architecture": r.architecture.to_dict()} for r in rivals
-        ])
+        write_json(
+            stage.path / "rivals.json",
+            [{"kind": r.kind, "loss": r.loss, "architecture": r.architecture.to_dict()} for r in rivals],
+        )
         write_front(stage.path / "pareto.csv", result)
         states = [trial.state for trial in log.trials]
-        write_json(stage.path / "search.json", {
-            "sampler": config.sampler,
-            "objectives": config.objectives,
-            "acceptance": acceptance,
-            "counts": {state: states.count(state) for state in ("evaluated", "refused", "duplicate", "failed")},
-            "over_budget_when_measured": sum(t.state == "evaluated" and not t.feasible for t in log.trials),
-            "front": [trial.number for trial in result.front],
-            "best": result.best.number,
-            "hypervolume": hypervolume_history(log.trials)[-1][1],
-        })
+        write_json(
+            stage.path / "search.json",
+            {
+                "sampler": config.sampler,
+                "objectives": config.objectives,
+                "acceptance": acceptance,
+                "counts": {state: states.count(state) for state in ("evaluated", "refused", "duplicate", "failed")},
+                "over_budget_when_measured": sum(t.state == "evaluated" and not t.feasible for t in log.trials),
+                "front": [trial.number for trial in result.front],
+                "best": result.best.number,
+                "hypervolume": hypervolume_history(log.trials)[-1][1],
+            },
+        )
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
 
 
@@ -112,7 +116,14 @@ def write_front(path: Path, result: SearchResult) -> None:
             writer = csv.writer(file)
             writer.writerow(["trial", "fingerprint", "loss", "standard_error", *costs])
             for trial in result.front:
-                writer.writerow([trial.number, trial.architecture.fingerprint, trial.loss, trial.standard_error,
-                                 *(trial.costs[cost] for cost in costs)])
+                writer.writerow(
+                    [
+                        trial.number,
+                        trial.architecture.fingerprint,
+                        trial.loss,
+                        trial.standard_error,
+                        *(trial.costs[cost] for cost in costs),
+                    ]
+                )
 
     write_atomically(path, write)

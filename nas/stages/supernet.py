@@ -45,8 +45,10 @@ def run_supernet(run: Run) -> None:
         write_json(stage.path / "occupancy.json", occupancy.to_rows())
         windows = run.windows("validation", run.config.search.evaluation_windows)
         with autocast(run.device):
-            losses = {name: evaluate(model, windows, a).loss
-                      for name, a in (("largest", run.space.largest), ("smallest", run.space.smallest))}
+            losses = {
+                name: evaluate(model, windows, a).loss
+                for name, a in (("largest", run.space.largest), ("smallest", run.space.smallest))
+            }
         write_json(stage.path / "evaluation.json", losses)
         save_tensors(stage.path / "model.safetensors", dict(model.named_parameters()), {"identity": stage.fingerprint})
         (stage.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size, and of no more use
@@ -71,13 +73,15 @@ def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
 
 def threshold_routers(space: SearchSpace) -> list[tuple[int, Router]]:
     """(number of experts, router) of every threshold router that some layer offers."""
-    return list(dict.fromkeys(
-        (group.experts, router)
-        for layer in space.layers
-        for group in layer.groups
-        for router in group.routers
-        if router is not None and router.kind == "threshold"
-    ))
+    return list(
+        dict.fromkeys(
+            (group.experts, router)
+            for layer in space.layers
+            for group in layer.groups
+            for router in group.routers
+            if router is not None and router.kind == "threshold"
+        )
+    )
 
 
 def _with_router(space: SearchSpace, experts: int, router: Router):

@@ -17,8 +17,13 @@ from supernet import Evaluation, LayerLoad
 SMALL = {
     "preset": "tiny",
     "depth": [1, 2],
-    "layer": {"heads": [2], "experts": [1, 2], "expert_sizes": [16, 32], "dense_sizes": [32, 64],
-              "routers": [{"kind": "top_k", "k": [1]}]},
+    "layer": {
+        "heads": [2],
+        "experts": [1, 2],
+        "expert_sizes": [16, 32],
+        "dense_sizes": [32, 64],
+        "routers": [{"kind": "top_k", "k": [1]}],
+    },
 }
 PRICER = Pricer(Context(64, 16, 2))
 

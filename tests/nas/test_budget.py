@@ -3,11 +3,11 @@ from random import Random
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-from tests.nas.search_tools import PRICER, budget_of, small_space, tiny_space
 
 from nas.search.budget import a_member_inside, cheapest, cost_ranges, dearest
 from nas.search.feasible import FeasibleSampler
 from search_spaces import MoesaicError, neighbours
+from tests.nas.search_tools import PRICER, budget_of, small_space, tiny_space
 
 COSTS = ["flops", "parameters", "active_parameters", "memory"]
 
@@ -84,8 +84,9 @@ def test_draws_inside_a_budget_are_those_of_rejection():
     for _ in range(6000):
         architecture = sampler.sample(rng)
         assert budget.fits(architecture)
-        counts[architecture.decoder.width, len(architecture.decoder.layers)] = counts.get(
-            (architecture.decoder.width, len(architecture.decoder.layers)), 0) + 1
+        counts[architecture.decoder.width, len(architecture.decoder.layers)] = (
+            counts.get((architecture.decoder.width, len(architecture.decoder.layers)), 0) + 1
+        )
     reference: dict = dict.fromkeys(counts, 0)
     drawn = 0
     rng = Random(1)
@@ -122,6 +123,9 @@ def test_repair_leaves_what_fits_and_mends_the_rest():
         assert repaired in space
         if budget.fits(architecture):
             assert repaired == architecture
-    nearly = next(a for a in (space.sample_balanced(rng) for _ in range(5000))
-                  if not budget.fits(a) and any(budget.fits(n) for n in neighbours(space, a)))
+    nearly = next(
+        a
+        for a in (space.sample_balanced(rng) for _ in range(5000))
+        if not budget.fits(a) and any(budget.fits(n) for n in neighbours(space, a))
+    )
     assert budget.fits(sampler.repair(nearly, rng))

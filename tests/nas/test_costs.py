@@ -113,8 +113,11 @@ def test_worst_case_is_never_below_the_expected_one_nor_that_below_the_smallest(
 
 def test_active_parameters_of_a_dense_model_are_all():
     rng = Random(0)
-    dense = [a for a in (SPACES["tiny"].sample_balanced(rng) for _ in range(300))
-             if all(layer.feed_forward.router is None for layer in a.decoder.layers)]
+    dense = [
+        a
+        for a in (SPACES["tiny"].sample_balanced(rng) for _ in range(300))
+        if all(layer.feed_forward.router is None for layer in a.decoder.layers)
+    ]
     assert dense
     for architecture in dense:
         uses = Pricer(CONTEXT).expected_uses(architecture)

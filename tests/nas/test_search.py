@@ -2,11 +2,10 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from random import Random
 
-import numpy as np
 import pytest
-from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
 
 from nas.config import SearchConfig
 from nas.search.genome import Genome
@@ -15,6 +14,7 @@ from nas.search.mirror import JournalMirror
 from nas.search.rivals import choose_rivals, uniform_layouts
 from search_spaces import Interrupted, load_space, preset_source
 from supernet import Evaluation
+from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
 
 SAMPLERS = ["random", "evolution", "nsga2", "tpe"]
 
@@ -145,13 +145,14 @@ def test_the_front_is_sorted_and_hypervolume_only_grows(tmp_path):
     assert result.best.loss == min(t.loss for t in trials if t.feasible)
     history = hypervolume_history(trials)
     assert [n for n, _ in history] == list(range(1, 41))
-    assert all(b >= a for (_, a), (_, b) in zip(history, history[1:], strict=False))
+    assert all(b >= a for (_, a), (_, b) in pairwise(history))
 
 
 def test_best_is_the_least_loss_whatever_the_order_of_objectives(tmp_path):
     space = tiny_space()
-    trials = search(space, budget_of(space, flops="60%"), tmp_path / "t.jsonl",
-                    config("evolution", objectives=["flops", "loss"]))
+    trials = search(
+        space, budget_of(space, flops="60%"), tmp_path / "t.jsonl", config("evolution", objectives=["flops", "loss"])
+    )
     result = result_of(trials)
     assert result is not None
     assert result.best.loss == min(t.loss for t in trials if t.feasible)

@@ -2,11 +2,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.nas.search_tools import budget_of, search, tiny_space
 
 from nas.config import SearchConfig
 from nas.search.trials import Trial, TrialLog, read_trials
 from search_spaces import MoesaicError
+from tests.nas.search_tools import budget_of, search, tiny_space
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""Running the command line as a person does: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_MAIN = "from nas.cli import main; main()"
+
+
+def start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """A running `moesaic`, one thread, output captured."""
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment}
+    command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd, start_new_session=True
+    )
+
+
+def moesaic(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A finished `moesaic`."""
+    process = start(*arguments, cwd=cwd, **environment)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def interrupt_when(process: subprocess.Popen[str], condition: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Send a signal as soon as ``condition`` holds; returns the exit status and standard error."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before the moment came: {process.communicate()}"
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
