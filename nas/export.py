@@ -154,8 +154,8 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
             *costs,
             "",
             "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
-            "expected load of each expert, measured from the load on the test text. Latency is the lower quartile of repeated",
-            f"passes over {shape['batch_size']} x {shape['sequence_length']} tokens on {figures['device']}.",
+            "expected load of each expert, measured from the load on the test text. Latency is the lower quartile of",
+            f"repeated passes over {shape['batch_size']} x {shape['sequence_length']} tokens on {figures['device']}.",
             "Memory is the weights in float32 and the peak of activations of such a pass.",
             "",
             "Slice of the supernet against this model: largest logit difference "

@@ -118,13 +118,13 @@ class Accuracy:
     @staticmethod
     def of(predicted: np.ndarray, measured: np.ndarray) -> Accuracy:
         relative = predicted / measured - 1
-        tau = float(kendalltau(predicted, measured)[0])
+        tau: float = np.asarray(kendalltau(predicted, measured))[0]
         return Accuracy(
             len(measured),
             float(np.abs(relative).mean()),
             float(relative.mean()),
             float((np.abs(relative) <= 0.10).mean()),
-            tau if np.isfinite(tau) else 0.0,  # undefined where all predictions tie: they rank nothing
+            float(tau) if np.isfinite(tau) else 0.0,  # undefined where all predictions tie: they rank nothing
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from nas.config import SearchConfig
 from nas.search.feasible import FeasibleSampler
 from nas.search.pareto import crowding, ranks
+from nas.search.rivals import uniform_layouts
 from nas.search.trials import Trial
 from search_spaces import Architecture, crossover, mutate
 
@@ -73,7 +74,7 @@ class RandomSampler:
 class EvolutionSampler:
     """Evolution over architectures themselves.
 
-    The first ``population`` are random. Then tournaments over everything feasible so far choose parents: half of them
+    The first ``population`` are the ``seeds`` and random ones. Then tournaments over everything feasible so far choose parents: half of them
     by non-dominated rank and crowding, which widens the front, and half by loss, since what the budget is spent on in
     the end is the member of least loss. Half of the children are crossed layer by layer, all are mutated by one to
     three structural steps; a child over budget is repaired, and none is evaluated twice.
@@ -85,9 +86,12 @@ class EvolutionSampler:
     feasible: FeasibleSampler
     seed: int
     population: int
+    seeds: tuple[Architecture, ...] = ()
 
     def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
         rng = Random(f"{self.seed}/search/{len(seen)}")
+        if len(seen) < len(self.seeds):
+            return Proposal(self.seeds[len(seen)])
         archive = [trial for trial in trials if trial.feasible]
         if len(seen) < self.population or len(archive) < 2:
             return RandomSampler(self.feasible, self.seed).propose(trials, seen)
@@ -129,12 +133,23 @@ def _preference(points: np.ndarray) -> np.ndarray:
     return places
 
 
+def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
+    """Members inside the budget that people would pick by habit: uniform top-2 layouts and dense ones, half each, those
+    of most FLOPs. A search that starts from them ends no worse than they are."""
+    budget, found = feasible.budget, []
+    for sparse, share in ((True, count - count // 2), (False, count // 2)):
+        inside = [a for a in uniform_layouts(feasible.space, sparse) if a in feasible.space and budget.fits(a)]
+        inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
+        found += inside[:share]
+    return tuple(found)
+
+
 def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int) -> Sampler:
     """The sampler that ``config`` names."""
     if config.sampler == "random":
         return RandomSampler(feasible, seed)
     if config.sampler == "evolution":
-        return EvolutionSampler(feasible, seed, config.population)
+        return EvolutionSampler(feasible, seed, config.population, seed_layouts(feasible, config.population // 2))
     from nas.search.optuna_sampler import OptunaSampler
 
     return OptunaSampler(feasible, seed, config)
