@@ -53,13 +53,14 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from nas.config import load_config
         from nas.plan import build_plan, print_plan
         from nas.stages.run import Run
+        from nas.tables import output_console
 
         prepared = Run(load_config(config, overrides or ()), Path("runs"))
         result = build_plan(prepared)
         if as_json:
             print(json.dumps(result, indent=2))
         else:
-            print_plan(_console(), result)
+            print_plan(output_console(), result)
         if result["problem"]:
             raise typer.Exit(2)
 
@@ -93,6 +94,7 @@ def cost(
     with _told():
         from nas.costs.analytic import Context
         from nas.costs.statement import build_statement, print_statement
+        from nas.tables import output_console
         from search_spaces import Architecture
 
         value = Architecture.from_yaml(architecture)
@@ -100,7 +102,7 @@ def cost(
         if as_json:
             print(json.dumps(statement, indent=2))
         else:
-            print_statement(_console(), value, statement)
+            print_statement(output_console(), value, statement)
 
 
 @app.command(rich_help_panel="Stages")
@@ -170,12 +172,13 @@ def doctor() -> None:
         from rich.text import Text
 
         from nas.doctor import examine
+        from nas.tables import output_console
 
         checks = examine()
         table = Table(show_header=False)
         for check in checks:
             table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
-        _console().print(table)
+        output_console().print(table)
         if not all(check.fine for check in checks):
             raise typer.Exit(1)
 
@@ -192,8 +195,9 @@ def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: s
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
         from nas.stages.pipeline import run_stages
         from nas.stages.run import Run
+        from nas.tables import output_console
 
-        run_stages(Run(loaded, path, reporter, should_stop), _console(), only, fresh)
+        run_stages(Run(loaded, path, reporter, should_stop), output_console(), only, fresh)
 
 
 @contextmanager
@@ -219,12 +223,6 @@ def _told() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(highlight=False)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from nas.costs.analytic import parameters
@@ -20,6 +19,7 @@ from nas.search.budget import BudgetLine, a_member_inside, cost_ranges, resolve_
 from nas.search.feasible import FeasibleSampler
 from nas.stages.latency import calibrated
 from nas.stages.run import Run
+from nas.tables import plain_table, what_costs_are_per
 from nas.units import DIMENSIONS
 from search_spaces import MoesaicError
 from supernet import Sandwich, Transformer, evaluate
@@ -65,6 +65,7 @@ def build_plan(run: Run) -> dict[str, Any]:
         "problem": problem,
         "seconds": _estimate_seconds(run),
         "device": str(run.device),
+        "context": [run.context.batch_size, run.context.sequence_length],
         "latency_error": predictor.accuracy.mape,
     }
 
@@ -111,19 +112,18 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     envelope = DIMENSIONS["parameters"].format(plan["envelope_parameters"])
     console.print(Text(f"  supernet             {envelope} parameters"))
     limits = {line["name"]: line for line in plan["budget"]}
-    table = Table(title="Costs of the space, and the budget", title_justify="left")
-    for name in ("cost", "smallest", "typical", "largest", "worst case", "budget", "met by", "can be met"):
-        table.add_column(name, justify="left" if name in ("cost", "can be met") else "right")
+    columns = "cost|smallest|typical|largest|worst case|budget|met by|can be met"
+    table = plain_table("Costs of the space, and the budget", columns, "cost|can be met")
     for name, costs in plan["costs"].items():
         form, line = DIMENSIONS[name].format, limits.get(name)
-        row = [f"{name} {DIMENSIONS[name].per}", *(form(costs[k]) for k in ("smallest", "typical", "largest", "worst"))]
+        row = [name, *(form(costs[k]) for k in ("smallest", "typical", "largest", "worst"))]
         if line:
             answer = Text("yes", style="green") if line["satisfiable"] else Text("NO", style="bold red")
-            row += [form(line["limit"]), f"{line['share']:.1%}"]
-            table.add_row(*row, answer)
+            table.add_row(*row, form(line["limit"]), f"{line['share']:.1%}", answer)
         else:
             table.add_row(*row, "", "", "")
     console.print(table)
+    console.print(Text(what_costs_are_per(*plan["context"])))
     if plan["problem"]:
         console.print(Text(f"The budget cannot be met: {plan['problem']}", style="red"))
     else:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nas.progress import duration
 from nas.stages.run import STAGES, Run
+from nas.tables import plain_table, what_costs_are_per
 from nas.units import DIMENSIONS
 from search_spaces import Architecture, draw
 from search_spaces.files import read_json
@@ -95,6 +96,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
     console.print()
     console.print(_budget_table(summary["budget"]))
     console.print(_costs_table(chosen))
+    console.print(Text(what_costs_are_per(summary["context"]["batch_size"], summary["context"]["sequence_length"])))
+    console.print()
     console.print(_rivals_table([chosen["retrained"], *summary["rivals"]]))
     console.print(Text(verdict(summary)))
     console.print()
@@ -110,52 +113,39 @@ def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
 
 
 def _budget_table(lines: list[dict[str, Any]]) -> Table:
-    table = Table(title="Budget of the chosen architecture", title_justify="left")
-    for name in ("line", "limit", "predicted", "re-measured", ""):
-        table.add_column(name, justify="left" if name in ("line", "") else "right")
+    table = plain_table("Budget of the chosen architecture", "line|limit|predicted|re-measured|", "line|")
     for line in lines:
         form = DIMENSIONS[line["name"]].format
         inside = Text("inside", style="green") if line["within"] else Text("OVER", style="bold red")
-        table.add_row(
-            f"{line['name']} {DIMENSIONS[line['name']].per} ({line['bind']})",
-            form(line["limit"]),
-            form(line["predicted"]),
-            form(line["measured"]),
-            inside,
-        )
+        name = line["name"] if line["bind"] == "expected" else f"{line['name']} (worst case)"
+        table.add_row(name, form(line["limit"]), form(line["predicted"]), form(line["measured"]), inside)
     return table
 
 
 def _costs_table(chosen: dict[str, Any]) -> Table:
-    table = Table(title="Costs", title_justify="left")
-    for name in ("cost", "predicted", "measured", "per"):
-        table.add_column(name, justify="right" if name in ("predicted", "measured") else "left")
+    table = plain_table("Its costs", "cost|predicted|measured", "cost")
     for name, dimension in DIMENSIONS.items():
-        table.add_row(
-            name, dimension.format(chosen["predicted"][name]), dimension.format(chosen["measured"][name]), dimension.per
-        )
+        table.add_row(name, dimension.format(chosen["predicted"][name]), dimension.format(chosen["measured"][name]))
     return table
 
 
 def _rivals_table(results: list[dict[str, Any]]) -> Table:
-    title = f"Retrained alike ({results[0]['steps']} steps from {results[0]['init']}), judged on the test split"
-    table = Table(title=title, title_justify="left")
-    columns = ("model", "loss", "perplexity", "bits/byte", "FLOPs/token", "latency", "active", "parameters", "budget")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "model" else "right")
+    first = results[0]
+    start = "scratch" if first["init"] == "scratch" else "inherited weights"
+    title = f"Retrained alike ({first['steps']} steps from {start}), judged on the test split"
+    table = plain_table(title, "model|loss|ppl|bits/byte|FLOPs|latency|active|budget", "model|budget")
     best = min(result["loss"] for result in results)
-    costs = ("flops", "latency", "active_parameters", "parameters")
     for result in results:
-        measured = result["measured"]
         over = [line["name"] for line in result["budget"] if not line["within"]]
+        costs = (
+            DIMENSIONS[name].format(result["measured"][name]) for name in ("flops", "latency", "active_parameters")
+        )
         table.add_row(
             result["name"],
-            Text(
-                f"{result['loss']:.4f} ± {result['standard_error']:.4f}", style="bold" if result["loss"] == best else ""
-            ),
+            Text(f"{result['loss']:.4f}", style="bold" if result["loss"] == best else ""),
             f"{result['perplexity']:.2f}",
             f"{result['bits_per_byte']:.3f}",
-            *(DIMENSIONS[cost].format(measured[cost]) for cost in costs),
-            Text(f"OVER: {', '.join(over)}", style="red") if over else Text("inside", style="green"),
+            *costs,
+            Text(f"OVER {', '.join(over)}", style="red") if over else Text("inside", style="green"),
         )
     return table

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from nas.config import DeviceConfig
@@ -14,6 +13,7 @@ from nas.costs.analytic import Context, flops_breakdown
 from nas.costs.calibrate import measure_model
 from nas.costs.price import Pricer
 from nas.device import choose_device
+from nas.tables import plain_table, what_costs_are_per
 from nas.units import DIMENSIONS
 from search_spaces import Architecture, draw
 from supernet import Transformer
@@ -49,29 +49,24 @@ def build_statement(architecture: Architecture, context: Context) -> dict[str, A
 def print_statement(console: Console, architecture: Architecture, statement: dict[str, Any]) -> None:
     for line in draw(architecture).split("\n"):
         console.print(Text(line))
-    table = Table(title="Costs", title_justify="left")
-    for name in ("cost", "expected", "worst case", "per"):
-        table.add_column(name, justify="right" if name in ("expected", "worst case") else "left")
+    table = plain_table("Costs", "cost|expected|worst case", "cost")
     for name, value in statement["expected"].items():
         form = DIMENSIONS[name].format
-        table.add_row(name, form(value), form(statement["worst"][name]), DIMENSIONS[name].per)
-    latency = DIMENSIONS["latency"].format(statement["measured_latency_ms"])
-    table.add_row("latency", latency, "", f"batch, measured on {statement['device']}")
+        table.add_row(name, form(value), form(statement["worst"][name]))
+    table.add_row("latency", DIMENSIONS["latency"].format(statement["measured_latency_ms"]), "measured")
     console.print(table)
     parts = list(statement["flops_per_layer"][0])
-    layers = Table(title="FLOPs per token", title_justify="left")
-    layers.add_column("layer")
-    for part in parts:
-        layers.add_column(part, justify="right")
+    layers = plain_table("FLOPs per token", "|".join(["layer", *parts]), "layer")
     form = DIMENSIONS["flops"].format
     for index, layer in enumerate(statement["flops_per_layer"]):
         layers.add_row(str(index), *(form(layer[part]) if layer[part] else "-" for part in parts))
     layers.add_row("vocabulary", form(statement["flops_vocabulary"]))
     console.print(layers)
     shape = statement["context"]
+    console.print(Text(what_costs_are_per(shape["batch_size"], shape["sequence_length"])))
     console.print(
         Text(
-            f"Context: {shape['batch_size']} x {shape['sequence_length']} tokens, vocabulary "
-            f"{shape['vocab_size']}; a threshold router is priced as if it could not tell experts apart."
+            f"Vocabulary {shape['vocab_size']}; device {statement['device']}. A threshold router is priced "
+            "as if it could not tell experts apart."
         )
     )

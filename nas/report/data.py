@@ -113,8 +113,8 @@ def margin_text(measured: float, limit: float) -> str:
     """Where a measured cost stands to its limit, in words."""
     share = measured / limit - 1
     if share > 1:
-        return f"over: {measured / limit:.3g} × the limit"
-    return f"over by {share:.1%}" if share > 0 else f"inside, {-share:.1%} to spare"
+        return f"over {measured / limit:.3g}×"
+    return f"over by {share:.1%}" if share > 0 else f"inside by {-share:.1%}"
 
 
 def pareto_points(

@@ -66,7 +66,8 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     yield paragraph(
         f"Predicted before anything ran; measured on the exported model, routing on the test split. "
-        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device; latency is a median.",
+        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device; latency is the lower "
+        "quartile of repeated passes.",
         "muted",
     )
     results = [chosen["retrained"], *summary["rivals"]]

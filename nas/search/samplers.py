@@ -74,10 +74,10 @@ class RandomSampler:
 class EvolutionSampler:
     """Evolution over architectures themselves.
 
-    The first ``population`` are the ``seeds`` and random ones. Then tournaments over everything feasible so far choose parents: half of them
-    by non-dominated rank and crowding, which widens the front, and half by loss, since what the budget is spent on in
-    the end is the member of least loss. Half of the children are crossed layer by layer, all are mutated by one to
-    three structural steps; a child over budget is repaired, and none is evaluated twice.
+    The first ``population`` are the ``seeds`` and random ones. Then tournaments over everything feasible so far choose
+    parents: half of them by non-dominated rank and crowding, which widens the front, and half by loss, since what the
+    budget is spent on in the end is the member of least loss. Half of the children are crossed layer by layer, all
+    are mutated by one to three structural steps; a child over budget is repaired, and none is evaluated twice.
 
     AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, re-evaluate parents in each generation, and
     change parents in place; here an architecture is a value and the archive is the population.

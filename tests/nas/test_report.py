@@ -153,9 +153,9 @@ def test_measurements(tmp_path):
 
 
 def test_words(findings: Findings):
-    assert margin_text(90.0, 100.0) == "inside, 10.0% to spare"
+    assert margin_text(90.0, 100.0) == "inside by 10.0%"
     assert margin_text(103.0, 100.0) == "over by 3.0%"
-    assert margin_text(400.0, 100.0) == "over: 4 × the limit"
+    assert margin_text(400.0, 100.0) == "over 4×"
     assert axis_title("flops", findings.context) == "FLOPs per token"
     assert axis_title("latency", findings.context) == "latency, ms per batch of 1 × 16 tokens"
     assert axis_title("parameters", findings.context) == "parameters in total"
