@@ -72,18 +72,19 @@ def build_summary(run: Run) -> dict[str, Any]:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """One honest sentence: did the search pay, by the retrained losses and their standard errors?"""
+    """One honest sentence: did the search pay, by retrained losses compared sequence by sequence?"""
     searched, rivals = summary["chosen"]["retrained"], summary["rivals"]
     if not rivals:
         return "No rival was trained, so whether the search paid is not known."
     best = min(rivals, key=lambda rival: rival["loss"])
-    difference = best["loss"] - searched["loss"]
-    error = (best["standard_error"] ** 2 + searched["standard_error"] ** 2) ** 0.5
-    figures = f"test loss {searched['loss']:.4f} against {best['loss']:.4f} of the best rival ({best['name']})"
-    if abs(difference) < error:
-        return f"The search made no difference that one seed can show: {figures}."
-    word = "paid" if difference > 0 else "did not pay"
-    return f"The search {word}: {figures}, one seed each."
+    difference, error = best["above_searched"]["mean"], best["above_searched"]["standard_error"]
+    figures = (
+        f"test loss {searched['loss']:.4f} against {best['loss']:.4f} of the best rival ({best['name']}), "
+        f"difference {difference:+.4f} ± {error:.4f} in pairs, one training seed each"
+    )
+    if abs(difference) < 2 * error:
+        return f"The search made no significant difference: {figures}."
+    return f"The search {'paid' if difference > 0 else 'did not pay'}: {figures}."
 
 
 def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:

@@ -27,12 +27,16 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each layer (None: dense)."""
+    """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each layer (None: dense).
+
+    ``sequence_losses`` are the means of the single sequences: models judged on the same ones compare in pairs.
+    """
 
     loss: float
     standard_error: float
     tokens: int
     loads: tuple[LayerLoad | None, ...]
+    sequence_losses: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -68,4 +72,4 @@ def evaluate(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     error = per_sequence.std().item() / len(per_sequence) ** 0.5 if len(per_sequence) > 1 else math.inf
     loads = tuple(None if load is None else LayerLoad(tuple((load / tokens).tolist())) for load in pairs)
-    return Evaluation(per_sequence.mean().item(), error, tokens, loads)
+    return Evaluation(per_sequence.mean().item(), error, tokens, loads, tuple(per_sequence.tolist()))

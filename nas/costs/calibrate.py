@@ -42,6 +42,8 @@ _VERSION = 2
 """Part of a calibration's key: raised when terms or kernels change what they cost."""
 NOISY = 0.15
 """Spread of repeats (interquartile range over median) above which more rounds are measured, and no trust is kept."""
+_SECONDS = 1.0
+"""Time over which the repeats of one model's measurement are spread at least."""
 _PATIENCE = 3
 """How many times the rounds of a quiet machine a noisy one is measured at most."""
 
@@ -144,8 +146,13 @@ def calibrate(
 def measure_model(model: Transformer, tokens: Tensor, device: Device, repeats: int) -> float:
     """Milliseconds of one forward pass of ``model`` over ``tokens`` [B, S], measured as the calibration measures."""
     tokens = tokens.to(device.torch_device)
+    found: list[float] = []
+    start = time.perf_counter()
     with torch.inference_mode(), autocast(device):
-        return steady([_time(lambda: model(tokens), device) for _ in range(repeats)])
+        # A disturbance lasts longer than a pass: repeats that are all over at once may all fall into one.
+        while len(found) < repeats or time.perf_counter() - start < _SECONDS:
+            found.append(_time(lambda: model(tokens), device))
+    return steady(found)
 
 
 def steady(milliseconds: list[float]) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nas.config import load_retrain_file
 from nas.costs.measure import measure_costs
 from nas.data import load_corpus
@@ -17,6 +19,7 @@ from nas.run_directory import RunDirectory, fingerprint, stopwatch
 from nas.stages.run import Run
 from search_spaces import Architecture, MoesaicError
 from search_spaces.files import read_json, write_json
+from supernet import Evaluation
 
 SEARCHED = "searched"
 
@@ -29,6 +32,7 @@ def run_retrain(run: Run) -> None:
         config = run.config.retrain
         models = contestants(run)
         results: list[dict[str, Any]] = []
+        searched: Evaluation | None = None
         with run.task("retrain") as task:
             for index, (name, (architecture, inherited_loss)) in enumerate(models.items()):
 
@@ -54,6 +58,7 @@ def run_retrain(run: Run) -> None:
                         on_step,
                         run.should_stop,
                     )
+                searched = searched or trained.evaluation
                 windows = run.windows("test", config.evaluation_windows)
                 measured = measure_costs(trained.model, windows, run.pricer, run.device)
                 results.append(
@@ -63,6 +68,7 @@ def run_retrain(run: Run) -> None:
                         "architecture": architecture.to_dict(),
                         "inherited_loss": inherited_loss,
                         **loss_figures(run.corpus, trained.evaluation),
+                        "above_searched": paired_difference(trained.evaluation, searched),
                         "predicted": dict(run.pricer.expected(architecture)),
                         "measured": measured,
                         "budget": run.budget_lines(architecture, measured),
@@ -72,6 +78,15 @@ def run_retrain(run: Run) -> None:
                     }
                 )
         write_json(stage.path / "results.json", results)
+
+
+def paired_difference(evaluation: Evaluation, reference: Evaluation) -> dict[str, float]:
+    """Mean of the differences in loss, sequence by sequence, and its standard error: what two models share (easy and
+    hard text) cancels, so this error is far smaller than that of either loss. Chance in training is not in it."""
+    pairs = zip(evaluation.sequence_losses, reference.sequence_losses, strict=True)
+    differences = torch.tensor([mine - other for mine, other in pairs], dtype=torch.float64)
+    error = differences.std().item() / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return {"mean": differences.mean().item(), "standard_error": error}
 
 
 def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
