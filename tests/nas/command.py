@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -12,18 +13,22 @@ from pathlib import Path
 _MAIN = "from nas.cli import main; main()"
 
 
-def start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
-    """A running `moesaic`, one thread, output captured."""
-    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment}
+def start(*arguments: object, file_size_limit: int | None = None) -> subprocess.Popen[str]:
+    """A running `moesaic`, one thread, output captured. ``file_size_limit`` in bytes makes larger writes fail."""
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
     command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd, start_new_session=True
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
     )
+    if file_size_limit is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    return process
 
 
-def moesaic(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def moesaic(*arguments: object, file_size_limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """A finished `moesaic`."""
-    process = start(*arguments, cwd=cwd, **environment)
+    process = start(*arguments, file_size_limit=file_size_limit)
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -1,11 +1,13 @@
 """The command line: what it prints, and that bad input ends in one message and exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from nas import __version__
 from nas.config import load_config
@@ -65,7 +67,7 @@ def test_cost_prices_an_architecture(tmp_path):
 
 
 def test_plan_trains_nothing_and_tells_all(micro_config, tmp_path):
-    result = moesaic("plan", micro_config, "--json", cwd=None)
+    result = moesaic("plan", micro_config, "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["cardinality"] == load_space(preset_source("tiny")).cardinality
@@ -126,10 +128,6 @@ def test_wrong_paths_are_one_message(arguments, words):
     ],
 )
 def test_bad_settings_are_one_message(micro_config, tmp_path, overrides, words):
-    import re
-
-    import torch
-
     if torch.cuda.is_available() and "device.device=cuda" in overrides:
         overrides = ["device.device=tpu"]
         words = "not one of"

@@ -209,3 +209,26 @@ def test_diverged_training_says_so_and_keeps_the_last_checkpoint(micro_config, t
     assert "diverged at step" in result.stderr
     assert "lower learning_rate" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_disk_that_fills_up_ends_in_one_message_and_damages_nothing(micro_config, tmp_path):
+    out = tmp_path / "full"
+    steps = ["supernet.steps=400", "supernet.checkpoint_every=5"]
+    process = start("supernet", micro_config, "--out", out, *steps)
+    interrupt_when(process, (out / "supernet" / "checkpoint.safetensors").exists, signal.SIGKILL)
+    good = (out / "supernet" / "checkpoint.safetensors").read_bytes()
+    # A limit on the size of files fails a write in the middle of a checkpoint just as a full disk does.
+    result = moesaic("supernet", micro_config, "--out", out, *steps, file_size_limit=len(good) // 2)
+    assert result.returncode == 2
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (out / "supernet" / "checkpoint.safetensors").read_bytes() == good
+    assert not list((out / "supernet").glob(".*.tmp"))
+
+
+def test_a_run_in_bfloat16(micro_config, tmp_path):
+    result = moesaic("run", micro_config, "--out", tmp_path / "half", "device.dtype=bfloat16", "search.trials=10")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "half" / "summary.json").read_text())
+    assert "bfloat16" in summary["device"]
+    assert 0 < summary["chosen"]["retrained"]["loss"] < 10
