@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from nas.units import DIMENSIONS, Limit, parse_limit
 from search_spaces import MoesaicError, SearchSpace, load_space
 from search_spaces.errors import nearest_name
-from search_spaces.yaml_source import YamlSource, read_yaml, validate
+from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -240,10 +240,7 @@ def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
             raise MoesaicError(
                 "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
             )
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise MoesaicError("the value is not YAML", where=f"command line: {key}", found=text) from None
+        value = parse_yaml(text, f"command line: {key}").data
         *parents, last = path = tuple(key.split("."))
         target: dict[str, Any] = data
         for depth, parent in enumerate(parents):

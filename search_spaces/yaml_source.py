@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -102,6 +103,12 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, KeyError, AttributeError):
             problem = f"{node.value} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+# YAML 1.1 takes 1e-3 for a text, because it has no point; everybody who writes a learning rate means the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 
 def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> Iterator[tuple[KeyPath, int]]:

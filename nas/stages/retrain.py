@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nas.config import load_retrain_file
+from nas.costs.calibrate import autocast
 from nas.costs.measure import measure_costs
 from nas.data import load_corpus
 from nas.device import choose_device
@@ -16,16 +17,20 @@ from nas.export import load_exported
 from nas.progress import Reporter
 from nas.retrain import loss_figures, retrain
 from nas.run_directory import RunDirectory, fingerprint, stopwatch
+from nas.search.thresholds import hold_budget
 from nas.stages.run import Run
 from search_spaces import Architecture, MoesaicError
-from search_spaces.files import read_json, write_json
-from supernet import Evaluation
+from search_spaces.files import read_json, write_json, write_text
+from supernet import Evaluation, evaluate
 
 SEARCHED = "searched"
 
 
 def run_retrain(run: Run) -> None:
-    """Leaves a folder per model (weights, metrics) and ``results.json``, the searched model first."""
+    """Leaves a folder per model (weights, architecture, metrics) and ``results.json``, the searched model first.
+
+    A model whose threshold routers keep more experts after training than its budget allows has them lowered.
+    """
     with run.work("retrain") as stage:
         if stage is None:
             return
@@ -58,20 +63,29 @@ def run_retrain(run: Run) -> None:
                         on_step,
                         run.should_stop,
                     )
-                searched = searched or trained.evaluation
                 windows = run.windows("test", config.evaluation_windows)
-                measured = measure_costs(trained.model, windows, run.pricer, run.device)
+                model, evaluation = trained.model, trained.evaluation
+                validation = run.windows("validation", run.config.search.evaluation_windows)
+                with autocast(run.device):
+                    held = hold_budget(model, validation, run.budget)
+                    if held != architecture:
+                        model = model.extract(held).eval()
+                        evaluation = evaluate(model, windows)
+                write_text(stage.path / name / "architecture.yaml", held.to_yaml())
+                searched = searched or evaluation
+                measured = measure_costs(model, windows, run.pricer, run.device)
                 results.append(
                     {
                         "name": name,
-                        "fingerprint": architecture.fingerprint,
-                        "architecture": architecture.to_dict(),
+                        "fingerprint": held.fingerprint,
+                        "architecture": held.to_dict(),
+                        "thresholds_lowered": held != architecture,
                         "inherited_loss": inherited_loss,
-                        **loss_figures(run.corpus, trained.evaluation),
-                        "above_searched": paired_difference(trained.evaluation, searched),
-                        "predicted": dict(run.pricer.expected(architecture)),
+                        **loss_figures(run.corpus, evaluation),
+                        "above_searched": paired_difference(evaluation, searched),
+                        "predicted": dict(run.pricer.expected(held)),
                         "measured": measured,
-                        "budget": run.budget_lines(architecture, measured),
+                        "budget": run.budget_lines(held, measured),
                         "steps": config.steps,
                         "init": config.init,
                         "seconds": round(seconds[0], 2),

@@ -102,7 +102,8 @@ def test_draws_inside_a_budget_are_those_of_rejection():
 
 def test_a_walk_stays_inside_a_tight_budget_and_gets_around():
     space = tiny_space()
-    budget = budget_of(space, flops="25%", parameters="28%")
+    least = PRICER.expected(cheapest(space, PRICER, "flops"))["flops"]
+    budget = budget_of(space, flops=f"{1.6 * least} FLOPs")
     start = a_member_inside(space, budget)
     sampler = FeasibleSampler(space, budget, start)
     assert sampler.acceptance(2000, Random(0)) < 0.2

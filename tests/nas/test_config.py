@@ -103,6 +103,13 @@ def test_bad_overrides_say_that_they_stand_on_the_command_line(tmp_path, overrid
     assert where in str(refusal(tmp_path, GOOD, override).where)
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, text):
+    path = write(tmp_path, GOOD + f"supernet: {{learning_rate: {text}}}\n")
+    assert load_config(path).config.supernet.learning_rate == 0.001
+    assert load_config(path, [f"retrain.learning_rate={text}"]).config.retrain.learning_rate == 0.001
+
+
 def test_a_missing_file_names_a_similar_one(tmp_path):
     write(tmp_path, GOOD)
     with pytest.raises(MoesaicError, match="no such file") as caught:

@@ -125,10 +125,10 @@ def test_active_parameters_of_a_dense_model_are_all():
 
 
 def test_top_k_costs_k_experts_and_a_threshold_what_was_measured():
-    router = Router("threshold", threshold=0.5, max_k=4)
+    router = Router("threshold", threshold=0.9, max_k=4)
     part = FeedForward((64, 32, 32, 16), router, shared_size=16)
     uniform = Occupancy().expected(part)
-    assert uniform.pairs == 2  # ceil(0.5 * 4) of uniform probabilities
+    assert uniform.pairs == 4  # ceil(0.9 * 4) of uniform probabilities
     known = Occupancy({(4, router): 1.25}).expected(part)
     assert (known.pairs, known.neurons) == (1.25, 1.25 * 144 / 4)
     assert worst_use(part).neurons == 144
