@@ -71,6 +71,7 @@ def _result(findings: Findings) -> Iterator[str]:
         "muted",
     )
     results = [chosen["retrained"], *summary["rivals"]]
+    start = "scratch" if results[0]["init"] == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, judged on the test split</h3>"
     yield table(
         (
@@ -88,8 +89,9 @@ def _result(findings: Findings) -> Iterator[str]:
         chosen=0,
     )
     yield paragraph(
-        f"Trained for {results[0]['steps']} steps from {results[0]['init']} with one seed and the same batches; "
-        f"± is the standard error over sequences of {results[0]['tokens']} test tokens. Costs are measured, latency "
+        f"Trained for {results[0]['steps']} steps from {start} with one seed and the same batches; "
+        f"± is the standard error over sequences of {results[0]['tokens']} test tokens, "
+        "far larger than that of a difference between models judged on the same sequences. Costs are measured, latency "
         f"{per_text('latency', context)}.",
         "muted",
     )
