@@ -62,8 +62,8 @@ class DeviceConfig(_Section):
     threads: Count | None = None
 
 
-class SupernetConfig(_Section):
-    """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
+class TrainingConfig(_Section):
+    """Optimisation that the supernet and a single model share."""
 
     steps: Count = 1000
     batch_size: Count = 16
@@ -72,12 +72,17 @@ class SupernetConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Positive = 1.0
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    checkpoint_every: Count = 100
+
+
+class SupernetConfig(TrainingConfig):
+    """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
+
     random_slices: Count = 1
     sampling: Literal["fair", "uniform"] = "fair"
     sharing: Literal["nested", "packed"] = "nested"
     distill: bool = True
     largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    checkpoint_every: Count = 100
 
 
 class LatencyConfig(_Section):
@@ -114,20 +119,12 @@ class ExportConfig(_Section):
     front: Annotated[int, Field(ge=0)] = 4
 
 
-class RetrainConfig(_Section):
+class RetrainConfig(TrainingConfig):
     """Training of the chosen architecture and, with ``rivals``, of uniform top-2 and dense ones in the same budget."""
 
-    steps: Count = 1000
-    batch_size: Count = 16
-    learning_rate: Positive = 3e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: Positive = 1.0
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
     init: Literal["scratch", "inherited"] = "scratch"
     rivals: bool = True
     evaluation_windows: Annotated[int, Field(ge=2)] = 256
-    checkpoint_every: Count = 100
 
 
 class Config(_Section):

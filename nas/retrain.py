@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nas.config import RetrainConfig, SupernetConfig
+from nas.config import RetrainConfig, TrainingConfig
 from nas.costs.calibrate import autocast
 from nas.data import Corpus
 from nas.device import Device
@@ -69,7 +69,7 @@ def retrain(
     return Retrained(model, evaluation)
 
 
-def train_settings(config: SupernetConfig | RetrainConfig, bfloat16: bool, distill: bool) -> TrainSettings:
+def train_settings(config: TrainingConfig, bfloat16: bool, distill: bool) -> TrainSettings:
     return TrainSettings(
         steps=config.steps,
         learning_rate=config.learning_rate,

@@ -12,7 +12,7 @@ import numpy as np
 from nas.config import SearchConfig
 from nas.search.budget import Budget
 from nas.search.pareto import hypervolume, non_dominated
-from nas.search.samplers import Sampler
+from nas.search.proposal import Sampler
 from nas.search.trials import Trial, TrialLog
 from search_spaces import Architecture, Interrupted
 from supernet.evaluate import Evaluation

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nas.config import SearchConfig
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
-from nas.search.samplers import UNSEEN_TRIES, Proposal, Skipped
+from nas.search.proposal import UNSEEN_TRIES, Proposal, Skipped
 from nas.search.trials import Trial
 from search_spaces import Architecture
 
