@@ -22,6 +22,7 @@ def run_latency(run: Run, fresh: bool = False) -> None:
     """
     if fresh:
         shutil.rmtree(_cached(run), ignore_errors=True)
+        run.calibration = None
         (run.stages["latency"].path / "artifact.json").unlink(missing_ok=True)
     with run.work("latency") as stage:
         if stage is None:
@@ -43,10 +44,13 @@ def run_latency(run: Run, fresh: bool = False) -> None:
 
 def calibrated(run: Run) -> Path:
     """The folder of this machine's calibration for the run's space and context, measured now if there is none."""
-    directory = _cached(run)
+    if run.calibration is not None:
+        return run.calibration
+    stage = run.stages["latency"]
+    run.calibration = directory = stage.path if stage.complete else _cached(run)
     known = directory / "predictor.json"
-    # What was measured while the machine was busy is used once, for the run that asked, and not kept for others.
-    if known.exists() and read_json(known)["noise"] <= NOISY:
+    # What was measured while the machine was busy is used by the run that asked, and not kept for others.
+    if known.exists() and (stage.complete or read_json(known)["noise"] <= NOISY):
         return directory
     context = run.context
     tokens = run.windows("validation", context.batch_size)[:, :-1]

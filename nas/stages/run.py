@@ -38,6 +38,8 @@ class Run:
     path: Path
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
+    calibration: Path | None = None
+    """Folder of the latency calibration that this process uses, once it has one."""
 
     @property
     def config(self) -> Config:

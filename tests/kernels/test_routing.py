@@ -245,3 +245,12 @@ def test_balance_loss_pushes_down_the_overloaded_expert() -> None:
     assert logits.grad is not None
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
+
+
+@given(st.integers(2, 16), st.floats(0.05, 0.95), st.integers(0, 10_000))
+def test_a_threshold_never_keeps_more_than_its_share_of_the_experts(experts: int, threshold: float, seed: int) -> None:
+    """What ``Router.for_experts`` rests on: j experts ranked first hold a mass of j / E or more."""
+    logits = torch.randn(64, experts, generator=torch.Generator().manual_seed(seed)) * 0.1
+    kept = route(logits, most=experts, threshold=threshold)
+    per_token = torch.bincount(kept.tokens, minlength=64)
+    assert per_token.max() <= math.ceil(threshold * experts)

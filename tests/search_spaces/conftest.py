@@ -76,7 +76,8 @@ layers:
         members=2 * (4 + 4 * 1 * 3),
         raw=2 * (5 + 5 * 1 * 3),
     ),
-    # routers: top-1 (max_k 1, twice) and, per threshold, max_k 2 to the number of experts (8 means all of them)
+    # routers: top-1 (max_k 1, twice), and max_k 2 to the most a threshold can keep: 2 and 2 of 2 experts, 2 and 3 of 3,
+    # 3 and 3 of 4 for the thresholds 0.55 and 0.7
     "thresholds": SmallSpace(
         """
 width: [32]
@@ -88,8 +89,8 @@ layer:
   expert_sizes: [16, 32]
   routers: [{kind: threshold, threshold: [0.55, 0.7], max_k: [1, 2, 3, 8]}]
 """,
-        members=3 * 3 + 4 * 5 + 5 * 7,
-        raw=4 * 3 + 8 * 5 + 16 * 7,
+        members=3 * 3 + 4 * 4 + 5 * 5,
+        raw=4 * 3 + 8 * 4 + 16 * 5,
     ),
 }
 

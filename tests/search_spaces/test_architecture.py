@@ -100,6 +100,8 @@ def test_order_of_experts_means_nothing(sizes: list[int], rng: Random) -> None:
     ("first", "second"),
     [
         (Router("threshold", threshold=0.4, max_k=3), Router("threshold", threshold=0.4, max_k=99)),
+        (Router("threshold", threshold=0.4, max_k=2), Router("threshold", threshold=0.4, max_k=3)),
+        (Router("threshold", threshold=0.3, max_k=3), Router("top_k", k=1)),
         (Router("threshold", threshold=0.4, max_k=1), Router("top_k", k=1)),
         (Router("threshold", threshold=0.4, max_k=1), Router("threshold", threshold=0.9, max_k=1)),
     ],
@@ -151,7 +153,7 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "depth": lambda d: d["decoder"]["layers"].pop(),
     "size": lambda d: d["decoder"]["layers"][0]["feed_forward"].update(expert_sizes=[64, 32, 32]),
     "threshold": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(threshold=0.61),
-    "max_k": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(max_k=3),
+    "max_k": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(max_k=1),
     "router": lambda d: d["decoder"]["layers"][0]["feed_forward"].update(router={"kind": "top_k", "k": 2}),
     "shared": lambda d: d["decoder"]["layers"][0]["feed_forward"].pop("shared_size"),
     "activation": lambda d: d["backbone"].update(activation="relu"),

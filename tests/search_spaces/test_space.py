@@ -31,7 +31,9 @@ def spelt_routers(layer: dict[str, Any], experts: int) -> set[tuple]:
             if k <= experts:
                 found.add(("top", k))
         for threshold, max_k in product(spec.get("threshold", ()), spec.get("max_k", ())):
-            most = min(max_k, experts)
+            # The mass ahead of the j-th most probable expert is (j - 1) / E or more, so no other j is ever kept.
+            kept = max(j for j in range(1, experts + 1) if (j - 1) / experts < threshold)
+            most = min(max_k, kept)
             found.add(("top", 1) if most == 1 else ("mass", threshold, most))
     return found
 
