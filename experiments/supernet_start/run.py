@@ -1,4 +1,4 @@
-"""Does it help a supernet to train its largest architecture alone at first? Same steps, seeds and data, two starts.
+"""Does it help a supernet to train its largest architecture alone at first? Same steps, seeds and data.
 
 python experiments/supernet_start/run.py [--steps 400] [--seeds 2] > result.json
 """
