@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from search_spaces.errors import MoesaicError, nearest_name
 
@@ -13,20 +13,24 @@ _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Dimension:
-    """What a cost is measured in: its unit, what it is per, and the scales it may be written in."""
+    """What a cost is measured in: its unit, what it is per, scales it is printed in, and others it may be read in."""
 
     unit: str
     per: str
-    scales: dict[str, float]
+    printed: dict[str, float]
+    accepted: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        return {**self.printed, **self.accepted}
 
     def format(self, value: float) -> str:
         """A readable figure with its unit: three or four significant digits in the largest scale that fits."""
         if not math.isfinite(value):
             return str(value)
-        fitting = [(name, scale) for name, scale in self.scales.items() if abs(value) >= scale]
-        name, scale = (
-            max(fitting, key=lambda pair: pair[1]) if fitting else min(self.scales.items(), key=lambda pair: pair[1])
-        )
+        fitting = [(name, scale) for name, scale in self.printed.items() if abs(value) >= scale]
+        smallest = min(self.printed.items(), key=lambda pair: pair[1])
+        name, scale = max(fitting, key=lambda pair: pair[1], default=smallest)
         number = f"{value / scale:.4g}"
         return f"{number} {name}" if len(name) > 1 else f"{number}{name}"
 
@@ -39,7 +43,8 @@ DIMENSIONS = {
     "memory": Dimension(
         "B",
         "weights and activations of a batch",
-        {**{f"{p}B": s for p, s in _DECIMAL.items()}, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+        {f"{p}B": s for p, s in _DECIMAL.items()},
+        {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
     ),
 }
 """Costs that a budget may bind, in their base units: FLOPs, milliseconds, counts, bytes."""

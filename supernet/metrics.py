@@ -6,15 +6,22 @@ import json
 import os
 from pathlib import Path
 
+from search_spaces import MoesaicError
 from search_spaces.files import unwritable, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of ``metrics.jsonl``, without a torn last line."""
+    """The records of ``metrics.jsonl``, without a torn last line. Raises MoesaicError for a damaged one before it."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise MoesaicError("is damaged: not a JSON record", where=f"{path}:{number}", found=line[:60]) from None
+    return records
 
 
 class MetricLog:

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from search_spaces import MoesaicError
+from supernet.metrics import MetricLog, read_metrics
+
+
+def test_records_survive_a_torn_last_line_and_a_resumed_log_continues_at_its_step(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step, "loss": 1.0 / step})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+    log = MetricLog(tmp_path, 25)
+    log.write({"step": 30, "loss": 0.5})
+    log.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] == 0.5
+
+
+def test_a_damaged_record_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(MoesaicError, match="damaged") as caught:
+        read_metrics(path)
+    assert str(caught.value.where).endswith("metrics.jsonl:2")
