@@ -157,8 +157,9 @@ def _build(
 def _train_tokenizer(config: DataConfig, files: list[TextFile], where: str) -> Tokenizer:
     """A byte-level BPE (arXiv 1508.07909) of the training split."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    # The library's type stubs give these properties no setter; its documentation sets them.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         special_tokens=[END_OF_TEXT],

@@ -122,24 +122,12 @@ def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point]) -> go.
     """Best loss so far and hypervolume against evaluations."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     x = [step.evaluations for step in history]
-    figure.add_scatter(
-        x=x,
-        y=[step.best for step in history],
-        name="best loss inside the budget",
-        mode="lines",
-        row=1,
-        col=1,
-        line={"shape": "hv", "color": KINDS["best"]},
+    lines = (
+        ("best loss inside the budget", [step.best for step in history], KINDS["best"]),
+        ("hypervolume", [step.hypervolume for step in history], KINDS["front"]),
     )
-    figure.add_scatter(
-        x=x,
-        y=[step.hypervolume for step in history],
-        name="hypervolume",
-        mode="lines",
-        row=2,
-        col=1,
-        line={"shape": "hv", "color": KINDS["front"]},
-    )
+    for row, (name, y, colour) in enumerate(lines, start=1):
+        figure.add_scatter(x=x, y=y, name=name, mode="lines", row=row, col=1, line={"shape": "hv", "color": colour})
     for point, colour in zip(rivals, MODELS[1:], strict=False):
         figure.add_scatter(
             x=[x[0], x[-1]],
