@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Dependencies are installed anew only when what is asked for changed.
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint types unit clean
+.PHONY: setup demo test test-gpu lint types unit clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+# The same properties on a GPU, where kernels are compiled instead of interpreted.
+test-gpu: setup
+	$(BIN)/pytest tests/kernels -m "gpu or not gpu"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

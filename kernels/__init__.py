@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
-from kernels import reference, segments
+from kernels import reference, routing, segments
 from kernels.layout import Bank, ExpertLayout, Routing
-from kernels.routing import route
 
-IMPLEMENTATIONS = {"reference": reference.sparse_ffn, "segments": segments.sparse_ffn}
+
+def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
+    from kernels import gpu
+
+    # A dense layer is two or three plain products, which cuBLAS does best.
+    if routing is None or len(layout.sizes) > gpu.MOST_EXPERTS:
+        return segments.sparse_ffn(x, bank, layout, routing, activation)
+    return gpu.sparse_ffn(x, bank, layout, routing, activation)
+
+
+IMPLEMENTATIONS = {"reference": reference.sparse_ffn, "torch": segments.sparse_ffn, "triton": _triton}
+
+
+@lru_cache
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on ``device``: an NVIDIA GPU from Ampere on, and Triton installed."""
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def sparse_ffn(
@@ -17,7 +38,7 @@ def sparse_ffn(
     layout: ExpertLayout,
     routing: Routing | None,
     activation: str,
-    implementation: str = "segments",
+    implementation: str | None = None,
 ) -> Tensor:
     """Feed-forward layer of many experts: each token's weighted sum over the experts it is routed to.
 
@@ -28,15 +49,35 @@ def sparse_ffn(
     layout : rows of each expert in the bank. Experts may differ in size.
     routing : sorted pairs; None when there is one expert that every token uses with weight 1 (a dense layer).
     activation : ``relu``, ``gelu`` or ``swiglu`` (which needs ``bank.gate``).
-    implementation : a key of ``IMPLEMENTATIONS``.
+    implementation : a key of ``IMPLEMENTATIONS``; by default ``triton`` where it runs, else ``torch``.
 
     Returns
     -------
     [T, D], in the dtype of x. A token without pairs gets zeros. Differentiable in x, the bank and the weights.
+
+    Raises
+    ------
+    ValueError : a gate without ``swiglu`` or the reverse; several experts without a routing.
     """
     if (bank.gate is None) == (activation == "swiglu"):
         raise ValueError(f"activation {activation} {'needs' if activation == 'swiglu' else 'has no'} gate")
+    if routing is None and len(layout.sizes) != 1:
+        raise ValueError("without a routing there is one expert, which every token uses")
+    if implementation is None:
+        implementation = "triton" if has_triton(x.device) and x.dtype != torch.float64 else "torch"
+    if routing is not None and routing.slots is not None and implementation != "triton":
+        routing = routing.trimmed()  # made on a GPU, with room to spare that only the Triton kernels pass over
     return IMPLEMENTATIONS[implementation](x, bank, layout, routing, activation)
 
 
-__all__ = ["IMPLEMENTATIONS", "Bank", "ExpertLayout", "Routing", "route", "sparse_ffn"]
+def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
+    """Choose experts for each token: ``kernels.routing.route``, as Triton kernels where they run."""
+    if has_triton(logits.device) and logits.shape[1] > 1:
+        from kernels import gpu
+
+        if logits.shape[1] <= gpu.MOST_EXPERTS:
+            return gpu.route(logits, most=most, threshold=threshold, normalise=normalise)
+    return routing.route(logits, most=most, threshold=threshold, normalise=normalise)
+
+
+__all__ = ["IMPLEMENTATIONS", "Bank", "ExpertLayout", "Routing", "has_triton", "route", "sparse_ffn"]

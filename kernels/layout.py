@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 
@@ -41,22 +42,45 @@ class Routing:
     """P (token, expert) pairs sorted by expert, and by token within an expert. A token has any number of them.
 
     ``tokens`` [P] int64, ``offsets`` [E + 1] int64 (pairs of expert e: ``offsets[e] : offsets[e + 1]``),
-    ``weights`` [P] float32, differentiable, ``probabilities`` [T, E] float32, the router's softmax.
+    ``weights`` [P] float32, differentiable, ``probabilities`` [T, E] float32, the router's softmax. The lists may
+    be longer than P = ``offsets[-1]``: only the device knows how many pairs a threshold kept, and what stands past
+    them has no meaning. ``slots`` [P] is each pair's place when the pairs are sorted by token, and by expert within a
+    token; those of token t end up at ``token_offsets[t] : token_offsets[t + 1]`` [T + 1]. A GPU needs them.
     """
 
     tokens: Tensor
     offsets: Tensor
     weights: Tensor
     probabilities: Tensor
+    slots: Tensor | None = None
+    token_offsets: Tensor | None = None
 
     @property
     def load(self) -> Tensor:
         """[E] pairs per expert."""
         return self.offsets.diff()
 
-    @property
-    def experts_per_token(self) -> float:
-        return len(self.tokens) / max(1, len(self.probabilities))
+    def to(self, device: torch.device) -> Routing:
+        """The same on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
+    def trimmed(self) -> Routing:
+        """The same with lists of P. Waits for the device."""
+        pairs = int(self.offsets[-1])
+        slots = None if self.slots is None else self.slots[:pairs]
+        return replace(self, tokens=self.tokens[:pairs], weights=self.weights[:pairs], slots=slots)
+
+    def in_token_order(self) -> Routing:
+        """The same with ``slots`` and ``token_offsets``. Without them the lists must be exactly P long."""
+        if self.slots is not None:
+            return self
+        tokens, pairs = self.tokens, torch.arange(len(self.tokens), device=self.tokens.device)
+        slots = torch.empty_like(pairs)
+        slots[tokens.argsort(stable=True)] = pairs
+        count = torch.bincount(tokens, minlength=len(self.probabilities))
+        token_offsets = torch.cat((count.new_zeros(1), count.cumsum(0)))
+        return replace(self, slots=slots.int(), token_offsets=token_offsets.int())
 
     def balance_loss(self) -> Tensor:
         """E * sum_e (share of pairs at e) * (mean probability of e): 1 when balanced.
@@ -64,5 +88,5 @@ class Routing:
         Switch Transformers (arXiv 2101.03961) equation 4, with the share of all pairs in place of the share of
         tokens, so that it means the same for any number of experts per token.
         """
-        share = self.load / max(1, len(self.tokens))
+        share = self.load / self.offsets[-1].clamp(min=1)
         return len(share) * (share * self.probabilities.mean(0)).sum()

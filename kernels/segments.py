@@ -2,7 +2,10 @@
 
 Autograd over a slice of the bank per expert would fill a zero gradient as large as the bank for each of them
 (measured up to 36 times the cost of a dense layer at 32 experts); here every expert's gradient is written
-straight into its rows of one buffer. The hidden layer is kept for the backward pass, the gathered input is not.
+straight into its rows of one buffer. What is left over the products themselves is memory that is touched for the
+first time (on Linux about four times as slow as memory in use) and operations that start: so pairs are gathered,
+weighted and added in blocks of experts through one buffer that stays in the cache, outputs overwrite inputs, and
+the hidden layer alone is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -10,12 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from kernels.layout import Bank, ExpertLayout, Routing
-from kernels.reference import activate
+
+# 4 MiB of float32. Measured against one block per expert, 1 MiB and one block in all: never slower than any; 15 %
+# faster than one per expert where experts are small, 10 % faster than one in all where the pairs take 32 MiB.
+BLOCK_ELEMENTS = 2**20
+
+Expert = tuple[slice, slice]  # rows of the bank, rows of its block's pairs
 
 
 def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
@@ -24,11 +33,10 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | N
         raise ValueError("without a routing there is one expert, which every token uses")
     weights, tokens = (None, None) if routing is None else (routing.weights, routing.tokens)
     bounds = [0, len(x)] if routing is None else routing.offsets.tolist()
+    blocks = _blocks(layout, bounds, len(x) if routing is None else BLOCK_ELEMENTS // max(1, x.shape[1]))
     # Inside a Function gradients are always off: only here can it be known whether a backward pass will come.
     keep_hidden = torch.is_grad_enabled()
-    return _SegmentedFFN.apply(
-        x, bank.up, bank.gate, bank.down, weights, tokens, bounds, layout, activation, keep_hidden
-    )
+    return _SegmentedFFN.apply(x, bank.up, bank.gate, bank.down, weights, tokens, blocks, activation, keep_hidden)
 
 
 class _SegmentedFFN(Function):
@@ -41,84 +49,140 @@ class _SegmentedFFN(Function):
         down: Tensor,
         weights: Tensor | None,
         tokens: Tensor | None,
-        bounds: list[int],
-        layout: ExpertLayout,
+        blocks: list[tuple[slice, list[Expert]]],
         activation: str,
         keep_hidden: bool,
     ) -> Tensor:
-        inputs = x if tokens is None else x[tokens]  # [P, D]
-        outputs = torch.empty_like(inputs)
-        pre: list[Tensor | None] = []  # pre-activations per expert: up, gate
-        for (start, size), first, last in _segments(layout, bounds):
-            w_up, w_gate, w_down = _expert_weights(up, gate, down, start, size, x)
-            a = inputs[first:last] @ w_up.T
-            g = None if w_gate is None else inputs[first:last] @ w_gate.T
-            torch.mm(activate(a, g, activation), w_down, out=outputs[first:last])
-            if keep_hidden:
-                pre += [a, g]
-        ctx.save_for_backward(x, up, gate, down, weights, tokens, outputs if weights is not None else None, *pre)
-        ctx.bounds, ctx.layout, ctx.activation = bounds, layout, activation
-        if tokens is None or weights is None:
-            return outputs
-        return torch.zeros_like(x).index_add_(0, tokens, outputs * weights[:, None].to(x.dtype))
+        out = x.new_empty(x.shape) if tokens is None else x.new_zeros(x.shape)
+        scale = None if weights is None else weights.to(x.dtype)[:, None]
+        buffer = _buffer(x, tokens, blocks)
+        pre: list[Tensor | None] = []  # per expert: up and gate before the activation (after it where that is relu)
+        for pairs, experts in blocks:
+            inputs = x if tokens is None else _gather(x, tokens[pairs], buffer)
+            outputs = out if tokens is None else inputs  # an expert's inputs are not needed once its outputs are there
+            for rows, own in experts:
+                w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
+                a = torch.mm(inputs[own], w_up.T)
+                g = None if w_gate is None else torch.mm(inputs[own], w_gate.T)
+                torch.mm(_hidden(a, g, activation), w_down, out=outputs[own])
+                if keep_hidden:
+                    pre += [a, g]
+            if tokens is not None and scale is not None:
+                out.index_add_(0, tokens[pairs], outputs.mul_(scale[pairs]))
+        ctx.save_for_backward(x, up, gate, down, weights, tokens, *pre)
+        ctx.blocks, ctx.activation = blocks, activation
+        return out
 
     @staticmethod
     @once_differentiable  # the saved hidden layer carries no graph: a second derivative would be wrong in silence
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, up, gate, down, weights, tokens, outputs, *pre = ctx.saved_tensors
-        width = x.shape[1]
-        inputs = x if tokens is None else x[tokens]
-        grad_weights = None
-        if tokens is None:
-            grad_out = grad
-        else:
-            grad_pairs = grad[tokens]
-            grad_weights = (grad_pairs * outputs).sum(-1).to(weights.dtype)
-            grad_out = grad_pairs * weights[:, None].to(x.dtype)
-        grad_inputs = torch.zeros_like(inputs)
-        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
-        grad_gate = None if gate is None else torch.zeros_like(gate)
-        for i, ((start, size), first, last) in enumerate(_segments(ctx.layout, ctx.bounds)):
-            rows, pairs = slice(start, start + size), slice(first, last)
-            w_up, w_gate, w_down = _expert_weights(up, gate, down, start, size, x)
-            a, g = pre[2 * i], pre[2 * i + 1]
-            grad_hidden = grad_out[pairs] @ w_down.T
-            hidden, grad_a, grad_g = _hidden_backward(a, g, grad_hidden, ctx.activation)
-            grad_down[rows, :width] = hidden.T @ grad_out[pairs]
-            grad_up[rows, :width] = grad_a.T @ inputs[pairs]
-            grad_inputs[pairs] = grad_a @ w_up
-            if grad_gate is not None and w_gate is not None and grad_g is not None:
-                grad_gate[rows, :width] = grad_g.T @ inputs[pairs]
-                grad_inputs[pairs] += grad_g @ w_gate
-        grad_x = grad_inputs if tokens is None else torch.zeros_like(x).index_add_(0, tokens, grad_inputs)
-        return grad_x, grad_up, grad_gate, grad_down, grad_weights, None, None, None, None, None
+        x, up, gate, down, weights, tokens, *pre = ctx.saved_tensors
+        width, written = x.shape[1], [rows for _, experts in ctx.blocks for rows, _ in experts]
+        grad_up, grad_down = _bank_gradient(up, written, width), _bank_gradient(down, written, width)
+        grad_gate = None if gate is None else _bank_gradient(gate, written, width)
+        grad_x = x.new_empty(x.shape) if tokens is None else x.new_zeros(x.shape)
+        grad_weights = None if weights is None else weights.new_zeros(weights.shape)
+        scale = None if weights is None else weights.to(x.dtype)[:, None]
+        input_buffer, grad_buffer = _buffer(x, tokens, ctx.blocks), _buffer(x, tokens, ctx.blocks)
+        kept = iter(pre)
+        for pairs, experts in ctx.blocks:
+            inputs = x if tokens is None else _gather(x, tokens[pairs], input_buffer)
+            grad_out = grad if tokens is None else _gather(grad, tokens[pairs], grad_buffer)
+            grad_inputs = grad_x if tokens is None else inputs  # as in forward
+            block_scale = None if scale is None else scale[pairs]
+            for rows, own in experts:
+                w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
+                a, g = next(kept), next(kept)
+                hidden = a if ctx.activation == "relu" else _hidden(a, g, ctx.activation)
+                grad_hidden = torch.mm(grad_out[own], w_down.T)
+                if grad_weights is not None and block_scale is not None:
+                    # d(out)/d(weight) is the expert's output, but <grad, hidden @ w_down> = <grad @ w_down.T, hidden>:
+                    # so outputs need not be kept.
+                    grad_weights[pairs][own] = (grad_hidden * hidden).sum(-1)
+                    grad_hidden.mul_(block_scale[own])
+                    grad_out[own].mul_(block_scale[own])
+                _multiply_into(grad_down[rows, :width], hidden.T, grad_out[own])
+                grad_a, grad_g = _hidden_backward(a, g, grad_hidden, ctx.activation)
+                _multiply_into(grad_up[rows, :width], grad_a.T, inputs[own])
+                if grad_gate is not None and grad_g is not None:
+                    _multiply_into(grad_gate[rows, :width], grad_g.T, inputs[own])
+                torch.mm(grad_a, w_up, out=grad_inputs[own])
+                if w_gate is not None and grad_g is not None:
+                    grad_inputs[own].addmm_(grad_g, w_gate)
+            if tokens is not None:
+                grad_x.index_add_(0, tokens[pairs], grad_inputs)
+        return grad_x, grad_up, grad_gate, grad_down, grad_weights, None, None, None, None
 
 
-def _segments(layout: ExpertLayout, bounds: list[int]):
-    """((start, size), first pair, last pair) of every expert that has pairs."""
-    return [
-        (segment, first, last)
-        for segment, first, last in zip(layout.segments, bounds[:-1], bounds[1:], strict=True)
-        if last > first
-    ]
+def _blocks(layout: ExpertLayout, bounds: list[int], longest: int) -> list[tuple[slice, list[Expert]]]:
+    """Pairs of each block and its experts, without those that have no pairs.
+
+    A block is as many whole experts as have ``longest`` pairs together, at least one.
+    """
+    blocks: list[tuple[slice, list[Expert]]] = []
+    for (start, size), first, last in zip(layout.segments, bounds[:-1], bounds[1:], strict=True):
+        if last > first:
+            if not blocks or last - blocks[-1][0].start > longest:
+                blocks.append((slice(first, last), []))
+            begin, experts = blocks[-1][0].start, blocks[-1][1]
+            experts.append((slice(start, start + size), slice(first - begin, last - begin)))
+            blocks[-1] = slice(begin, last), experts
+    return blocks
+
+
+def _buffer(x: Tensor, tokens: Tensor | None, blocks: list[tuple[slice, list[Expert]]]) -> Tensor:
+    """Room for the pairs of any block; none is needed where tokens are used as they lie."""
+    longest = max((pairs.stop - pairs.start for pairs, _ in blocks), default=0)
+    return x.new_empty(0 if tokens is None else longest, x.shape[1])
+
+
+def _gather(source: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
+    """``source[tokens]`` in the front of ``buffer``; ``index_select`` takes a fifth of the time of indexing."""
+    return torch.index_select(source, 0, tokens, out=buffer[: len(tokens)])
 
 
 def _expert_weights(
-    up: Tensor, gate: Tensor | None, down: Tensor, start: int, size: int, x: Tensor
+    up: Tensor, gate: Tensor | None, down: Tensor, rows: slice, x: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Views of one expert's rows and the first D columns, in the dtype of ``x`` (a copy only where that differs)."""
-    rows, columns = slice(start, start + size), slice(0, x.shape[1])
+    columns = slice(0, x.shape[1])
     w_gate = None if gate is None else gate[rows, columns].to(x.dtype)
     return up[rows, columns].to(x.dtype), w_gate, down[rows, columns].to(x.dtype)
 
 
-def _hidden_backward(
-    a: Tensor, g: Tensor | None, grad: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden values again (cheaper to compute than to store) and the gradients of ``a`` and ``g``."""
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = left @ right``; the bank, and so its gradient, may have another dtype than the hidden states."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _bank_gradient(matrix: Tensor, written: list[slice], width: int) -> Tensor:
+    """A gradient of ``matrix`` that is zero except in the first ``width`` columns of the rows about to be written."""
+    gradient = torch.empty_like(matrix)
+    end = 0
+    for rows in [*sorted(written, key=lambda rows: rows.start), slice(len(matrix), len(matrix))]:
+        if rows.start > end:
+            gradient[end : rows.start] = 0
+        end = rows.stop
+    if width < matrix.shape[1]:
+        gradient[:, width:] = 0
+    return gradient
+
+
+def _hidden(a: Tensor, g: Tensor | None, activation: str) -> Tensor:
+    """Hidden values; those of relu take the place of ``a``, since its gradient can be told from them too."""
     if g is not None:
-        silu = torch.nn.functional.silu(g)
-        return silu * a, grad * silu, torch.ops.aten.silu_backward(grad * a, g)
+        return F.silu(g).mul_(a)
+    return a.relu_() if activation == "relu" else F.gelu(a)
+
+
+def _hidden_backward(a: Tensor, g: Tensor | None, grad: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``a`` and ``g``. ``grad`` is overwritten."""
+    if g is not None:
+        grad_g = torch.ops.aten.silu_backward(grad * a, g)
+        return grad.mul_(F.silu(g)), grad_g
     if activation == "relu":
-        return a.relu(), torch.ops.aten.threshold_backward(grad, a, 0), None
-    return torch.nn.functional.gelu(a), torch.ops.aten.gelu_backward(grad, a), None
+        return torch.ops.aten.threshold_backward.grad_input(grad, a, 0, grad_input=grad), None
+    return torch.ops.aten.gelu_backward(grad, a), None

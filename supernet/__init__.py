@@ -1,5 +1,6 @@
 """Hold every architecture of a space in one set of weights: layers, routing, training, evaluation, extraction."""
 
+from supernet.cache import KeyValueCache
 from supernet.evaluate import Evaluation, LayerLoad, evaluate
 from supernet.model import Transformer
 from supernet.sampling import Sandwich
@@ -7,6 +8,7 @@ from supernet.train import TrainData, TrainSettings, train
 
 __all__ = [
     "Evaluation",
+    "KeyValueCache",
     "LayerLoad",
     "Sandwich",
     "TrainData",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import Bank, ExpertLayout, Routing
 from search_spaces import Attention, Backbone, FeedForward
+from supernet.cache import LayerCache
 from supernet.sharing import Sharing, expert_layout
 
 
@@ -40,8 +41,8 @@ class SelfAttention(nn.Module):
         self.v = nn.Parameter(torch.empty(attention.kv_heads * self.head_size, width))
         self.o = nn.Parameter(torch.empty(width, attention.heads * self.head_size))
 
-    def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        """[B, S, D] to [B, S, D] with the first heads of each kind."""
+    def forward(self, x: Tensor, attention: Attention, cache: LayerCache | None = None) -> Tensor:
+        """[B, S, D] to [B, S, D] with the first heads of each kind; with ``cache``, after the positions it holds."""
         batch, length, width = x.shape
         head_size, rows, kv_rows = self.head_size, attention.heads * self.head_size, attention.kv_heads * self.head_size
 
@@ -49,10 +50,19 @@ class SelfAttention(nn.Module):
             return F.linear(x, weight[:rows, :width]).view(batch, length, -1, head_size).transpose(1, 2)
 
         q, k, v = heads(self.q, rows), heads(self.k, kv_rows), heads(self.v, kv_rows)  # [B, H or K, S, C]
-        q, k = _rotate(q), _rotate(k)
+        # One table for all lengths of a cache, so that a step of decoding looks its angles up.
+        start, end = (0, length) if cache is None else (cache.length, cache.capacity)
+        angles = tuple(part[start : start + length] for part in _angles(end, head_size, x.device))
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        if cache is not None:
+            k, v = cache.extended(k, v)
         group = attention.heads // attention.kv_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if length == 1:
+            # The queries of a group see one head and all positions: rows of one product, for which nothing is copied.
+            mixed = F.scaled_dot_product_attention(q.reshape(batch, -1, group, head_size), k, v).view_as(q)
+        else:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            mixed = _attend(q, k, v)
         return F.linear(mixed.transpose(1, 2).reshape(batch, length, rows), self.o[:width, :rows])
 
 
@@ -66,7 +76,6 @@ class SparseFeedForward(nn.Module):
         self.gate = nn.Parameter(torch.empty(part.neurons, width)) if backbone.activation == "swiglu" else None
         self.down = nn.Parameter(torch.empty(part.neurons, width))
         self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
-        self.implementation = "segments"
 
     def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
         """[T, D] to [T, D], and where the tokens went (None for a dense layer)."""
@@ -93,12 +102,21 @@ class SparseFeedForward(nn.Module):
 
     def _experts(self, x: Tensor, layout: ExpertLayout, routing: Routing | None) -> Tensor:
         bank = Bank(self.up, self.gate, self.down)
-        return kernels.sparse_ffn(x, bank, layout, routing, self.backbone.activation, self.implementation)
+        return kernels.sparse_ffn(x, bank, layout, routing, self.backbone.activation)
 
 
-def _rotate(x: Tensor) -> Tensor:
-    """Turn the pairs (i, i + C/2) of [B, H, S, C] by their position's angles."""
-    cos, sin = _angles(x.shape[2], x.shape[3], x.device)
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last S of P positions, q [B, H, S, C], to all of them, k and v [B, H, P, C]."""
+    length, positions = q.shape[2], k.shape[2]
+    if length == positions:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    seen = torch.ones(length, positions, dtype=torch.bool, device=q.device).tril(positions - length)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
+    """Turn the pairs (i, i + C/2) of [B, H, S, C] by their position's angles, cos and sin [S, C/2]."""
+    cos, sin = angles
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels import Routing
 from search_spaces import Architecture, Backbone, Layer, MoesaicError
+from supernet.cache import KeyValueCache, LayerCache
 from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward
 from supernet.sharing import Sharing, expert_layout
 
@@ -40,8 +41,8 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = RMSNorm(width)
         self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
 
-    def forward(self, x: Tensor, layer: Layer) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.attention_norm(x), layer.attention)
+    def forward(self, x: Tensor, layer: Layer, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.attention_norm(x), layer.attention, cache)
         out, routing = self.feed_forward(self.feed_forward_norm(x).flatten(0, 1), layer.feed_forward)
         return x + out.view_as(x), routing
 
@@ -82,18 +83,31 @@ class Transformer(nn.Module):
         """Logits [B, S, V] of token ids [B, S], computed with the slice ``architecture`` (by default, all of it)."""
         return self.run(tokens, architecture).logits
 
-    def run(self, tokens: Tensor, architecture: Architecture | None = None) -> Output:
-        """``forward`` that also tells where the tokens were routed. Raises MoesaicError where ``extract`` does."""
+    def run(
+        self, tokens: Tensor, architecture: Architecture | None = None, cache: KeyValueCache | None = None
+    ) -> Output:
+        """``forward`` that also tells where the tokens were routed.
+
+        With ``cache``, the tokens come after those it holds and are added to it.
+
+        Raises
+        ------
+        MoesaicError : the architecture does not fit into this model, or the tokens not into the cache.
+        """
         architecture = self.architecture if architecture is None else architecture
         if architecture is not self.architecture:
             self._check_fits(architecture)
+        if cache is not None:
+            cache.check(tokens, architecture)
         stack = architecture.decoder
         weight = self.embedding.weight[:, : stack.width]
         x = F.embedding(tokens, weight)
         routings = []
-        for module, layer in zip(self.layers, stack.layers, strict=False):
-            x, routing = module(x, layer)
+        for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
+            x, routing = module(x, layer, None if cache is None else cache.layer(index))
             routings.append(routing)
+        if cache is not None:
+            cache.length += tokens.shape[1]
         return Output(F.linear(self.norm(x), weight), tuple(routings))
 
     @torch.no_grad()

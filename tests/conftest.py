@@ -1,8 +1,14 @@
-"""Settings of the whole suite: reproducible hypothesis cases, one thread."""
+"""Settings of the whole suite: reproducible hypothesis cases, one thread, Triton's interpreter where no GPU is."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any import of ours
+
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, sparse_ffn
+from kernels import IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, segments, sparse_ffn
+from tests.kernels.gpu_tools import DEVICE
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 ACTIVATIONS = ["relu", "gelu", "swiglu"]
@@ -37,8 +38,18 @@ class Case:
         routing = self.routing and replace(self.routing, weights=self.routing.weights.to(dtype))
         return replace(self, x=self.x.to(dtype), bank=bank, routing=routing, direction=self.direction.to(dtype))
 
+    def on(self, device: torch.device) -> Case:
+        bank = Bank(*(None if m is None else m.to(device) for m in (self.bank.up, self.bank.gate, self.bank.down)))
+        routing = self.routing and Routing(
+            *(t.to(device) for t in (self.routing.tokens, self.routing.offsets, self.routing.weights)),
+            self.routing.probabilities.to(device),
+        )
+        return replace(self, x=self.x.to(device), bank=bank, routing=routing, direction=self.direction.to(device))
+
     def run(self, implementation: str) -> dict[str, Tensor]:
         """Output and all gradients, of fresh leaves that keep their strides."""
+        if implementation == "triton" and self.x.device.type != DEVICE.type:
+            return {name: value.cpu() for name, value in self.on(DEVICE).run(implementation).items()}
         fresh = {name: tensor.detach().requires_grad_() for name, tensor in self.leaves.items()}
         bank = Bank(fresh["up"], fresh.get("gate"), fresh["down"])
         routing = self.routing and replace(self.routing, weights=fresh["weights"])
@@ -137,9 +148,11 @@ def test_bfloat16_is_as_good_as_its_digits(implementation: str, activation: str,
     found = mixed.run(implementation)
     assert found["out"].dtype == torch.bfloat16
     assert found["grad up"].dtype == bank_dtype
-    assert_near(found, exact, 2e-2)
+    assert_near(found, exact, 1e-2)
     error, size = (found["out"].double() - exact["out"]).abs(), exact["out"].abs()
-    assert (error / size.clamp(min=size.square().mean().sqrt())).max() <= 2e-2
+    relative = error / size.clamp(min=size.square().mean().sqrt())
+    assert relative.max() <= 2e-2
+    assert relative.square().mean().sqrt() <= 4e-3
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -230,7 +243,7 @@ def test_without_gradients_the_output_is_the_same() -> None:
     case = make_case([4, 3], table, 4, 5, "gelu", seed=9)
     with torch.no_grad():
         out = sparse_ffn(case.x, case.bank, case.layout, case.routing, "gelu")
-    assert torch.equal(out, case.run("segments")["out"])
+    assert torch.equal(out, case.run("torch")["out"])
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
@@ -256,3 +269,50 @@ def test_several_experts_need_a_routing_and_a_layout_both_of_its_halves() -> Non
         sparse_ffn(case.x, case.bank, case.layout, None, "relu")
     with pytest.raises(ValueError, match="2 starts but 1 sizes"):
         ExpertLayout((0, 4), (4,))
+
+
+@pytest.mark.parametrize("block_elements", [1, 40])
+@given(case=cases())
+def test_pairs_may_be_taken_in_blocks_of_any_size(block_elements: int, case: Case) -> None:
+    """Cases are small: they would all fit into one block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "BLOCK_ELEMENTS", block_elements)
+        found = case.run("torch")
+    assert_near(found, case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_two_runs_and_two_backward_passes_are_equal_bit_for_bit(activation: str) -> None:
+    table = torch.rand(200, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    case = make_case([16, 48, 33, 7, 64, 1], table, 200, 24, activation, seed=11).to(torch.float32)
+    first, second = case.run("torch"), case.run("torch")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    x = case.x.detach().requires_grad_()
+    out = sparse_ffn(x, case.bank, case.layout, case.routing, activation, "torch")
+    for _ in range(2):  # what is kept for the backward pass survives it
+        (grad,) = torch.autograd.grad(out, x, case.direction, retain_graph=True)
+        assert torch.equal(grad, first["grad x"])
+
+
+def test_nothing_is_kept_where_no_gradient_will_come() -> None:
+    case = make_case([4, 3], torch.ones(4, 2, dtype=torch.bool), 4, 5, "swiglu", seed=12)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        case.run("torch")
+        assert len(kept) > len(case.leaves)  # the leaves, the tokens and the hidden layer
+        kept.clear()
+        with torch.inference_mode():
+            sparse_ffn(case.x, case.bank, case.layout, case.routing, "swiglu", "torch")
+    assert not kept
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_under_autocast_bfloat16_inputs_meet_a_float32_bank(activation: str) -> None:
+    table = torch.rand(32, 3, generator=torch.Generator().manual_seed(1)) < 0.6
+    case = make_case([16, 64, 8], table, 32, 16, activation, seed=13).to(torch.float32)
+    mixed = replace(case, x=case.x.bfloat16(), direction=case.direction.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mixed.run("torch")
+    assert found["grad up"].dtype == torch.float32
+    exact = replace(case.to(torch.float64), x=mixed.x.double(), direction=mixed.direction.double())
+    assert_near(found, exact.run("reference"), 3e-2)

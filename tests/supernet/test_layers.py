@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from search_spaces import Attention, Backbone, FeedForward, Router
-from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _rotate
+from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _angles, _rotate
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -53,12 +53,13 @@ def turned(vector: list[float], position: int) -> list[float]:
 def test_rotation_turns_pairs_by_their_positions_angles() -> None:
     x = randn(2, 3, 6, 8)
     expected = [[[turned(v, m) for m, v in enumerate(head)] for head in row] for row in x.tolist()]
-    torch.testing.assert_close(_rotate(x), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_rotate(x, _angles(6, 8, x.device)), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_scores_depend_on_the_distance_of_two_positions_alone() -> None:
     q, k = randn(8, seed=1).expand(1, 1, 20, 8), randn(8, seed=2).expand(1, 1, 20, 8)
-    scores = (_rotate(q) @ _rotate(k).transpose(-1, -2))[0, 0]
+    angles = _angles(20, 8, q.device)
+    scores = (_rotate(q, angles) @ _rotate(k, angles).transpose(-1, -2))[0, 0]
     for distance in range(-19, 20):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)

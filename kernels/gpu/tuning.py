@@ -1,0 +1,122 @@
+"""Tile shapes of the kernels: candidates per kernel and rows per tile, chosen by Triton's autotuner on the device.
+
+The key of a choice is the width and the logarithms of hidden size and rows, so that a batch of another size or a
+supernet's next architecture does not tune again; choices are kept in Triton's cache across processes. The first
+candidate of each list is what runs without tuning (``MOESAIC_AUTOTUNE=0``, or Triton's interpreter).
+experiments/kernels/compile.py records registers, shared memory and spills of every candidate.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+ROW_TILES = (16, 32, 64, 128)
+"""Pairs per row tile. Below 64 the matrix units of Hopper are half empty, but so would the tile be."""
+
+
+def _shapes(*rows: tuple[int, int, int, int]) -> list[triton.Config]:
+    """Configs from (BN, BK, warps, stages)."""
+    return [triton.Config({"BN": n, "BK": k}, num_warps=w, num_stages=s) for n, k, w, s in rows]
+
+
+_SMALL = _shapes((128, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
+_BY_ROWS = {
+    16: _SMALL,
+    32: _SMALL,
+    64: _shapes((128, 64, 4, 4), (64, 64, 4, 4), (256, 64, 8, 3)),
+    128: _shapes((128, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 4)),
+}
+_NO_WIDE_ROWS = {**_BY_ROWS, 128: _shapes((128, 64, 8, 4), (128, 64, 8, 3), (128, 32, 8, 4))}
+_WEIGHTS = [
+    triton.Config({"BM": m, "BN": n, "BK": k}, num_warps=w, num_stages=s)
+    for m, n, k, w, s in ((128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3))
+]
+_Candidates = dict[str, dict[int, list[triton.Config]]]
+
+HOPPER: _Candidates = {
+    "hidden_none": _BY_ROWS,
+    "hidden_relu": _BY_ROWS,
+    "hidden_gelu": _NO_WIDE_ROWS,
+    "hidden_swiglu": {
+        **_BY_ROWS,
+        64: _shapes((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 8, 4)),
+        128: _shapes((128, 64, 16, 3), (128, 32, 8, 4), (64, 64, 8, 4)),
+    },
+    "width_product": _BY_ROWS,
+    "weight_backward": dict.fromkeys(ROW_TILES, _WEIGHTS),
+}
+"""Per product and rows per tile, from compute capability 9.0 on. A gated product has two accumulators, and gelu a
+long end: what spilled registers was struck out."""
+AMPERE: _Candidates = {
+    **HOPPER,
+    "hidden_none": _NO_WIDE_ROWS,
+    "hidden_relu": _NO_WIDE_ROWS,
+    "hidden_swiglu": {
+        **_BY_ROWS,
+        64: _shapes((64, 64, 4, 3), (64, 32, 4, 4), (64, 64, 8, 3)),
+        128: _shapes((64, 64, 8, 3), (64, 32, 8, 4), (64, 32, 8, 3)),
+    },
+    "width_product": _NO_WIDE_ROWS,
+    "weight_backward": dict.fromkeys(ROW_TILES, _WEIGHTS[:3]),
+}
+"""The same before Hopper: operands pass through registers, so tiles are smaller."""
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def row_tile(pairs: int, experts: int) -> int:
+    """Rows per tile for the mean load: the power of two that holds it, within ``ROW_TILES``."""
+    mean = pairs // max(1, experts)
+    return next((rows for rows in ROW_TILES if rows >= mean), ROW_TILES[-1])
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(knobs.runtime.interpret)
+
+
+def candidates_here() -> _Candidates:
+    """The table for the current device."""
+    if interpreting():
+        return HOPPER
+    current: Any = triton.runtime.driver.active.get_current_target()
+    return AMPERE if current.arch < 90 else HOPPER
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: exactly, unless torch is allowed TF32 as well."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tune_key(width: int, columns: int, pairs: int) -> int:
+    """What a choice of tiles depends on beside the dtypes and the row tile."""
+    return (width << 12) | (columns.bit_length() << 6) | pairs.bit_length()
+
+
+def _shallower(config: triton.Config, times: int) -> triton.Config:
+    shape = {**config.kwargs, "BK": max(16, config.kwargs["BK"] // times)}
+    return triton.Config(shape, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@lru_cache(maxsize=256)
+def tuned(kernel: Any, name: str, rows: int, value_bytes: int) -> Any:
+    """``kernel`` with the candidates for ``rows`` per tile. They are meant for 2-byte values: of larger ones fewer are
+    held at once, so that shared memory suffices."""
+    candidates = candidates_here()[name][rows]
+    if value_bytes > 2:
+        candidates = [_shallower(config, value_bytes // 2) for config in candidates]
+    if interpreting() or os.environ.get("MOESAIC_AUTOTUNE") == "0":
+        candidates = candidates[:1]
+    return triton.autotune(candidates, key=["tune"], cache_results=True)(kernel)

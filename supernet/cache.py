@@ -1,0 +1,81 @@
+"""The key/value cache: what attention has computed of the positions before, so that decoding feeds new tokens alone.
+
+For inference: buffers are written in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from search_spaces import Architecture, MoesaicError
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """``keys`` (rotated) and ``values`` [B, K, capacity, C] of one layer, of which the first ``length`` are there."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, K, S, C] behind what is there; views of all of it, [B, K, length + S, C]."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KeyValueCache:
+    """Room for ``capacity`` positions of ``batch_size`` sequences in every layer of ``architecture``.
+
+    ``length`` positions are filled; ``Transformer.run`` appends to them. Setting it back forgets the last ones.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        batch_size: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.length, self.batch_size, self.capacity = 0, batch_size, capacity
+        self.kv_heads = _kv_heads(architecture)
+        self._layers = []
+        for heads in self.kv_heads:
+            shape = (batch_size, heads, capacity, architecture.backbone.head_size)
+            self._layers.append(tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    def check(self, tokens: Tensor, architecture: Architecture) -> None:
+        """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
+        batch, length = tokens.shape
+        heads, positions = _kv_heads(architecture), self.length + length
+        if (batch, heads) != (self.batch_size, self.kv_heads) or positions > self.capacity:
+            raise MoesaicError(
+                "does not fit the key/value cache",
+                found=f"{batch} sequences, key/value heads {list(heads)}, {positions} positions",
+                allowed=f"{self.batch_size} sequences, {list(self.kv_heads)}, at most {self.capacity} positions",
+            )
+
+    def layer(self, index: int) -> LayerCache:
+        keys, values = self._layers[index]
+        return LayerCache(keys, values, self.length)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [part for layer in self._layers for part in layer]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+
+
+def _kv_heads(architecture: Architecture) -> tuple[int, ...]:
+    return tuple(layer.attention.kv_heads for layer in architecture.decoder.layers)

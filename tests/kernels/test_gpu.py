@@ -1,0 +1,234 @@
+"""What is special to the Triton kernels: their routing, lists with room to spare, operators that torch can trace.
+
+That they compute what the reference computes is in test_sparse_ffn.py, for every implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import Bank, ExpertLayout, Routing, gpu, has_triton, routing, sparse_ffn
+from tests.kernels.gpu_tools import DEVICE
+
+
+def trimmed(found: Routing) -> Routing:
+    return found.trimmed().to(torch.device("cpu"))
+
+
+def expected_routing(logits: Tensor, most: int, threshold: float | None, normalise: bool) -> Routing:
+    return routing.route(logits, most=most, threshold=threshold, normalise=normalise).in_token_order()
+
+
+@st.composite
+def logits(draw: st.DrawFn) -> Tensor:
+    """Logits on a grid, so that ties are exact, or all over the place."""
+    tokens, experts = draw(st.integers(0, 40)), draw(st.sampled_from([2, 3, 5, 8, 17, 40]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    kind = draw(st.sampled_from(["grid", "normal", "equal", "huge", "tiny"]))
+    values = torch.randn(tokens, experts, generator=generator)
+    scale = {"grid": 1.0, "normal": 1.0, "equal": 0.0, "huge": 1e30, "tiny": 1e-30}[kind]
+    return values.round() if kind == "grid" else values * scale
+
+
+def assert_same_routing(found: Routing, expected: Routing) -> None:
+    assert torch.equal(found.offsets, expected.offsets)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert found.slots is not None and expected.slots is not None
+    assert torch.equal(found.slots, expected.slots)
+    assert found.token_offsets is not None and expected.token_offsets is not None
+    assert torch.equal(found.token_offsets, expected.token_offsets)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=1e-5, atol=1e-7)
+
+
+@given(values=logits(), most=st.integers(1, 8), threshold=st.none() | st.sampled_from([0.013, 0.37, 0.71, 0.97]),
+       normalise=st.booleans())  # fmt: skip
+def test_routing_is_that_of_the_reference_with_ties(
+    values: Tensor, most: int, threshold: float | None, normalise: bool
+) -> None:
+    most = min(most, values.shape[1])
+    found = gpu.route(values.to(DEVICE), most=most, threshold=threshold, normalise=normalise)
+    assert_same_routing(trimmed(found), expected_routing(values, most, threshold, normalise))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "most"), [(40, 1024, 3), (1500, 64, 2), (5000, 8, 2)])
+def test_routing_of_many_tokens_crosses_blocks_and_programs(tokens: int, experts: int, most: int) -> None:
+    values = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
+    for threshold in (None, 0.3):
+        found = gpu.route(values.to(DEVICE), most=most, threshold=threshold)
+        assert_same_routing(trimmed(found), expected_routing(values, most, threshold, True))
+
+
+@settings(max_examples=20)
+@given(values=logits(), most=st.integers(1, 4), threshold=st.none() | st.sampled_from([0.37, 0.71]),
+       normalise=st.booleans(), balance=st.booleans())  # fmt: skip
+def test_gradient_of_the_logits_is_that_of_the_reference(
+    values: Tensor, most: int, threshold: float | None, normalise: bool, balance: bool
+) -> None:
+    most, grads = min(most, values.shape[1]), []
+    for module, device in ((routing, torch.device("cpu")), (gpu, DEVICE)):
+        leaf = values.clone().to(device).requires_grad_()
+        found = module.route(leaf, most=most, threshold=threshold, normalise=normalise)
+        pairs = int(found.offsets[-1])
+        objective = (found.weights[:pairs] * torch.linspace(-1, 2, pairs, device=device)).sum()
+        if balance:
+            objective = objective + found.balance_loss()
+        objective.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad.cpu())
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def layer(activation: str = "swiglu", dtype: torch.dtype = torch.float32, tokens: int = 24) -> dict[str, Tensor]:
+    """Leaves of a layer of experts of 16, 80 and 40 neurons at width 24 of a bank of width 32."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"x": (tokens, 24), "up": (140, 32), "gate": (140, 32), "down": (140, 32), "logits": (tokens, 3)}
+    if activation != "swiglu":
+        del shapes["gate"]
+    return {
+        name: torch.randn(*shape, generator=generator).to(DEVICE, dtype if name != "logits" else None).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+LAYOUT = ExpertLayout((100, 0, 81), (16, 80, 19))
+
+
+def run(leaves: dict[str, Tensor], activation: str = "swiglu", threshold: float | None = 0.6) -> Tensor:
+    found = gpu.route(leaves["logits"], most=2, threshold=threshold)
+    bank = Bank(leaves["up"], leaves.get("gate"), leaves["down"])
+    return sparse_ffn(leaves["x"], bank, LAYOUT, found, activation, "triton")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_room_that_a_threshold_did_not_fill_is_never_read(activation: str) -> None:
+    leaves = layer(activation)
+    found = gpu.route(leaves["logits"].detach(), most=3, threshold=0.4)
+    pairs = int(found.offsets[-1])
+    assert 0 < pairs < len(found.tokens)
+    assert found.slots is not None
+    results = []
+    for rubbish in (0, 10**6):
+        found.tokens[pairs:], found.slots[pairs:] = rubbish, rubbish
+        weights = found.weights.clone()
+        weights[pairs:] = float("nan") if rubbish else 0.0
+        weights.requires_grad_()
+        bank = Bank(leaves["up"], leaves.get("gate"), leaves["down"])
+        out = sparse_ffn(leaves["x"], bank, LAYOUT, replace(found, weights=weights), activation, "triton")
+        tensors = [tensor for name, tensor in leaves.items() if name != "logits"]
+        results.append((out, *torch.autograd.grad(out.square().sum(), [weights, *tensors])))
+    for first, second in zip(*results, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+    assert (results[0][1][pairs:] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_two_runs_are_bitwise_equal(activation: str) -> None:
+    leaves = layer(activation)
+    found = []
+    for _ in range(2):
+        out = run(leaves, activation)
+        found.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_operators_trace_without_running(activation: str) -> None:
+    """Schema, fake kernels and autograd registration, as torch checks them.
+
+    Not its comparison of values: what lies past an expert's columns in a hidden buffer is whatever memory held.
+    """
+    leaves = layer(activation)
+    routed = (leaves["logits"], 2, 0.6, True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.moesaic.route.default, routed, test_utils=checks)
+    probabilities, tokens, offsets, weights, slots, token_offsets, _ = (
+        value.detach() for value in torch.ops.moesaic.route(*routed)
+    )
+    assert probabilities.shape == leaves["logits"].shape
+    arguments = (
+        leaves["x"], leaves["up"], leaves.get("gate"), leaves["down"], weights.requires_grad_(),
+        tokens, offsets, slots, token_offsets, list(LAYOUT.starts), list(LAYOUT.sizes), activation, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.moesaic.sparse_ffn.default, arguments, test_utils=checks)
+
+
+def test_a_compiled_layer_is_one_graph_with_the_same_values() -> None:
+    leaves = layer("gelu")
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (run, compiled):
+        out = function(leaves, "gelu", None)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_kept_where_no_gradient_will_come() -> None:
+    leaves = {name: tensor.detach() for name, tensor in layer("relu").items()}
+    assert run(leaves, "relu").grad_fn is None
+    with torch.inference_mode():
+        assert torch.equal(run(layer("relu"), "relu"), run(leaves, "relu"))
+
+
+def test_nan_in_a_token_stays_in_that_token() -> None:
+    for activation in ("relu", "gelu", "swiglu"):
+        leaves = {name: tensor.detach() for name, tensor in layer(activation).items()}
+        clean = run(leaves, activation)
+        leaves["x"][5] = float("nan")
+        out = run(leaves, activation)
+        assert out[5].isnan().all()
+        keep = torch.arange(len(out), device=DEVICE) != 5
+        assert torch.equal(out[keep], clean[keep])
+
+
+def test_triton_is_offered_on_gpus_alone() -> None:
+    assert not has_triton(torch.device("cpu"))
+    assert has_triton(DEVICE) == (DEVICE.type == "cuda")
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device() -> None:
+    leaves = layer("swiglu", torch.bfloat16)
+    run(leaves).float().square().sum().backward()  # compiles, tunes, copies the layout
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(leaves).float().square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_the_same_values() -> None:
+    leaves = {name: tensor.detach() for name, tensor in layer("swiglu", torch.bfloat16).items()}
+    expected = run(leaves)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(leaves)
+    leaves["x"].neg_().neg_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31_are_reached() -> None:
+    """Pairs x hidden size above 2^31 values: 1.1 million tokens at 2048 neurons."""
+    tokens, width, size = 1_100_000, 64, 2048
+    x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
+    bank = Bank(*(torch.randn(2 * size, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(1)), None,
+                torch.randn(2 * size, width, device=DEVICE, dtype=torch.bfloat16))  # fmt: skip
+    values = torch.randn(tokens, 2, device=DEVICE)
+    found = gpu.route(values, most=1)
+    out = sparse_ffn(x, bank, ExpertLayout((0, size), (size, size)), found, "relu", "triton")
+    last = slice(tokens - 100, tokens)
+    few = gpu.route(values[last], most=1)
+    again = sparse_ffn(x[last], bank, ExpertLayout((0, size), (size, size)), few, "relu", "triton")
+    torch.testing.assert_close(out[last], again, rtol=2e-2, atol=2e-2)
