@@ -30,7 +30,11 @@ def route(logits: Tensor, *, most: int, threshold: float | None = None, normalis
     weights = probabilities
     if normalise:
         total = (probabilities * chosen).sum(-1, keepdim=True)
-        weights = probabilities / torch.where(chosen.sum(-1, keepdim=True) == 1, total.detach(), total)
+        if threshold is not None:
+            total = torch.where(chosen.sum(-1, keepdim=True) == 1, total.detach(), total)
+        elif most == 1:
+            total = total.detach()
+        weights = probabilities / total
     return Routing(pair_token, offsets, weights[pair_token, pair_expert], probabilities)
 
 
@@ -44,15 +48,16 @@ def _choose(probabilities: Tensor, most: int, threshold: float | None) -> Tensor
 
     ``max`` gives the first of equals, as a stable sort would; sorting 32 experts takes five times as long for top-2.
     """
-    left = probabilities.clone()
-    chosen = torch.zeros_like(left, dtype=torch.bool)
-    ahead = probabilities.new_zeros(len(left), 1, dtype=torch.float64)  # float32 would round at each step: ties break
-    for _ in range(min(most, left.shape[1])):
+    left, chosen = probabilities, torch.zeros_like(probabilities, dtype=torch.bool)
+    ahead = probabilities.new_zeros(0)
+    for rank in range(min(most, left.shape[1])):
         share, expert = left.max(-1, keepdim=True)
-        if threshold is None:
+        if threshold is None or rank == 0:
             chosen.scatter_(1, expert, value=True)
         else:
             chosen.scatter_(1, expert, ahead.float() < threshold)
-            ahead += share
-        left.scatter_(1, expert, value=-1)
+        if rank + 1 < most:
+            left = left.scatter(1, expert, -1) if rank == 0 else left.scatter_(1, expert, -1)
+            if threshold is not None:  # summed in float64: float32 would round at each step and break ties
+                ahead = share.double() if rank == 0 else ahead.add_(share)
     return chosen

@@ -92,7 +92,7 @@ def cost(
 ) -> None:
     """Price one architecture, layer by layer, and measure its latency on this device."""
     with _told():
-        from nas.costs.analytic import Context
+        from nas.costs.context import Context
         from nas.costs.statement import build_statement, print_statement
         from nas.tables import output_console
         from search_spaces import Architecture

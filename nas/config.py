@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nas.costs.context import Phase
 from nas.units import DIMENSIONS, Limit, parse_limit
 from search_spaces import MoesaicError, SearchSpace, load_space
 from search_spaces.errors import nearest_name
@@ -48,10 +49,15 @@ class DataConfig(_Section):
 
 
 class BudgetLine(_Section):
-    """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case."""
+    """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case.
+
+    ``confidence`` is for latency, which is predicted with an error: the limit holds with that probability. Without it
+    the prediction itself is bound.
+    """
 
     limit: str | int | float
     bind: Literal["expected", "worst"] = "expected"
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = None
 
 
 class DeviceConfig(_Section):
@@ -86,12 +92,17 @@ class SupernetConfig(TrainingConfig):
 
 
 class LatencyConfig(_Section):
-    """The context that latency is measured in, and how many measurements calibrate its predictor."""
+    """The pass that latency is of, and how many models calibrate its predictor in how many rounds at least.
 
+    ``prefill`` computes ``sequence_length`` positions of each sequence at once, ``decode`` one token after as many in
+    a key/value cache; without a length it is that of the data.
+    """
+
+    phase: Phase = "prefill"
     batch_size: Count = 8
-    blocks: Annotated[int, Field(ge=10)] = 60
-    models: Annotated[int, Field(ge=4)] = 24
-    repeats: Annotated[int, Field(ge=3)] = 9
+    sequence_length: Count | None = None
+    models: Annotated[int, Field(ge=8)] = 80
+    repeats: Annotated[int, Field(ge=3)] = 5
 
 
 class SearchConfig(_Section):
@@ -215,6 +226,13 @@ def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
             found=name,
             allowed=", ".join(DIMENSIONS),
             nearest=nearest_name(name, DIMENSIONS),
+        )
+    if line.confidence is not None and name != "latency":
+        raise MoesaicError(
+            f"{name} is computed without error and takes no confidence",
+            where=source.where(("budget", name, "confidence")),
+            found=line.confidence,
+            allowed="confidence of latency alone",
         )
     try:
         parse_limit(line.limit, name)

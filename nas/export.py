@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nas import __version__
 from nas.config import Config
+from nas.costs.context import Context
+from nas.costs.measure import latency_text
 from nas.units import DIMENSIONS
 from search_spaces import Architecture, MoesaicError, draw
 from search_spaces.files import read_json, unwritable, write_json, write_text
@@ -122,7 +124,7 @@ def _is_glob(name: str) -> bool:
 
 def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
     """A README for the folder: the picture, the figures, and how they were obtained."""
-    shape = figures["context"]
+    context = Context(**figures["context"])
     rows = [
         f"| {line['name']} ({line['bind']}) | {_cost(line, 'limit')} | {_cost(line, 'predicted')} "
         f"| {_cost(line, 'measured')} |"
@@ -154,9 +156,11 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
             *costs,
             "",
             "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
-            "expected load of each expert, measured from the load on the test text. Latency is the lower quartile of",
-            f"repeated passes over {shape['batch_size']} x {shape['sequence_length']} tokens on {figures['device']}.",
+            "expected load of each expert, measured from the load on the test text. Latency is that of a pass over",
+            f"{context} on {figures['device']}.",
             "Memory is the weights in float32 and the peak of activations of such a pass.",
+            "",
+            latency_text(figures["latency"]),
             "",
             "Slice of the supernet against this model: largest logit difference "
             f"{figures['slice_max_logit_difference']:.2g}; "

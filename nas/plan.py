@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from random import Random
 from typing import Any
 
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from nas.costs.analytic import parameters
-from nas.costs.calibrate import autocast
+from nas.costs.context import Context
 from nas.costs.latency import LatencyPredictor
 from nas.costs.price import Pricer
+from nas.costs.probe import autocast
 from nas.progress import duration
-from nas.search.budget import BudgetLine, a_member_inside, cost_ranges, resolve_budget
+from nas.search.budget import Budget, a_member_inside, cheapest, cost_ranges, resolve_budget
 from nas.search.feasible import FeasibleSampler
 from nas.stages.latency import calibrated
 from nas.stages.run import Run
@@ -44,14 +46,15 @@ def build_plan(run: Run) -> dict[str, Any]:
         problem = str(error)
     lines = []
     for line in budget.lines:
-        inside_line = sum(_price(pricer, line, a) <= line.limit for a in samples) / len(samples)
+        single = Budget((line,), pricer)
+        inside_line = sum(map(single.fits, samples)) / len(samples)
         lines.append(
             {
                 "name": line.cost,
                 "bind": line.bind,
                 "limit": line.limit,
                 "share": inside_line,
-                "satisfiable": ranges[line.cost]["smallest"] <= line.limit,
+                "satisfiable": single.fits(cheapest(run.space, pricer, line.cost, line.bind)),
             }
         )
     return {
@@ -65,13 +68,9 @@ def build_plan(run: Run) -> dict[str, Any]:
         "problem": problem,
         "seconds": _estimate_seconds(run),
         "device": str(run.device),
-        "context": [run.context.batch_size, run.context.sequence_length],
+        "context": asdict(run.context),
         "latency_error": predictor.accuracy.mape,
     }
-
-
-def _price(pricer: Pricer, line: BudgetLine, architecture) -> float:
-    return (pricer.worst if line.bind == "worst" else pricer.expected)(architecture)[line.cost]
 
 
 def _estimate_seconds(run: Run) -> dict[str, float]:
@@ -123,7 +122,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         else:
             table.add_row(*row, "", "", "")
     console.print(table)
-    console.print(Text(what_costs_are_per(*plan["context"])))
+    console.print(Text(what_costs_are_per(Context(**plan["context"]))))
     if plan["problem"]:
         console.print(Text(f"The budget cannot be met: {plan['problem']}", style="red"))
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nas.config import RetrainConfig, TrainingConfig
-from nas.costs.calibrate import autocast
+from nas.costs.probe import autocast
 from nas.data import Corpus
 from nas.device import Device
 from search_spaces import Architecture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nas.costs.context import Context
+from nas.costs.measure import latency_text
 from nas.progress import duration
 from nas.stages.run import STAGES, Run
 from nas.tables import plain_table, what_costs_are_per
@@ -39,7 +42,6 @@ def build_summary(run: Run) -> dict[str, Any]:
     architecture = Architecture.from_yaml(stages["export"].path / "best" / "architecture.yaml")
     results = read_json(stages["retrain"].path / "results.json")
     searched, rivals = results[0], results[1:]
-    predictor = read_json(stages["latency"].path / "predictor.json")
     seconds = {name: stages[name].artifact()["seconds"] for name in STAGES if stages[name].complete}
     return {
         "name": run.config.name,
@@ -55,19 +57,16 @@ def build_summary(run: Run) -> dict[str, Any]:
             "inherited": {k: best[k] for k in ("loss", "standard_error", "perplexity", "bits_per_byte")},
             "predicted": best["predicted"],
             "measured": best["measured"],
+            "latency": best["latency"],
             "retrained": searched,
         },
         "rivals": rivals,
         "search": read_json(stages["search"].path / "search.json"),
         "supernet": read_json(stages["supernet"].path / "evaluation.json"),
-        "latency_predictor": {**predictor["accuracy"], "noise": predictor["noise"]},
+        "latency_predictor": {**asdict(run.predictor.accuracy), "text": run.predictor.describe()},
         "exports": [row["name"] for row in read_json(stages["export"].path / "exports.json")],
         "stage_seconds": seconds,
-        "context": {
-            "batch_size": run.context.batch_size,
-            "sequence_length": run.context.sequence_length,
-            "vocab_size": run.context.vocab_size,
-        },
+        "context": asdict(run.context),
     }
 
 
@@ -97,7 +96,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
     console.print()
     console.print(_budget_table(summary["budget"]))
     console.print(_costs_table(chosen))
-    console.print(Text(what_costs_are_per(summary["context"]["batch_size"], summary["context"]["sequence_length"])))
+    console.print(Text(what_costs_are_per(Context(**summary["context"]))))
+    console.print(Text(latency_text(chosen["latency"])))
     console.print()
     console.print(_rivals_table([chosen["retrained"], *summary["rivals"]]))
     console.print(Text(verdict(summary)))
@@ -119,8 +119,15 @@ def _budget_table(lines: list[dict[str, Any]]) -> Table:
         form = DIMENSIONS[line["name"]].format
         inside = Text("inside", style="green") if line["within"] else Text("OVER", style="bold red")
         name = line["name"] if line["bind"] == "expected" else f"{line['name']} (worst case)"
-        table.add_row(name, form(line["limit"]), form(line["predicted"]), form(line["measured"]), inside)
+        table.add_row(name, form(line["limit"]), predicted_text(line), form(line["measured"]), inside)
     return table
+
+
+def predicted_text(line: dict[str, Any]) -> str:
+    """The predicted cost of a budget line, and what the line binds where that is more."""
+    form = DIMENSIONS[line["name"]].format
+    sure = f" (below {form(line['bound'])} with confidence {line['confidence']:.4g})" if line["confidence"] else ""
+    return form(line["predicted"]) + sure
 
 
 def _costs_table(chosen: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from nas.costs.context import Context
 from nas.units import DIMENSIONS
 
 _PIPE_WIDTH = 120
@@ -28,8 +29,8 @@ def output_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
-def what_costs_are_per(batch_size: int, sequence_length: int) -> str:
+def what_costs_are_per(context: Context) -> str:
     """A line that says what the costs of a table are per."""
     parts = [f"{name} {d.per}" for name, d in DIMENSIONS.items() if name not in ("parameters", "latency", "memory")]
-    batch = f"latency and activation memory per batch of {batch_size} x {sequence_length} tokens"
+    batch = f"latency and activation memory per batch of {context}"
     return f"{', '.join(parts)}, {batch}; FLOPs are forward, 2 x multiply-accumulates."

@@ -80,7 +80,10 @@ def compiling(capability: int, rows: list[dict[str, Any]] | None, facts: dict[st
 
 
 def resources(kernel: Any, capability: int) -> dict[str, Any]:
-    """Registers per thread, bytes spilled, KiB of shared memory, and the matrix instruction of a compiled kernel."""
+    """Registers per thread, spills, KiB of shared memory, and the matrix instruction of a compiled kernel.
+
+    A spill is an instruction that stores to or loads from local memory; bytes of stack alone may be a mere frame.
+    """
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -92,7 +95,8 @@ def resources(kernel: Any, capability: int) -> dict[str, Any]:
     instruction = next((name for name in ("HGMMA", "HMMA", "DMMA", "FFMA") if name in text), "none")
     return {
         "registers": found["REG"],
-        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "stack_bytes": found["STACK"] + found["LOCAL"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
         "shared_kib": round(kernel.metadata.shared / 1024, 1),
         "fits": kernel.metadata.shared <= LIMITS[capability] * 1024,
         "instruction": instruction,
@@ -175,13 +179,13 @@ def main() -> None:
     columns = list(max(rows, key=len))
     table = Table(*columns)
     for row in rows:
-        style = "red" if row["spilled_bytes"] or not row["fits"] else None
+        style = "red" if row["spills"] or not row["fits"] else None
         table.add_row(*(str(row.get(name, "")) for name in columns), style=style)
     Console(width=160).print(table)
     if arguments.out:
         facts = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "torch": torch.__version__}
         arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    sys.exit(any(row["spilled_bytes"] or not row["fits"] for row in rows))
+    sys.exit(any(row["spills"] or not row["fits"] for row in rows))
 
 
 if __name__ == "__main__":

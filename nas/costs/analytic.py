@@ -8,24 +8,11 @@ unfused form; a causal kernel may do half). Element-wise work, norms and the emb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from kernels.segments import BLOCK_ELEMENTS
+from nas.costs.context import Context
 from nas.costs.use import LayerUse
 from search_spaces import Architecture, Layer
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a cost depends on beside the architecture. ``bytes_per_value`` is that of the activations."""
-
-    vocab_size: int
-    sequence_length: int
-    batch_size: int = 1
-    bytes_per_value: int = 4
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.sequence_length
 
 
 def layer_flops(architecture: Architecture, layer: Layer, use: LayerUse, context: Context) -> dict[str, float]:
@@ -99,31 +86,39 @@ def weight_memory(architecture: Architecture, context: Context) -> int:
 
 
 def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
-    """Bytes of the activations alive at once at the worst moment of an inference pass over the context's batch.
+    """Bytes of the activations alive at once at the worst moment of an inference pass in ``context``, with the cache.
 
-    The moments looked at: attention's product (residual, its norm, q, k, v per query head, the result), the largest
-    expert's product (residual, norm, gathered inputs, outputs, its pre-activations and hidden values), the weighted
-    combination of the pairs, and the logits.
+    The moments looked at: attention's last product (residual, its norm, q, k, v per query head, their mix in two
+    orders, the result), the largest expert's product (residual, norm, result, a block of gathered pairs, its
+    pre-activations and hidden values), the shared expert's, and the logits.
     """
     stack, backbone = architecture.decoder, architecture.backbone
     tokens, width, size = context.tokens, stack.width, context.bytes_per_value
-    kept: float = 8 * tokens  # token ids, and each layer's routing once it is known
+    kept: float = 8 * tokens + cache_memory(architecture, context)  # token ids; each layer's routing once it is known
     peak: float = tokens * (2 * width + context.vocab_size) * size
     for layer, use in zip(stack.layers, uses, strict=True):
         part = layer.feed_forward
         heads = layer.attention.heads * backbone.head_size
-        peak = max(peak, tokens * (2 * width + 4 * heads) * size)
+        peak = max(peak, tokens * (3 * width + 5 * heads) * size)
         pairs = tokens * use.pairs
-        hidden_copies = 4 if backbone.activation == "swiglu" else 2
+        hidden_copies = 3 if backbone.activation == "swiglu" else 2
         if part.router is None:
             values = tokens * (3 * width + hidden_copies * part.neurons)
             peak = max(peak, values * size)
             continue
         kept += 12 * pairs + 4 * tokens * part.experts  # token index, weight, softmax
         routing = 8 * pairs  # expert index
-        largest_load = max(pairs / part.experts, 1) * part.expert_sizes[0]
-        routed = 2 * tokens * width + 2 * pairs * width + hidden_copies * largest_load
-        combined = 3 * tokens * width + 3 * pairs * width
+        block = min(pairs * width, BLOCK_ELEMENTS)
+        routed = 3 * tokens * width + block + hidden_copies * tokens * use.largest_neurons
         shared = tokens * (4 * width + hidden_copies * part.shared_size) if part.shared_size else 0
-        peak = max(peak, routing + max(routed, combined, shared) * size)
+        peak = max(peak, routing + max(routed, shared) * size)
     return peak + kept
+
+
+def cache_memory(architecture: Architecture, context: Context) -> int:
+    """Bytes of the key/value cache of a decoding step, the new position included; 0 in a prefill."""
+    if context.phase == "prefill":
+        return 0
+    heads = sum(layer.attention.kv_heads for layer in architecture.decoder.layers)
+    positions = context.batch_size * (context.sequence_length + 1)
+    return 2 * heads * architecture.backbone.head_size * positions * context.bytes_per_value

@@ -1,8 +1,7 @@
-"""Measuring blocks and whole models on this device, and fitting the latency predictor to them.
+"""Calibrating the latency predictor: which models are measured, until they are known well enough, and its fit.
 
-Every configuration is measured once per round and the order is shuffled in each, so a machine that drifts slows
-all of them alike. A figure is the lower quartile over rounds: what disturbs a measurement only ever adds to it, and
-on a shared machine it may disturb most of them.
+Whole models are measured, not blocks: between other blocks a block finds other caches than when it is timed alone,
+and a fit to models alone was better on new models than one to blocks and models (docs/latency.md).
 """
 
 from __future__ import annotations
@@ -10,66 +9,46 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nas.config import LatencyConfig
-from nas.costs.analytic import Context
-from nas.costs.latency import (
-    TERMS,
-    Accuracy,
-    LatencyPredictor,
-    attention_terms,
-    feed_forward_terms,
-    fit,
-    head_terms,
-    model_terms,
-)
-from nas.costs.use import LayerUse, Occupancy, measured_use
+from nas.costs.context import Context
+from nas.costs.fitting import Accuracy, Interval, fit, leave_one_out
+from nas.costs.latency import LEVEL, TERMS, Anchor, LatencyPredictor, Measured, model_terms
+from nas.costs.price import Pricer
+from nas.costs.probe import random_passes
+from nas.costs.timing import Figure, Series, Timer, drift_of, time_round
 from nas.device import Device
 from search_spaces import Architecture, SearchSpace
-from supernet import LayerLoad, Transformer
-from supernet.model import TransformerLayer
 
-_VERSION = 2
+VERSION = 3
 """Part of a calibration's key: raised when terms or kernels change what they cost."""
 NOISY = 0.15
-"""Spread of repeats (interquartile range over median) above which more rounds are measured, and no trust is kept."""
-_SECONDS = 1.0
-"""Time over which the repeats of one model's measurement are spread at least."""
-_PATIENCE = 3
-"""How many times the rounds of a quiet machine a noisy one is measured at most."""
-
-
-@dataclass
-class _Case:
-    """One thing to time, its terms, and its measurements in milliseconds."""
-
-    kind: str
-    run: Callable[[], object]
-    terms: np.ndarray
-    milliseconds: list[float]
-
-    @property
-    def figure(self) -> float:
-        return steady(self.milliseconds)
-
-    @property
-    def spread(self) -> float:
-        quarter, median, three_quarters = np.percentile(self.milliseconds, [25, 50, 75])
-        return float((three_quarters - quarter) / median)
+"""Spread of repeats, after the drift is taken out, above which a calibration is not trusted."""
+_PRECISE, _QUICK_SECONDS, _MOST = 0.012, 20.0, 10
+"""More rounds are measured, to so many times those asked for, until the median relative standard error of a model's
+figure is this small, as long as that is a matter of seconds."""
+_ROUGH, _PATIENCE = 0.03, 3
+"""Even when it takes longer, more rounds are measured until the error is no larger than this."""
+_HELD_OUT = 4
+"""One model in so many is not fitted."""
+_SUSPICIOUS = 4.0
+"""A model is measured again when its repeats disagree by so many times the usual, or its prediction by so many
+standard deviations."""
+_ANCHORS = 5
+"""A machine that gets slower does not slow all models alike: several anchors differ less from the rest than one."""
+_ANCHOR_SEED = 20_090
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A predictor and the measurements behind it: rows of kind, measured and predicted milliseconds, terms."""
+    """A predictor and what is behind it: a row per model."""
 
     predictor: LatencyPredictor
     rows: list[dict[str, float | str]]
@@ -77,178 +56,161 @@ class Calibration:
 
 def calibration_key(space: SearchSpace, context: Context, config: LatencyConfig, device: Device) -> str:
     """What a calibration depends on. The same key on the same machine gives the same predictor from the cache."""
-    facts = [_VERSION, TERMS, space.envelope.to_dict(), asdict(context), config.model_dump(), asdict(device)]
+    facts = [VERSION, TERMS, space.envelope.to_dict(), asdict(context), config.model_dump(), asdict(device)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def calibrate(
     space: SearchSpace,
-    tokens: Tensor,
     context: Context,
     config: LatencyConfig,
     device: Device,
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Measure ``config.blocks`` blocks and ``config.models`` models of ``space`` on ``tokens`` [B, S]; fit and test.
+    """Measure ``config.models`` random models of ``space`` and fit a predictor to three quarters of them.
 
-    Half of the whole models are fitted with the blocks; the other half only tells how large the error is. Weights
-    are random: a latency belongs to a shape and a load, and both are known for every measurement.
+    The rest only tells how good it is. Weights and tokens are random: a latency belongs to a shape and a load, and
+    both are known for every measurement.
     """
     rng = Random(f"{seed}/latency")
-    torch.manual_seed(seed)
-    tokens = tokens.to(device.torch_device)
-    with torch.inference_mode(), autocast(device):
-        blocks = _block_cases(space, tokens, context, config.blocks, device, rng)
-        models = [_model_case(space.sample_balanced(rng), tokens, context, device) for _ in range(config.models)]
-        cases = [*blocks, *models]
-        done, rounds, noise = 0, config.repeats, 0.0
-        while done < rounds:
-            for case in rng.sample(cases, len(cases)):
-                case.milliseconds.append(_time(case.run, device))
-            done += 1
-            noise = float(np.median([case.spread for case in models]))
-            if done == rounds and noise > NOISY:
-                rounds = min(rounds + config.repeats, _PATIENCE * config.repeats)
-            on_progress(done, rounds)
-    fitted, held_out = models[::2], models[1::2]
-    training = [*blocks, *fitted]
-    weights = np.array([1.0] * len(blocks) + [2.0] * len(fitted))
-    coefficients = fit(_matrix(training), np.array([case.figure for case in training]), weights)
-    # Between other blocks a block finds colder caches than when it is timed alone: one factor, from whole models.
-    ratios = np.array([case.figure for case in fitted]) / (_matrix(fitted) @ np.array(coefficients))
-    coefficients = tuple(float(np.median(ratios)) * value for value in coefficients)
-    predicted = {id(case): float(case.terms @ np.array(coefficients)) for case in cases}
-    accuracy = Accuracy.of(np.array([predicted[id(c)] for c in held_out]), np.array([c.figure for c in held_out]))
+    architectures = [space.sample_balanced(rng) for _ in range(config.models)]
+    passes = random_passes(architectures, context, device, seed)
+    chosen = spread_by_flops(architectures, context, _ANCHORS)
+    anchors = random_passes(chosen, context, device, _ANCHOR_SEED)
+    terms = np.stack([model_terms(a, one.uses(), context) for a, one in zip(architectures, passes, strict=True)])
+    fitted = np.arange(len(passes)) % _HELD_OUT < _HELD_OUT - 1
+
+    timer = Timer.of(device.kind)
+    started = timer.clock()
+    survey = Survey([Series(one) for one in passes], [Series(one) for one in anchors], timer, rng)
+    survey.measure(config.repeats, on_progress)
+    doubtful = survey.doubtful(terms)
+    survey.time(doubtful, config.repeats)
+    milliseconds, seconds = survey.milliseconds(), timer.clock() - started
+
+    coefficients = fit(terms[fitted], milliseconds[fitted])
+    residuals = np.log(milliseconds[fitted] / leave_one_out(terms[fitted], milliseconds[fitted]))
+    predicted = terms @ coefficients
+    interval, held_out = Interval.of(residuals, LEVEL), milliseconds[~fitted] / predicted[~fitted]
+    depths = np.array([len(architecture.decoder.layers) for architecture in architectures])
     predictor = LatencyPredictor(
-        coefficients,
+        tuple(map(float, coefficients)),
+        tuple(map(float, residuals)),
         context,
         str(device),
         device.fingerprint,
-        accuracy,
-        noise=noise,
-        measured_on=datetime.date.today().isoformat(),
-        key=calibration_key(space, context, config, device),
+        tuple(
+            Anchor(architecture.to_dict(), milliseconds)
+            for architecture, milliseconds in zip(chosen, survey.anchor_milliseconds().tolist(), strict=True)
+        ),
+        _ANCHOR_SEED,
+        Accuracy.of(predicted[~fitted], milliseconds[~fitted], depths[~fitted]),
+        float(((interval.low <= held_out) & (held_out <= interval.high)).mean()),
+        survey.summary(seconds, len(doubtful), clock_mhz(device)),
+        calibration_key(space, context, config, device),
     )
-    held = {id(case) for case in held_out}
     rows: list[dict[str, float | str]] = [
         {
-            "kind": "held-out model" if id(case) in held else case.kind,
-            "measured_ms": case.figure,
-            "predicted_ms": predicted[id(case)],
-            **dict(zip(TERMS, case.terms.tolist(), strict=True)),
+            "kind": "model" if fitted[i] else "held-out model",
+            "measured_ms": float(milliseconds[i]),
+            "raw_ms": float(np.median(survey.cases[i].milliseconds)),
+            "predicted_ms": float(predicted[i]),
+            "layers": int(depths[i]),
+            "measurements": len(survey.cases[i].milliseconds),
+            **dict(zip(TERMS, terms[i].tolist(), strict=True)),
         }
-        for case in cases
+        for i in range(len(passes))
     ]
     return Calibration(predictor, rows)
 
 
-def measure_model(model: Transformer, tokens: Tensor, device: Device, repeats: int) -> float:
-    """Milliseconds of one forward pass of ``model`` over ``tokens`` [B, S], measured as the calibration measures."""
-    tokens = tokens.to(device.torch_device)
-    found: list[float] = []
-    start = time.perf_counter()
-    with torch.inference_mode(), autocast(device):
-        # A disturbance lasts longer than a pass: repeats that are all over at once may all fall into one.
-        while len(found) < repeats or time.perf_counter() - start < _SECONDS:
-            found.append(_time(lambda: model(tokens), device))
-    return steady(found)
+class Survey:
+    """Models that are timed beside anchors, and what their measurements come to once the drift is taken out."""
+
+    def __init__(self, cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random):
+        self.cases, self.anchors, self.timer, self.rng = list(cases), list(anchors), timer, rng
+        for series in (*self.anchors, *self.cases):
+            series.run()  # the first pass of all pays for allocations that no later one does
+
+    def measure(self, rounds: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Time every case ``rounds`` times, or more often until the figures are precise or patience ends."""
+        started, done, total = self.timer.clock(), 0, rounds
+        while done < total:
+            self.time(self.cases, 1)
+            done += 1
+            if done == total and self._goes_on(done / rounds, self.timer.clock() - started):
+                total += 1
+            on_progress(done, total)
+
+    def _goes_on(self, times: float, seconds: float) -> bool:
+        error = float(np.median([figure.error for figure in self.figures()]))
+        quick = error > _PRECISE and times < _MOST and seconds < _QUICK_SECONDS
+        return quick or (error > _ROUGH and times < _PATIENCE)
+
+    def time(self, cases: Sequence[Series], rounds: int) -> None:
+        for _ in range(rounds if cases else 0):
+            time_round(cases, self.anchors, self.timer, self.rng)
+
+    def figures(self) -> list[Figure]:
+        drift = drift_of(self.anchors)
+        return [Figure.of(case, drift) for case in self.cases]
+
+    def milliseconds(self) -> np.ndarray:
+        """[n]: each case at the machine's median speed."""
+        return np.array([figure.milliseconds for figure in self.figures()])
+
+    def anchor_milliseconds(self) -> np.ndarray:
+        """[k]: each anchor at the machine's median speed."""
+        drift = drift_of(self.anchors)
+        return np.array([Figure.of(anchor, drift).milliseconds for anchor in self.anchors])
+
+    def doubtful(self, terms: np.ndarray) -> list[Series]:
+        """Cases whose repeats disagree far more than is usual, or that are far from what the others predict."""
+        figures = self.figures()
+        errors = np.array([figure.error for figure in figures])
+        milliseconds = np.array([figure.milliseconds for figure in figures])
+        residuals = np.log(milliseconds / leave_one_out(terms, milliseconds))
+        scale = 1.4826 * np.median(np.abs(residuals - np.median(residuals)))
+        far = np.abs(residuals - np.median(residuals)) > _SUSPICIOUS * scale
+        doubt = far | (errors > _SUSPICIOUS * np.median(errors))
+        return [case for case, doubted in zip(self.cases, doubt, strict=True) if doubted]
+
+    def summary(self, seconds: float, remeasured: int, clock: float | None) -> Measured:
+        drift = drift_of(self.anchors)
+        factors = drift.factor(drift.times)
+        return Measured(
+            models=len(self.cases),
+            measurements=sum(len(series.moments) for series in (*self.anchors, *self.cases)),
+            seconds=seconds,
+            noise=float(np.median([figure.spread for figure in self.figures()])),
+            raw_noise=float(np.median([case.spread for case in self.cases])),
+            slowest=float(np.percentile(factors, 95)),
+            fastest=float(np.percentile(factors, 5)),
+            drift_seconds=drift.width if np.isfinite(drift.width) else None,
+            remeasured=remeasured,
+            date=datetime.date.today().isoformat(),
+            clock_mhz=clock,
+        )
 
 
-def steady(milliseconds: list[float]) -> float:
-    """The lower quartile of repeated measurements."""
-    return float(np.percentile(milliseconds, 25))
+def spread_by_flops(architectures: Sequence[Architecture], context: Context, count: int) -> list[Architecture]:
+    """``count`` of them, evenly spread by FLOPs, without the extremes."""
+    pricer = Pricer(context)
+    ranked = sorted(architectures, key=lambda a: (pricer.expected(a)["flops"], a.fingerprint))
+    return [ranked[int((index + 0.5) * len(ranked) / count)] for index in range(count)]
 
 
-@contextmanager
-def autocast(device: Device) -> Iterator[None]:
-    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.bfloat16):
-        yield
-
-
-def _time(run: Callable[[], object], device: Device) -> float:
-    """The better of two runs after one that warms caches up, in milliseconds."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        run()
-        if device.kind == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-    once()
-    return min(once(), once())
-
-
-def _block_cases(
-    space: SearchSpace, tokens: Tensor, context: Context, count: int, device: Device, rng: Random
-) -> list[_Case]:
-    """Blocks of random architectures: a third attention, the rest feed-forward parts, and a head per width."""
-    cases = []
-    for index in range(count - len(space.widths)):
-        architecture = space.sample_balanced(rng)
-        position = rng.randrange(len(architecture.decoder.layers))
-        layer, width = architecture.decoder.layers[position], architecture.decoder.width
-        module = TransformerLayer(width, layer, architecture.backbone, "nested").to(device.torch_device).eval()
-        _randomise(module)
-        x = torch.randn(*tokens.shape, width, device=device.torch_device)
-        if index % 3 == 0:
-            terms = np.array(attention_terms(width, layer, space.backbone, context))
-            cases.append(
-                _Case(
-                    "attention",
-                    lambda m=module, x=x, a=layer.attention: x + m.attention(m.attention_norm(x), a),
-                    terms,
-                    [],
-                )
-            )
-            continue
-
-        def run(m: TransformerLayer = module, x: Tensor = x, part=layer.feed_forward):
-            out, routing = m.feed_forward(m.feed_forward_norm(x).flatten(0, 1), part)
-            return x + out.view_as(x), routing
-
-        use = _use(layer.feed_forward, run()[1])
-        terms = np.array(feed_forward_terms(width, layer, use, space.backbone, context))
-        cases.append(_Case("sparse" if layer.feed_forward.router else "dense", run, terms, []))
-    for width in space.widths:
-        architecture = space.build(width, space.smallest.decoder.layers)
-        model = Transformer(architecture, context.vocab_size).to(device.torch_device).eval()
-
-        def run_head(m: Transformer = model):
-            weight = m.embedding.weight
-            return torch.nn.functional.linear(m.norm(torch.nn.functional.embedding(tokens, weight)), weight)
-
-        cases.append(_Case("head", run_head, np.array(head_terms(width, context)), []))
-    return cases
-
-
-def _model_case(architecture: Architecture, tokens: Tensor, context: Context, device: Device) -> _Case:
-    model = Transformer(architecture, context.vocab_size).to(device.torch_device).eval()
-    _randomise(model)
-    output = model.run(tokens)
-    uses = [
-        _use(layer.feed_forward, routing)
-        for layer, routing in zip(architecture.decoder.layers, output.routings, strict=True)
-    ]
-    return _Case("model", lambda: model(tokens), model_terms(architecture, uses, context), [])
-
-
-def _randomise(module: torch.nn.Module) -> None:
-    """Routers that tell tokens apart, so that thresholds keep about as many experts as trained ones do."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("router"):
-            torch.nn.init.normal_(parameter, std=2.0 / parameter.shape[1] ** 0.5)
-        elif parameter.dim() == 2 and parameter.shape[0] > 0 and "embedding" not in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-
-
-def _use(part, routing) -> LayerUse:
-    if routing is None:
-        return Occupancy().expected(part)
-    share = routing.load.double() / len(routing.probabilities)
-    return measured_use(part, LayerLoad(tuple(share.tolist())))
-
-
-def _matrix(cases: list[_Case]) -> np.ndarray:
-    return np.stack([case.terms for case in cases])
+def clock_mhz(device: Device) -> float | None:
+    """Mean clock of the processors or of the GPU at this moment, where it can be read."""
+    if device.kind == "cuda":
+        try:
+            return float(torch.cuda.clock_rate())
+        except (ModuleNotFoundError, RuntimeError):
+            return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nas.costs.calibrate import autocast, measure_model
+from nas.costs.latency import LEVEL, LatencyPredictor
 from nas.costs.price import Pricer
+from nas.costs.probe import Pass, autocast, random_passes, text_tokens
+from nas.costs.timing import Beside, Timer, time_beside
 from nas.device import Device
+from nas.units import DIMENSIONS
+from search_spaces import Architecture
 from supernet import Transformer, evaluate
-
-_REPEATS = 15
 
 
 class PeakMemory(TorchDispatchMode):
@@ -47,33 +51,74 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def peak_activation_bytes(model: Transformer, tokens: Tensor) -> int:
-    """Most bytes of activations alive at once in an inference pass over ``tokens`` [B, S]; weights do not count."""
-    with torch.inference_mode(), PeakMemory() as memory:
-        known = [p.untyped_storage() for p in model.parameters()]  # held, so that a view does not count as a birth
-        memory._known.update(storage._cdata for storage in known)
-        memory._known.add(tokens.untyped_storage()._cdata)
-        model(tokens)
-    return memory.peak
+def peak_activation_bytes(one: Pass) -> int:
+    """Most bytes of activations alive at once in a pass, with its cache; weights do not count."""
+    kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
+    with PeakMemory() as memory:
+        memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)  # so that a view is not a birth
+        one()
+    return memory.peak + (0 if one.cache is None else one.cache.bytes)
 
 
-def measure_costs(model: Transformer, windows: Tensor, pricer: Pricer, device: Device) -> dict[str, float]:
-    """Every cost of ``pricer`` measured on ``model``: time and memory on this device, routing on ``windows``.
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """``costs`` as a ``Pricer`` names them, latency as on the machine when it was calibrated; ``timing`` says how it
+    was before it was corrected."""
 
-    ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the routing that
-    was seen, latency is the lower quartile of repeated passes over the context's batch.
+    costs: dict[str, float]
+    timing: Beside
+
+
+def measure_costs(model: Transformer, windows: Tensor, pricer: Pricer, device: Device) -> MeasuredCosts:
+    """Every cost of ``pricer``, which has a predictor, measured on ``model``: time and memory on this device, routing
+    on ``windows``.
+
+    ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the routing that was
+    seen, latency is that of passes beside the predictor's anchors.
     """
+    assert pricer.predictor is not None
     context = pricer.context
-    tokens = windows[: context.batch_size, :-1]
-    if len(tokens) < context.batch_size:
-        tokens = tokens.repeat(-(-context.batch_size // len(tokens)), 1)[: context.batch_size]
-    tokens = tokens.to(device.torch_device)
+    one = Pass(model, text_tokens(windows, context), context, device)
     with autocast(device):
-        loads = evaluate(model, windows, batch_size=context.batch_size).loads
-        activations = peak_activation_bytes(model, tokens)
+        loads = evaluate(model, windows).loads
     costs = dict(pricer.measured(model.architecture, loads))
     count = sum(parameter.numel() for parameter in model.parameters())
     costs["parameters"] = float(count)
-    costs["memory"] = float(4 * count + activations)
-    costs["latency"] = measure_model(model, tokens, device, _REPEATS)
-    return costs
+    costs["memory"] = float(4 * count + peak_activation_bytes(one))
+    timing = time_pass(one, pricer.predictor, device)
+    costs["latency"] = timing.corrected_ms
+    return MeasuredCosts(costs, timing)
+
+
+def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> Beside:
+    """Time a pass beside the anchors of ``predictor``, built again."""
+    passes = rebuilt_anchors(predictor, device)
+    times = [anchor.milliseconds for anchor in predictor.anchors]
+    return time_beside(one, list(zip(passes, times, strict=True)), Timer.of(device.kind))
+
+
+def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:
+    architectures = [
+        Architecture.from_dict(anchor.architecture, "an anchor of the latency predictor")
+        for anchor in predictor.anchors
+    ]
+    return random_passes(architectures, predictor.context, device, predictor.anchor_seed)
+
+
+def latency_figures(timing: Beside, predicted: float, predictor: LatencyPredictor) -> dict[str, float]:
+    """What is kept of a measured latency beside its prediction, in milliseconds."""
+    low, high = predictor.interval().around(predicted)
+    return {**asdict(timing), "predicted_ms": predicted, "low_ms": low, "high_ms": high, "confidence": LEVEL}
+
+
+def latency_text(latency: Mapping[str, float]) -> str:
+    """``latency_figures`` as a sentence."""
+    form = DIMENSIONS["latency"].format
+    difference = latency["corrected_ms"] / latency["predicted_ms"] - 1
+    return (
+        f"Latency: predicted {form(latency['predicted_ms'])} ({latency['confidence']:.0%} interval "
+        f"{form(latency['low_ms'])} to {form(latency['high_ms'])}). Measured {form(latency['raw_ms'])} on a machine "
+        f"that took {latency['anchor_ratio']:.2f} times as long as at its calibration for the same anchor models; "
+        f"corrected for that {form(latency['corrected_ms'])}, {difference:+.1%} from "
+        "the prediction. The budget is judged by the corrected figure."
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nas.costs.analytic import Context, activation_memory, active_parameters, flops, parameters, weight_memory
+from nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
+from nas.costs.context import Context
 from nas.costs.latency import LatencyPredictor
 from nas.costs.use import LayerUse, Occupancy, measured_use, worst_use
 from search_spaces import Architecture, FeedForward
@@ -30,7 +31,7 @@ class Pricer:
             part = layer.feed_forward
             use = self._expected.get(part)
             if use is None:
-                use = self._expected[part] = self.occupancy.expected(part)
+                use = self._expected[part] = self.occupancy.expected(part, self.context)
             uses.append(use)
         return uses
 
@@ -40,7 +41,9 @@ class Pricer:
 
     def worst(self, architecture: Architecture) -> Costs:
         """Costs when every token takes the most, and the largest, experts its routers allow."""
-        return self._price(architecture, [worst_use(layer.feed_forward) for layer in architecture.decoder.layers])
+        return self._price(
+            architecture, [worst_use(layer.feed_forward, self.context) for layer in architecture.decoder.layers]
+        )
 
     def measured(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> Costs:
         """Costs under the loads that an evaluation saw."""
@@ -48,7 +51,9 @@ class Pricer:
 
     def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:
         return [
-            self.occupancy.expected(layer.feed_forward) if load is None else measured_use(layer.feed_forward, load)
+            self.occupancy.expected(layer.feed_forward, self.context)
+            if load is None
+            else measured_use(layer.feed_forward, load, self.context)
             for layer, load in zip(architecture.decoder.layers, loads, strict=True)
         ]
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from nas.config import DeviceConfig
-from nas.costs.analytic import Context, flops_breakdown
-from nas.costs.calibrate import measure_model
+from nas.costs.analytic import flops_breakdown
+from nas.costs.context import Context
 from nas.costs.price import Pricer
+from nas.costs.probe import random_passes
+from nas.costs.timing import Timer, time_alone
 from nas.device import choose_device
 from nas.tables import plain_table, what_costs_are_per
 from nas.units import DIMENSIONS
 from search_spaces import Architecture, draw
-from supernet import Transformer
-
-_REPEATS = 9
 
 
 def build_statement(architecture: Architecture, context: Context) -> dict[str, Any]:
@@ -27,19 +26,13 @@ def build_statement(architecture: Architecture, context: Context) -> dict[str, A
     uses = pricer.expected_uses(architecture)
     layers, vocabulary = flops_breakdown(architecture, uses, context)
     device = choose_device(DeviceConfig())
-    torch.manual_seed(0)
-    model = Transformer(architecture, context.vocab_size).to(device.torch_device).eval()
-    tokens = torch.randint(0, context.vocab_size, (context.batch_size, context.sequence_length))
+    (one,) = random_passes([architecture], context, device, seed=0)
     return {
         "fingerprint": architecture.fingerprint,
-        "context": {
-            "vocab_size": context.vocab_size,
-            "sequence_length": context.sequence_length,
-            "batch_size": context.batch_size,
-        },
+        "context": asdict(context),
         "expected": dict(pricer.expected(architecture)),
         "worst": dict(pricer.worst(architecture)),
-        "measured_latency_ms": measure_model(model, tokens, device, _REPEATS),
+        "measured_latency_ms": time_alone(one, Timer.of(device.kind)),
         "device": str(device),
         "flops_per_layer": layers,
         "flops_vocabulary": vocabulary,
@@ -62,11 +55,11 @@ def print_statement(console: Console, architecture: Architecture, statement: dic
         layers.add_row(str(index), *(form(layer[part]) if layer[part] else "-" for part in parts))
     layers.add_row("vocabulary", form(statement["flops_vocabulary"]))
     console.print(layers)
-    shape = statement["context"]
-    console.print(Text(what_costs_are_per(shape["batch_size"], shape["sequence_length"])))
+    context = Context(**statement["context"])
+    console.print(Text(what_costs_are_per(context)))
     console.print(
         Text(
-            f"Vocabulary {shape['vocab_size']}; device {statement['device']}. A threshold router is priced "
+            f"Vocabulary {context.vocab_size}; device {statement['device']}. A threshold router is priced "
             "as if it could not tell experts apart."
         )
     )

@@ -1,81 +1,131 @@
-"""How much of a sparse layer its tokens use: expected, worst or measured.
+"""How much of a sparse layer its tokens use: expected, worst, measured on text, or counted in one batch.
 
-A threshold router's compute depends on the data. The expectation comes from the occupancy that was measured on the
-trained supernet; before that, from a router that cannot tell experts apart yet.
+Compute follows the load of each expert, and a threshold router's load depends on the data. What is expected comes
+from the loads that were measured on the trained supernet; before that, from routers that spread tokens evenly and,
+where they have a threshold, cannot tell experts apart yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
+from nas.costs.context import Context
 from search_spaces import FeedForward, Router
 from supernet.evaluate import LayerLoad
 
 
 @dataclass(frozen=True)
 class LayerUse:
-    """Per token, ``pairs`` (routed experts) and their ``neurons``; per batch, experts and neurons that are touched."""
+    """What the tokens of one pass make of a layer's routed experts.
+
+    Per token: ``pairs`` (experts it is sent to), their ``neurons``, ``tiled_neurons`` (the same with each expert's
+    rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most). Per
+    pass: ``live_experts`` that have a token.
+    """
 
     pairs: float
     neurons: float
-    live_experts: int
-    live_neurons: int
+    tiled_neurons: float
+    largest_neurons: float
+    live_experts: float
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Mean experts per token of threshold routers, by number of experts and router."""
+    """Pairs per token of each expert, most loaded first, as routers were measured to load them.
 
-    measured: Mapping[tuple[int, Router], float] = field(default_factory=dict)
+    By number of experts and router. Which of an architecture's experts will be the busiest is not known before it is
+    evaluated, so sizes and loads are taken to be independent.
+    """
 
-    def experts_per_token(self, experts: int, router: Router) -> float:
-        """Exactly k for top-k. For a threshold router the measured mean; without one, the most it can keep, which
-        is what it keeps while it cannot tell experts apart."""
-        if router.kind == "top_k":
-            return router.most
+    measured: Mapping[tuple[int, Router], tuple[float, ...]] = field(default_factory=dict)
+
+    def loads(self, experts: int, router: Router) -> tuple[float, ...]:
+        """Measured pairs per token of each expert. Without a measurement they are even, and a threshold router keeps
+        the most experts it can, which is what it does while it cannot tell them apart."""
         known = self.measured.get((experts, router))
-        return known if known is not None else router.for_experts(experts).most
+        return known if known is not None else even(experts, router.for_experts(experts).most)
 
-    def expected(self, part: FeedForward) -> LayerUse:
-        """Tokens spread evenly over the experts, as the load-balance loss makes them."""
-        routed = part.neurons - part.shared_size
+    def expected(self, part: FeedForward, context: Context) -> LayerUse:
         if part.router is None:
-            return LayerUse(1, routed, 1, routed)
-        pairs = self.experts_per_token(part.experts, part.router)
-        return LayerUse(pairs, pairs * routed / part.experts, part.experts, routed)
+            return _dense(part)
+        routed, loads = part.neurons - part.shared_size, self.loads(part.experts, part.router)
+        live, rows = _expected_live(loads, context), _expected_rows(loads, context)
+        mean = routed / part.experts
+        pairs = part.router.most if part.router.kind == "top_k" else sum(loads)
+        return LayerUse(
+            pairs,
+            pairs * mean,
+            sum(rows) / context.tokens * mean,
+            loads[0] * part.expert_sizes[0],
+            sum(live),
+        )
 
     def to_rows(self) -> list[dict]:
         return [
-            {"experts": experts, "threshold": router.threshold, "max_k": router.max_k, "experts_per_token": mean}
-            for (experts, router), mean in self.measured.items()
+            {"experts": experts, "router": asdict(router), "pairs_per_token": list(loads)}
+            for (experts, router), loads in self.measured.items()
         ]
 
     @staticmethod
     def from_rows(rows: list[dict]) -> Occupancy:
-        return Occupancy(
-            {
-                (row["experts"], Router("threshold", threshold=row["threshold"], max_k=row["max_k"])): row[
-                    "experts_per_token"
-                ]
-                for row in rows
-            }
-        )
+        return Occupancy({(row["experts"], Router(**row["router"])): tuple(row["pairs_per_token"]) for row in rows})
 
 
-def worst_use(part: FeedForward) -> LayerUse:
-    """Every token takes as many experts as its router allows, and the largest ones."""
-    routed = part.neurons - part.shared_size
-    pairs = part.router.most if part.router else 1
-    return LayerUse(pairs, part.worst_active_neurons - part.shared_size, part.experts, routed)
+def even(experts: int, pairs: float) -> tuple[float, ...]:
+    """``pairs`` per token spread evenly."""
+    return (pairs / experts,) * experts
 
 
-def measured_use(part: FeedForward, load: LayerLoad) -> LayerUse:
-    """What happened on real text."""
-    shares = list(zip(load.pairs_per_token, part.expert_sizes, strict=True))
-    return LayerUse(
-        load.experts_per_token,
-        sum(share * size for share, size in shares),
-        sum(share > 0 for share, _ in shares),
-        sum(size for share, size in shares if share > 0),
-    )
+def worst_use(part: FeedForward, context: Context) -> LayerUse:
+    """Every token takes as many experts as its router allows, and the largest ones; yet all experts that the pairs
+    suffice for have some, each with a tile that is all but empty."""
+    if part.router is None:
+        return _dense(part)
+    neurons = part.worst_active_neurons - part.shared_size
+    live = min(part.experts, context.tokens * part.router.most)
+    waste = (context.row_tile - 1) / context.tokens * sum(part.expert_sizes[:live])
+    return LayerUse(part.router.most, neurons, neurons + waste, part.expert_sizes[0], live)
+
+
+def measured_use(part: FeedForward, load: LayerLoad, context: Context) -> LayerUse:
+    """What a pass over text like that of ``load`` uses."""
+    loads = load.pairs_per_token
+    return _use(part, loads, _expected_live(loads, context), _expected_rows(loads, context), context)
+
+
+def counted_use(part: FeedForward, rows: Sequence[int], context: Context) -> LayerUse:
+    """What one pass used that sent ``rows[e]`` tokens to expert e."""
+    tile, tokens = context.row_tile, context.tokens
+    live = [float(count > 0) for count in rows]
+    return _use(part, [count / tokens for count in rows], live, [-(-count // tile) * tile for count in rows], context)
+
+
+def _use(
+    part: FeedForward, loads: Sequence[float], live: Sequence[float], rows: Sequence[float], context: Context
+) -> LayerUse:
+    neurons = [load * size for load, size in zip(loads, part.expert_sizes, strict=True)]
+    tiled = sum(count * size for count, size in zip(rows, part.expert_sizes, strict=True))
+    return LayerUse(sum(loads), sum(neurons), tiled / context.tokens, max(neurons), sum(live))
+
+
+def _dense(part: FeedForward) -> LayerUse:
+    neurons = part.neurons - part.shared_size
+    return LayerUse(1, neurons, neurons, neurons, 1)
+
+
+def _expected_live(loads: Sequence[float], context: Context) -> list[float]:
+    """Probability of each expert to have a token, when the tokens of a pass choose independently."""
+    tokens = context.tokens
+    return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
+
+
+def _expected_rows(loads: Sequence[float], context: Context) -> list[float]:
+    """Rows of each expert rounded up to tiles, to a good approximation (a tile at least where it is live, half a tile
+    of waste where there are many)."""
+    tokens, tile = context.tokens, context.row_tile
+    return [
+        max(tokens * load + share * (tile - 1) / 2, tile * share)
+        for load, share in zip(loads, _expected_live(loads, context), strict=True)
+    ]

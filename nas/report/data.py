@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nas.costs.analytic import Context, flops_breakdown
+from nas.costs.analytic import flops_breakdown
+from nas.costs.context import Context
 from nas.costs.price import Costs, Pricer
 from nas.costs.use import LayerUse
 from nas.search.loop import SearchResult, hypervolume_history
@@ -78,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A block or model that the latency calibration measured; a ``held-out model`` was not fitted."""
+    """A model that the latency calibration measured; a ``held-out model`` was not fitted."""
 
     kind: str
     measured_ms: float
@@ -86,7 +87,7 @@ class Measurement:
 
 
 def batch_text(context: Context) -> str:
-    return f"batch of {context.batch_size} × {context.sequence_length} tokens"
+    return f"batch of {context}".replace(" x ", " × ")
 
 
 def cost_name(cost: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.report.colours import GRID, INK, KINDS, MODELS, MUTED, PARTS
 from nas.report.data import (
     COSTS,
@@ -211,10 +211,6 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
     styles = {
         "held-out model": {"symbol": "star", "size": 13, "color": KINDS["best"]},
         "model": {"symbol": "circle", "size": 9, "color": KINDS["front"]},
-        "attention": {"symbol": "triangle-up", "color": "#56b4e9"},
-        "sparse": {"symbol": "diamond", "color": "#e69f00"},
-        "dense": {"symbol": "square", "color": "#009e73"},
-        "head": {"symbol": "cross", "color": "#6b7785"},
     }
     for kind in sorted(kinds, key=list(styles).index):
         rows = [row for row in measurements if row.kind == kind]

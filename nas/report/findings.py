@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.report.data import (
     Curve,
     Evaluated,

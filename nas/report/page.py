@@ -10,13 +10,14 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from nas.costs.measure import latency_text
 from nas.progress import duration
 from nas.report.data import Model, batch_text, cost_name, margin_text, over_budget, per_text
 from nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
 from nas.report.findings import Findings
 from nas.report.html import flag, paragraph, section, table
 from nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
-from nas.summary import verdict
+from nas.summary import predicted_text, verdict
 from nas.units import DIMENSIONS
 
 _BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
@@ -66,10 +67,10 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     yield paragraph(
         f"Predicted before anything ran; measured on the exported model, routing on the test split. "
-        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device; latency is the lower "
-        "quartile of repeated passes.",
+        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device.",
         "muted",
     )
+    yield paragraph(latency_text(chosen["latency"]), "muted")
     results = [chosen["retrained"], *summary["rivals"]]
     start = "scratch" if results[0]["init"] == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, judged on the test split</h3>"
@@ -107,7 +108,7 @@ def _cost_row(findings: Findings, cost: str, chosen: dict[str, Any]) -> tuple:
     return (
         name,
         form(line["limit"]),
-        form(line["predicted"]) + worst,
+        predicted_text(line) + worst,
         form(line["measured"]),
         flag(margin_text(line["measured"], line["limit"]), line["within"]),
     )
@@ -189,13 +190,7 @@ def _training(findings: Findings) -> Iterator[str]:
 
 
 def _predictions(findings: Findings) -> Iterator[str]:
-    accuracy = findings.summary["latency_predictor"]
-    yield paragraph(
-        f"Latency: on {accuracy['models']} held-out models the mean absolute error is {accuracy['mape']:.1%} (bias "
-        f"{accuracy['bias']:+.1%}), {accuracy['within_10_percent']:.0%} are within 10 %, Kendall's tau is "
-        f"{accuracy['tau']:.2f}. Repeats spread by {accuracy['noise']:.1%} (interquartile range over median)."
-    )
-    yield paragraph("Predictions are scaled to whole models: a block timed alone finds warmer caches.", "muted")
+    yield paragraph(f"Latency: {findings.summary['latency_predictor']['text']}.")
     yield _plot("latency", latency_figure(findings.measurements, findings.context))
     routing = findings.routing
     yield paragraph(

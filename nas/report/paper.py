@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.report.colours import GRID, INK, KINDS, MODELS
 from nas.report.data import ON_FRONT, Point, axis_title, front_line, limit_text
 from nas.search.budget import BudgetLine

@@ -15,15 +15,20 @@ from search_spaces.space import LayerSpace
 
 @dataclass(frozen=True)
 class BudgetLine:
-    """``cost`` must not exceed ``limit`` (base units) in the expected or the worst case."""
+    """``cost`` must not exceed ``limit`` (base units) in the expected or the worst case.
+
+    A latency line may have a ``confidence``: a measurement does not exceed the limit with that probability.
+    """
 
     cost: str
     limit: float
     bind: Literal["expected", "worst"]
+    confidence: float | None = None
 
     def __str__(self) -> str:
         case = " (worst case)" if self.bind == "worst" else ""
-        return f"{self.cost} <= {format_cost(self.cost, self.limit)}{case}"
+        sure = f" with confidence {self.confidence:.4g}" if self.confidence else ""
+        return f"{self.cost} <= {format_cost(self.cost, self.limit)}{case}{sure}"
 
 
 @dataclass(frozen=True)
@@ -35,28 +40,44 @@ class Budget:
 
     def excess(self, architecture: Architecture) -> dict[str, float]:
         """Relative excess over each line, negative inside: cost / limit - 1."""
+        bound = self.bound(architecture)
+        return {line.cost: bound[line.cost] / line.limit - 1 for line in self.lines}
+
+    def bound(self, architecture: Architecture) -> dict[str, float]:
+        """What each line binds, before the architecture is evaluated: expected or worst cost, or its upper edge."""
         expected = self.pricer.expected(architecture)
         worst = self.pricer.worst(architecture) if any(line.bind == "worst" for line in self.lines) else expected
         return {
-            line.cost: (worst if line.bind == "worst" else expected)[line.cost] / line.limit - 1 for line in self.lines
+            line.cost: (worst if line.bind == "worst" else expected)[line.cost] * self._margin(line)
+            for line in self.lines
         }
+
+    def _margin(self, line: BudgetLine) -> float:
+        if line.confidence is None:
+            return 1.0
+        assert self.pricer.predictor is not None
+        return self.pricer.predictor.margin(line.confidence)
 
     def fits(self, architecture: Architecture) -> bool:
         return max(self.excess(architecture).values()) <= 0
 
     def measured_excess(self, measured: Costs) -> dict[str, float]:
         """The same for costs under the loads of an evaluation; worst-case lines hold for any load."""
-        return {line.cost: measured[line.cost] / line.limit - 1 for line in self.lines if line.bind == "expected"}
+        return {
+            line.cost: measured[line.cost] * self._margin(line) / line.limit - 1
+            for line in self.lines
+            if line.bind == "expected"
+        }
 
 
 def resolve_budget(config: Config, space: SearchSpace, pricer: Pricer) -> Budget:
     """The budget in base units; relative lines are shares of the most that an architecture of the space costs."""
     lines = []
     for name, limit in config.limits().items():
-        bind = config.budget[name].bind
+        bind, confidence = config.budget[name].bind, config.budget[name].confidence
         price = pricer.worst if bind == "worst" else pricer.expected
         largest = price(dearest(space, pricer, name, bind))[name]
-        lines.append(BudgetLine(name, limit.resolve(largest), bind))
+        lines.append(BudgetLine(name, limit.resolve(largest), bind, confidence))
     return Budget(tuple(lines), pricer)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nas.costs.calibrate import autocast
-from nas.costs.measure import measure_costs
+from nas.costs.measure import latency_figures, measure_costs
+from nas.costs.probe import autocast
 from nas.export import export_model
 from nas.retrain import loss_figures
 from nas.search.pareto import spread
@@ -46,6 +47,7 @@ def _export(run: Run, directory: Path, trial: Trial) -> dict[str, Any]:
     windows = run.windows("test", run.config.retrain.evaluation_windows)
     with autocast(run.device):
         evaluation = evaluate(model, windows)
+    predicted = dict(run.pricer.expected(trial.architecture))
     measured = measure_costs(model, windows, run.pricer, run.device)
     tokens = windows[:4, :-1].to(run.device.torch_device)
     with torch.inference_mode():
@@ -57,11 +59,12 @@ def _export(run: Run, directory: Path, trial: Trial) -> dict[str, Any]:
         "weights": "inherited from the supernet, not retrained",
         "validation_loss": trial.loss,
         **loss_figures(run.corpus, evaluation),
-        "predicted": dict(run.pricer.expected(trial.architecture)),
-        "measured": measured,
-        "budget": run.budget_lines(trial.architecture, measured),
+        "predicted": predicted,
+        "measured": measured.costs,
+        "latency": latency_figures(measured.timing, predicted["latency"], run.predictor),
+        "budget": run.budget_lines(trial.architecture, measured.costs),
         "device": str(run.device),
-        "context": {"batch_size": run.context.batch_size, "sequence_length": run.context.sequence_length},
+        "context": asdict(run.context),
         "slice_max_logit_difference": difference,
     }
     exported = Transformer(trial.architecture, run.corpus.vocab_size)

@@ -11,7 +11,7 @@ from nas.costs.latency import LatencyPredictor
 from nas.data.corpus import cache_directory
 from nas.run_directory import fingerprint
 from nas.stages.run import Run
-from search_spaces.files import read_json, write_atomically, write_text
+from search_spaces.files import write_atomically, write_text
 
 
 def run_latency(run: Run, fresh: bool = False) -> None:
@@ -30,16 +30,17 @@ def run_latency(run: Run, fresh: bool = False) -> None:
         cached = calibrated(run)
         for name in ("predictor.json", "measurements.csv"):
             write_atomically(stage.path / name, lambda path, name=name: shutil.copyfile(cached / name, path))
-        predictor = LatencyPredictor.load(stage.path / "predictor.json", run.device.fingerprint, str(run.device))
-        write_text(stage.path / "digest", fingerprint({"coefficients": predictor.coefficients}))
-        accuracy = predictor.accuracy
-        run.reporter.say(
-            f"latency: calibrated {predictor.measured_on} on {predictor.device}; on {accuracy.models} held-out models "
-            f"error {accuracy.mape:.1%} (bias {accuracy.bias:+.1%}), {accuracy.within_10_percent:.0%} within 10 %, "
-            f"Kendall tau {accuracy.tau:.2f}; spread of repeats {predictor.noise:.1%}"
+        predictor = _load(run, stage.path / "predictor.json")
+        write_text(
+            stage.path / "digest",
+            fingerprint({"coefficients": predictor.coefficients, "residuals": predictor.log_residuals}),
         )
-        if predictor.noise > NOISY:
-            run.reporter.say("latency: this machine was busy; quiet it and run `moesaic latency --fresh`")
+        run.reporter.say(f"latency: calibrated {predictor.measured.date} on {predictor.device}; {predictor.describe()}")
+        if predictor.measured.noise > NOISY:
+            run.reporter.say(
+                f"latency: repeats spread by {predictor.measured.noise:.0%} (more than {NOISY:.0%}): this machine was "
+                "busy and the calibration is not kept; quiet it and run `moesaic latency --fresh`"
+            )
 
 
 def calibrated(run: Run) -> Path:
@@ -50,17 +51,12 @@ def calibrated(run: Run) -> Path:
     run.calibration = directory = stage.path if stage.complete else _cached(run)
     known = directory / "predictor.json"
     # What was measured while the machine was busy is used by the run that asked, and not kept for others.
-    if known.exists() and (stage.complete or read_json(known)["noise"] <= NOISY):
+    if known.exists() and (stage.complete or _load(run, known).measured.noise <= NOISY):
         return directory
-    context = run.context
-    tokens = run.windows("validation", context.batch_size)[:, :-1]
-    if len(tokens) < context.batch_size:
-        tokens = tokens.repeat(-(-context.batch_size // len(tokens)), 1)[: context.batch_size]
     with run.task("latency") as task:
         calibration = calibrate(
             run.space,
-            tokens,
-            context,
+            run.context,
             run.config.latency,
             run.device,
             run.config.seed,
@@ -76,6 +72,10 @@ def calibrated(run: Run) -> Path:
     write_atomically(directory / "measurements.csv", write_rows)
     calibration.predictor.save(directory / "predictor.json")
     return directory
+
+
+def _load(run: Run, path: Path) -> LatencyPredictor:
+    return LatencyPredictor.load(path, run.device.fingerprint, str(run.device))
 
 
 def _cached(run: Run) -> Path:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from nas.costs.latency import LatencyPredictor
 from nas.costs.price import Pricer
-from nas.costs.use import Occupancy
+from nas.costs.use import Occupancy, even
 from nas.search.budget import a_member_inside, resolve_budget
 from nas.stages.export import run_export
 from nas.stages.latency import calibrated, run_latency
@@ -17,7 +17,7 @@ from nas.stages.report import run_report
 from nas.stages.retrain import run_retrain
 from nas.stages.run import STAGES, Run
 from nas.stages.search import run_search_stage
-from nas.stages.supernet import run_supernet, threshold_routers
+from nas.stages.supernet import routers, run_supernet
 from nas.summary import build_summary, print_summary, versions
 from search_spaces import Interrupted
 from search_spaces.files import read_json, write_json, write_text
@@ -35,10 +35,12 @@ _FUNCTIONS: dict[str, Callable[[Run], None]] = {
 def check_budget(run: Run) -> None:
     """Raises MoesaicError when no architecture can meet the budget, before hours of training are spent on it.
 
-    Routers are priced as if each token needed one expert: what training will make of them is not known yet, and a
-    budget that may turn out possible is not refused.
+    Threshold routers are priced as if each token needed one expert: what training will make of them is not known
+    yet, and a budget that may turn out possible is not refused.
     """
-    one_expert = Occupancy(dict.fromkeys(threshold_routers(run.space), 1.0))
+    one_expert = Occupancy(
+        {(experts, router): even(experts, 1) for experts, router in routers(run.space) if router.kind == "threshold"}
+    )
     predictor = None
     if "latency" in run.config.budget:
         predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device.fingerprint, str(run.device))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from nas.config import load_retrain_file
-from nas.costs.calibrate import autocast
-from nas.costs.measure import measure_costs
+from nas.costs.measure import latency_figures, measure_costs
+from nas.costs.probe import autocast
 from nas.data import load_corpus
 from nas.device import choose_device
 from nas.export import load_exported
@@ -73,6 +73,7 @@ def run_retrain(run: Run) -> None:
                         evaluation = evaluate(model, windows)
                 write_text(stage.path / name / "architecture.yaml", held.to_yaml())
                 searched = searched or evaluation
+                predicted = dict(run.pricer.expected(held))
                 measured = measure_costs(model, windows, run.pricer, run.device)
                 results.append(
                     {
@@ -83,9 +84,10 @@ def run_retrain(run: Run) -> None:
                         "inherited_loss": inherited_loss,
                         **loss_figures(run.corpus, evaluation),
                         "above_searched": paired_difference(evaluation, searched),
-                        "predicted": dict(run.pricer.expected(held)),
-                        "measured": measured,
-                        "budget": run.budget_lines(held, measured),
+                        "predicted": predicted,
+                        "measured": measured.costs,
+                        "latency": latency_figures(measured.timing, predicted["latency"], run.predictor),
+                        "budget": run.budget_lines(held, measured.costs),
                         "steps": config.steps,
                         "init": config.init,
                         "seconds": round(seconds[0], 2),

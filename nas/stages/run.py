@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nas.config import Config, Loaded
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.costs.latency import LatencyPredictor
 from nas.costs.price import Pricer
 from nas.costs.use import Occupancy
@@ -64,9 +64,15 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        config = self.config
+        """What costs are of: the pass that ``latency`` describes. On a GPU a row tile is that of its kernels."""
+        latency = self.config.latency
         return Context(
-            self.corpus.vocab_size, config.data.sequence_length, config.latency.batch_size, self.device.bytes_per_value
+            self.corpus.vocab_size,
+            latency.sequence_length or self.config.data.sequence_length,
+            latency.batch_size,
+            self.device.bytes_per_value,
+            latency.phase,
+            row_tile=64 if self.device.kind == "cuda" else 16,
         )
 
     @cached_property
@@ -166,10 +172,12 @@ class Run:
     def pricer(self) -> Pricer:
         """Costs with the measured occupancy and the calibrated latency."""
         occupancy = Occupancy.from_rows(read_json(self.stages["supernet"].path / "occupancy.json"))
-        predictor = LatencyPredictor.load(
-            self.stages["latency"].path / "predictor.json", self.device.fingerprint, str(self.device)
-        )
-        return Pricer(self.context, occupancy, predictor)
+        return Pricer(self.context, occupancy, self.predictor)
+
+    @cached_property
+    def predictor(self) -> LatencyPredictor:
+        path = self.stages["latency"].path / "predictor.json"
+        return LatencyPredictor.load(path, self.device.fingerprint, str(self.device))
 
     @cached_property
     def budget(self) -> Budget:
@@ -179,14 +187,20 @@ class Run:
         return self.corpus.windows(split, count)
 
     def budget_lines(self, architecture: Architecture, measured: dict[str, float]) -> list[dict[str, Any]]:
-        """``[{name, bind, limit, predicted, measured, unit, within}]`` for a model whose costs were measured."""
+        """``[{name, bind, confidence, limit, predicted, bound, measured, unit, within}]`` for a measured model.
+
+        ``bound`` is the predicted cost, or its upper edge where a confidence is asked for.
+        """
         expected, worst = self.pricer.expected(architecture), self.pricer.worst(architecture)
+        bound = self.budget.bound(architecture)
         return [
             {
                 "name": line.cost,
                 "bind": line.bind,
+                "confidence": line.confidence,
                 "limit": line.limit,
                 "predicted": (worst if line.bind == "worst" else expected)[line.cost],
+                "bound": bound[line.cost],
                 "measured": measured[line.cost],
                 "unit": f"{DIMENSIONS[line.cost].unit} {DIMENSIONS[line.cost].per}".strip(),
                 "within": measured[line.cost] <= line.limit,

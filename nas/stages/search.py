@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from random import Random
 
-from nas.costs.calibrate import autocast
+from nas.costs.probe import autocast
 from nas.run_directory import fingerprint
 from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler

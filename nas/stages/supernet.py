@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from nas.costs.calibrate import autocast
+from nas.costs.probe import autocast
 from nas.costs.use import Occupancy
 from nas.retrain import train_settings
 from nas.stages.run import Run
@@ -55,31 +55,32 @@ def run_supernet(run: Run) -> None:
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
-    """Mean experts per token of every threshold router in the space, over all layers that can have it.
+    """The load of the experts, most loaded first, under every router in the space: the mean over the layers that can
+    have it.
 
     Each is seen in a network like the largest one in which every layer that offers it has it; an architecture's
-    own occupancy is measured when it is evaluated.
+    own loads are measured when it is evaluated.
     """
     windows = run.windows("validation", _OCCUPANCY_WINDOWS)
     measured = {}
     with autocast(run.device):
-        for experts, router in threshold_routers(run.space):
+        for experts, router in routers(run.space):
             architecture, positions = _with_router(run.space, experts, router)
             loads = evaluate(model, windows, architecture).loads
-            means = [load.experts_per_token for i in positions if (load := loads[i]) is not None]
-            measured[experts, router] = sum(means) / len(means)
+            ranked = [sorted(load.pairs_per_token, reverse=True) for i in positions if (load := loads[i]) is not None]
+            measured[experts, router] = tuple(sum(shares) / len(ranked) for shares in zip(*ranked, strict=True))
     return Occupancy(measured)
 
 
-def threshold_routers(space: SearchSpace) -> list[tuple[int, Router]]:
-    """(number of experts, router) of every threshold router that some layer offers."""
+def routers(space: SearchSpace) -> list[tuple[int, Router]]:
+    """(number of experts, router) of every router that some layer offers."""
     return list(
         dict.fromkeys(
             (group.experts, router)
             for layer in space.layers
             for group in layer.groups
             for router in group.routers
-            if router is not None and router.kind == "threshold"
+            if router is not None
         )
     )
 

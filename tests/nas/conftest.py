@@ -15,7 +15,7 @@ space: tiny
 budget: {{flops: 75%, parameters: 80%}}
 device: {{device: cpu, threads: 1}}
 supernet: {{steps: 24, batch_size: 4, checkpoint_every: 5}}
-latency: {{batch_size: 2, blocks: 16, models: 6, repeats: 3}}
+latency: {{batch_size: 2, models: 12, repeats: 3}}
 search: {{trials: 30, population: 8, evaluation_windows: 8}}
 export: {{front: 1}}
 retrain: {{steps: 24, batch_size: 4, evaluation_windows: 8, checkpoint_every: 5}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nas.config import Config, SearchConfig
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.costs.price import Pricer
 from nas.search.budget import Budget, a_member_inside, resolve_budget
 from nas.search.feasible import FeasibleSampler

@@ -45,7 +45,7 @@ space: tiny
 budget: {{flops: 50%, parameters: 50%}}
 device: {{device: cpu, threads: 1}}
 supernet: {{steps: 3, batch_size: 2}}
-latency: {{batch_size: 1, blocks: 10, models: 4, repeats: 3}}
+latency: {{batch_size: 1, models: 8, repeats: 3}}
 search: {{sampler: nsga2, trials: 16, population: 6, evaluation_windows: 4}}
 export: {{front: 1}}
 retrain: {{steps: 3, batch_size: 2, evaluation_windows: 4}}

@@ -3,7 +3,7 @@ from random import Random
 import pytest
 import torch
 
-from nas.costs.analytic import Context
+from nas.costs.context import Context
 from nas.costs.price import Pricer
 from nas.search.budget import Budget
 from nas.search.thresholds import hold_budget, lower_thresholds
