@@ -42,7 +42,7 @@ _Candidates = dict[str, dict[int, list[triton.Config]]]
 HOPPER: _Candidates = {
     "hidden_none": _BY_ROWS,
     "hidden_relu": _BY_ROWS,
-    "hidden_gelu": _NO_WIDE_ROWS,
+    "hidden_gelu": {**_NO_WIDE_ROWS, 32: _shapes((128, 64, 4, 4), (64, 128, 4, 3))},
     "hidden_swiglu": {
         **_BY_ROWS,
         64: _shapes((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 8, 4)),
@@ -57,6 +57,11 @@ AMPERE: _Candidates = {
     **HOPPER,
     "hidden_none": _NO_WIDE_ROWS,
     "hidden_relu": _NO_WIDE_ROWS,
+    "hidden_gelu": {
+        **HOPPER["hidden_gelu"],
+        64: _shapes((128, 64, 4, 4), (64, 32, 4, 4)),
+        128: _shapes((128, 32, 8, 4), (64, 64, 8, 3)),
+    },
     "hidden_swiglu": {
         **_BY_ROWS,
         64: _shapes((64, 64, 4, 3), (64, 32, 4, 4), (64, 64, 8, 3)),
@@ -105,8 +110,13 @@ def tune_key(width: int, columns: int, pairs: int) -> int:
     return (width << 12) | (columns.bit_length() << 6) | pairs.bit_length()
 
 
-def _shallower(config: triton.Config, times: int) -> triton.Config:
-    shape = {**config.kwargs, "BK": max(16, config.kwargs["BK"] // times)}
+def _smaller(config: triton.Config, times: int, columns: int) -> triton.Config:
+    """Less deep by ``times``, and at most ``columns`` wide."""
+    shape = {
+        **config.kwargs,
+        "BK": max(16, config.kwargs["BK"] // times),
+        "BN": min(columns, config.kwargs["BN"]),
+    }
     return triton.Config(shape, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
@@ -116,7 +126,8 @@ def tuned(kernel: Any, name: str, rows: int, value_bytes: int) -> Any:
     held at once, so that shared memory suffices."""
     candidates = candidates_here()[name][rows]
     if value_bytes > 2:
-        candidates = [_shallower(config, value_bytes // 2) for config in candidates]
+        gated = name == "hidden_swiglu"  # two accumulators and two weights at once
+        candidates = [_smaller(config, value_bytes // 2, 64 if gated else 256) for config in candidates]
     if interpreting() or os.environ.get("MOESAIC_AUTOTUNE") == "0":
         candidates = candidates[:1]
     return triton.autotune(candidates, key=["tune"], cache_results=True)(kernel)

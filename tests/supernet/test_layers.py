@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from search_spaces import Attention, Backbone, FeedForward, Router
 from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _angles, _rotate
 
