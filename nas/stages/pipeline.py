@@ -10,6 +10,7 @@ from rich.console import Console
 from nas.costs.latency import LatencyPredictor
 from nas.costs.price import Pricer
 from nas.costs.use import Occupancy, even
+from nas.run_directory import stopwatch
 from nas.search.budget import a_member_inside, resolve_budget
 from nas.stages.export import run_export
 from nas.stages.latency import calibrated, run_latency
@@ -43,7 +44,10 @@ def check_budget(run: Run) -> None:
     )
     predictor = None
     if "latency" in run.config.budget:
-        predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device.fingerprint, str(run.device))
+        with stopwatch() as seconds:
+            folder = calibrated(run)
+        run.spent_ahead["latency"] = seconds[0]
+        predictor = LatencyPredictor.load(folder / "predictor.json", run.device.fingerprint, str(run.device))
     pricer = Pricer(run.context, one_expert, predictor)
     a_member_inside(run.space, resolve_budget(run.config, run.space, pricer))
 

@@ -39,6 +39,8 @@ class Run:
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
     calibration: Path | None = None
+    spent_ahead: dict[str, float] = field(default_factory=dict)
+    """Seconds of a stage's work that were needed, and spent, before its turn."""
     """Folder of the latency calibration that this process uses, once it has one."""
 
     @property
@@ -140,9 +142,10 @@ class Run:
             yield stage
         digest_file = stage.path / "digest"
         digest = digest_file.read_text() if digest_file.exists() else None
-        stage.finish(seconds[0], resumed, digest)
+        total = seconds[0] + self.spent_ahead.pop(name, 0.0)
+        stage.finish(total, resumed, digest)
         self.__dict__.pop("stages", None)  # later stages' inputs hold this one's result
-        self.reporter.say(f"{name}: done in {duration(seconds[0])}")
+        self.reporter.say(f"{name}: done in {duration(total)}")
 
     def require(self, *names: str, for_stage: str) -> None:
         """Raises MoesaicError naming the command that makes the first stage that is missing."""

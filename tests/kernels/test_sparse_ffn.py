@@ -316,3 +316,9 @@ def test_under_autocast_bfloat16_inputs_meet_a_float32_bank(activation: str) -> 
     assert found["grad up"].dtype == torch.float32
     exact = replace(case.to(torch.float64), x=mixed.x.double(), direction=mixed.direction.double())
     assert_near(found, exact.run("reference"), 3e-2)
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    case = make_case([4], None, 3, 5, "relu").to(torch.float16)
+    with pytest.raises(ValueError, match="use float32 or bfloat16"):
+        sparse_ffn(case.x, case.bank, case.layout, None, "relu")
