@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -121,15 +122,13 @@ def hugging_face(problem: Problem, implementation: str) -> Contender:
     up, gate, down = problem.stacked
     names = {"hidden_size": problem.case.width, "_experts_implementation": implementation}
     if gate is None:
-        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts as Experts
-
+        kind = import_module("transformers.models.nemotron_h.modeling_nemotron_h").NemotronHExperts
         names |= {"n_routed_experts": len(up), "moe_intermediate_size": up.shape[1], "moe_latent_size": None}
         names |= {"mlp_hidden_act": problem.case.activation}
     else:
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts as Experts
-
+        kind = import_module("transformers.models.mixtral.modeling_mixtral").MixtralExperts
         names |= {"num_local_experts": len(up), "intermediate_size": up.shape[1], "hidden_act": "silu"}
-    experts: Any = Experts(SimpleNamespace(**names)).to(up.dtype)  # pyright: ignore[reportArgumentType]
+    experts: Any = kind(SimpleNamespace(**names)).to(up.dtype)
     with torch.no_grad():
         (experts.up_proj if gate is None else experts.gate_up_proj).copy_(
             up if gate is None else torch.cat((gate, up), 1)
