@@ -163,7 +163,7 @@ def grouped_mm(problem: Problem) -> Run:
 
 def foreach_mm(problem: Problem) -> Run:
     """``torch._foreach_mm`` over the experts' own sizes: private, the one stock operation that takes them."""
-    product: Any = getattr(torch, "_foreach_mm")  # noqa: B009 (private: absent before torch 2.13)
+    product: Any = vars(torch)["_foreach_mm"]  # private, and absent before torch 2.13
 
     def run() -> Tensor:
         found = problem.route()
