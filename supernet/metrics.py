@@ -36,7 +36,7 @@ class MetricLog:
             directory.mkdir(parents=True, exist_ok=True)
             kept = [record for record in read_metrics(self.path) if record["step"] < resume_step]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = self.path.open("a", encoding="utf-8")  # until close
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step)
         except OSError as error:
             raise unwritable(self.path, error) from None

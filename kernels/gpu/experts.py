@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels.gpu import device as _device
-from kernels.gpu.tuning import cdiv, interpreting, next_power_of_2, precision, row_tile, tune_key, tuned
+from kernels.gpu.tuning import cdiv, next_power_of_2, precision, row_tile, tune_key, tuned
 from kernels.layout import Bank, ExpertLayout, Routing
 
 device: Any = _device  # to a type checker a kernel takes constexpr where a launch gives plain values
@@ -53,7 +53,7 @@ class _Call:
         self.offsets = offsets
         self.starts, self.sizes = _on_device(tuple(starts), tuple(sizes), x.device)
         self.tune = tune_key(self.width, self.most_columns, self.pairs)
-        self.stride_hidden = cdiv(self.most_columns, 16) * 16  # rows stay aligned for vector loads
+        self.stride_hidden = _hidden_stride(sizes)
         self.acc = triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
         # A divisor of every expert's size: it tells the compiler how wide loads may be, and where no mask is needed.
         aligned = math.gcd(128, *sizes)
@@ -105,7 +105,7 @@ class _Call:
             TWO=second is not None, SCALED=scale is not None, BM=self.rows, **self.shared,
         )  # fmt: skip
         columns = min(next_power_of_2(self.width), 1024)
-        tokens = max(1, 4096 // columns) if interpreting() else max(1, 2048 // columns)
+        tokens = max(1, 2048 // columns)
         device.combine[(cdiv(len(out), tokens), cdiv(self.width, columns))](
             rows, token_offsets, out, len(out), D=self.width, ACC=self.acc, BT=tokens, BD=columns
         )
@@ -118,6 +118,11 @@ class _Call:
             self.stride_hidden, right.stride(0), out.stride(0), self.most_columns, self.tune, **self.shared,
         )  # fmt: skip
         return out
+
+
+def _hidden_stride(sizes: list[int]) -> int:
+    """Values between two rows of a hidden buffer: the largest expert, rounded up to keep rows aligned."""
+    return cdiv(max(sizes), 16) * 16
 
 
 @lru_cache(maxsize=1024)
@@ -160,7 +165,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, up, gate, down, weights, tokens, offsets, slots, token_offsets, starts, sizes, activation, keep):
-    stride = -(-max(sizes) // 16) * 16
+    stride = _hidden_stride(sizes)
 
     def buffer(there: bool) -> Tensor:
         return x.new_empty((len(tokens), stride) if there else (0,))

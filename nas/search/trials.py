@@ -81,7 +81,7 @@ class TrialLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.trials, good = _read(path)
-            self._file = open(path, "ab")  # noqa: SIM115 (open until close)
+            self._file = path.open("ab")  # until close
             self._file.truncate(good)
         except OSError as error:
             raise unwritable(path, error) from None
