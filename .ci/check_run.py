@@ -28,10 +28,12 @@ def check(run: Path) -> list[str]:
         },
         **{
             f"stage_seconds.{name}": summary["stage_seconds"].get(name)
-            for name in ("supernet", "latency", "search", "export", "retrain")
+            for name in ("supernet", "latency", "search", "fidelity", "export", "retrain")
         },
         "latency_predictor.mape": summary["latency_predictor"]["mape"],
         "search.hypervolume": summary["search"]["hypervolume"],
+        "trust.levels": summary["trust"]["front"][-1]["level"],
+        **{f"trust.{row['name']}": row["standard_error"] for row in summary["trust"]["front"]},
         "search.acceptance": summary["search"]["acceptance"],
     }
     fast = {"stage_seconds.latency"}  # this machine may have been calibrated before
@@ -59,6 +61,7 @@ def check(run: Path) -> list[str]:
         "env.json",
         "search/trials.jsonl",
         "search/journal.log",
+        "fidelity/fidelity.json",
         "latency/measurements.csv",
     ]
     exported = ["architecture.yaml", "config.json", "model.safetensors", "tokenizer.json", "retrain.yaml", "README.md"]

@@ -42,7 +42,7 @@ def _version(
 
 @app.command(rich_help_panel="Main")
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Do the whole job: supernet, latency, search, export, retrain, report."""
+    """Do the whole job: supernet, latency, search, fidelity, export, retrain, report."""
     _stages(config, overrides, out, None)
 
 
@@ -129,6 +129,12 @@ def search(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> 
 
 
 @app.command(rich_help_panel="Stages")
+def fidelity(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+    """Test how far the search's ranking can be trusted."""
+    _stages(config, overrides, out, "fidelity")
+
+
+@app.command(rich_help_panel="Stages")
 def export(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
     """Write the best architecture and the Pareto set as models of their own, and measure them."""
     _stages(config, overrides, out, "export")
@@ -146,15 +152,18 @@ def retrain(
         return
     with _told(), _stopping() as should_stop:
         from nas.progress import Reporter
+        from nas.retrain import half_interval
         from nas.stages.retrain import retrain_export
         from search_spaces import MoesaicError
 
         if out is not None:
             raise MoesaicError("--out goes with a run, an export is trained where it is", where="--out", found=out)
         result = retrain_export(config, overrides or (), Reporter(), should_stop)
+        half, seeds = half_interval(result), len(result["runs"])
+        error = f"{result['standard_error']:.4f}" if half is None else f"{half:.4f} (95 % interval over {seeds} seeds)"
         typer.echo(
-            f"test loss {result['loss']:.4f} ± {result['standard_error']:.4f}, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.3f} bits per byte; weights in {config / 'retrained' / 'model.safetensors'}"
+            f"test loss {result['loss']:.4f} ± {error}, perplexity {result['perplexity']:.2f}, "
+            f"{result['bits_per_byte']:.3f} bits per byte; weights in {config / 'retrained'}, a folder per seed"
         )
 
 

@@ -19,6 +19,8 @@ from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validat
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+FEWEST_MEMBERS = 4
+"""Fewest architectures whose order by two judges is worth comparing."""
 Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters", "memory"]
 
 
@@ -85,8 +87,13 @@ class SupernetConfig(TrainingConfig):
     """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
 
     random_slices: Count = 1
-    sampling: Literal["fair", "uniform"] = "fair"
-    sharing: Literal["nested", "packed"] = "nested"
+    sampling: Literal["fair", "uniform", "flops"] = "fair"
+    sharing: Literal["nested", "packed", "spread"] = "nested"
+    own: list[Literal["routers", "scales"]] = []
+    ends: bool = True
+    anneal: bool = False
+    staged: bool = False
+    final_rate: float = 0.1
     distill: bool = True
     largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.4
 
@@ -124,6 +131,23 @@ class SearchConfig(_Section):
         return objectives
 
 
+class FidelityConfig(_Section):
+    """``check``: how many of the evaluated architectures are trained from scratch, for ``steps`` each and otherwise as
+    ``retrain`` says, to see how well inherited losses rank them."""
+
+    check: Annotated[int, Field(ge=0)] = 0
+    steps: Count = 300
+
+    @field_validator("check")
+    @classmethod
+    def _none_or_enough(cls, check: int) -> int:
+        if 0 < check < FEWEST_MEMBERS:
+            raise MoesaicError(
+                "so few say nothing of a ranking", allowed=f"0, or {FEWEST_MEMBERS} and more", nearest=FEWEST_MEMBERS
+            )
+        return check
+
+
 class ExportConfig(_Section):
     """``front``: how many members of the Pareto front are exported beside the best one, evenly spread."""
 
@@ -131,8 +155,13 @@ class ExportConfig(_Section):
 
 
 class RetrainConfig(TrainingConfig):
-    """Training of the chosen architecture and, with ``rivals``, of uniform top-2 and dense ones in the same budget."""
+    """Training of the chosen architecture and, with ``rivals``, of uniform top-2 and dense ones in the same budget.
 
+    Each is trained once with each of ``seeds`` seeds, the first of which is the run's: with one, chance in training is
+    in no figure. What is trained is kept when there are more later.
+    """
+
+    seeds: Count = 1
     init: Literal["scratch", "inherited"] = "scratch"
     rivals: bool = True
     evaluation_windows: Annotated[int, Field(ge=2)] = 256
@@ -150,6 +179,7 @@ class Config(_Section):
     supernet: SupernetConfig = SupernetConfig()
     latency: LatencyConfig = LatencyConfig()
     search: SearchConfig = SearchConfig()
+    fidelity: FidelityConfig = FidelityConfig()
     export: ExportConfig = ExportConfig()
     retrain: RetrainConfig = RetrainConfig()
 

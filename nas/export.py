@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from nas import __version__
+from nas.compliance import over_text, refused_text
 from nas.config import Config
 from nas.costs.context import Context
 from nas.costs.measure import latency_text
@@ -21,6 +22,8 @@ from supernet import Transformer
 from supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
+BEST = "best"
+"""Name of the export that is retrained and reported as chosen."""
 
 
 def export_model(
@@ -125,9 +128,10 @@ def _is_glob(name: str) -> bool:
 def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
     """A README for the folder: the picture, the figures, and how they were obtained."""
     context = Context(**figures["context"])
+    over, refused = over_text(figures["budget"]), refused_text(figures["refused"])
     rows = [
         f"| {line['name']} ({line['bind']}) | {_cost(line, 'limit')} | {_cost(line, 'predicted')} "
-        f"| {_cost(line, 'measured')} |"
+        f"| {_cost(line, 'measured')} | {_status(line)} |"
         for line in figures["budget"]
     ]
     costs = [
@@ -147,10 +151,12 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
             f"(standard error {figures['standard_error']:.4f}, {figures['tokens']} tokens), "
             f"perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte.",
             "",
-            "| budget line | limit | predicted | measured |",
-            "|---|---|---|---|",
+            *([f"**{over}.**", ""] if over else []),
+            "| budget line | limit | predicted | measured | status |",
+            "|---|---|---|---|---|",
             *rows,
             "",
+            *([refused, ""] if refused else []),
             "| cost | predicted | measured | |",
             "|---|---|---|---|",
             *costs,
@@ -174,3 +180,7 @@ def model_card(architecture: Architecture, figures: dict[str, Any]) -> str:
 
 def _cost(line: dict[str, Any], key: str) -> str:
     return DIMENSIONS[line["name"]].format(line[key])
+
+
+def _status(line: dict[str, Any]) -> str:
+    return "**OVER**" if line["status"] == "over" else line["status"]

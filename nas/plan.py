@@ -100,7 +100,8 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     return {
         "supernet": 3 * (alone * largest + (1 - alone) * slices) * config.supernet.steps,
         "search": evaluations * config.search.evaluation_windows * per_window,
-        "retrain": 3 * models * config.retrain.steps * config.retrain.batch_size * per_window,
+        "fidelity": 3 * config.fidelity.check * config.fidelity.steps * config.retrain.batch_size * per_window,
+        "retrain": 3 * models * config.retrain.seeds * config.retrain.steps * config.retrain.batch_size * per_window,
     }
 
 

@@ -12,15 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nas.compliance import Status, over_text, refused_text, worst_status
 from nas.costs.context import Context
 from nas.costs.measure import latency_text
+from nas.export import BEST
 from nas.progress import duration
+from nas.retrain import half_interval
 from nas.stages.run import STAGES, Run
 from nas.tables import plain_table, what_costs_are_per
+from nas.trust import sentences
 from nas.units import DIMENSIONS
 from search_spaces import Architecture, draw
 from search_spaces.files import read_json
 
+_STYLES: dict[Status, str] = {"inside": "green", "within tolerance": "yellow", "over": "bold red"}
 _PACKAGES = ("torch", "numpy", "scipy", "optuna", "tokenizers", "safetensors", "pydantic")
 
 
@@ -38,8 +43,8 @@ def versions() -> dict[str, str]:
 def build_summary(run: Run) -> dict[str, Any]:
     """Everything a run found, from its artifacts."""
     stages = run.stages
-    best = read_json(stages["export"].path / "best" / "figures.json")
-    architecture = Architecture.from_yaml(stages["export"].path / "best" / "architecture.yaml")
+    best = read_json(stages["export"].path / BEST / "figures.json")
+    architecture = Architecture.from_yaml(stages["export"].path / BEST / "architecture.yaml")
     results = read_json(stages["retrain"].path / "results.json")
     searched, rivals = results[0], results[1:]
     seconds = {name: stages[name].artifact()["seconds"] for name in STAGES if stages[name].complete}
@@ -57,6 +62,7 @@ def build_summary(run: Run) -> dict[str, Any]:
             "inherited": {k: best[k] for k in ("loss", "standard_error", "perplexity", "bits_per_byte")},
             "predicted": best["predicted"],
             "measured": best["measured"],
+            "refused": best["refused"],
             "latency": best["latency"],
             "retrained": searched,
         },
@@ -64,6 +70,7 @@ def build_summary(run: Run) -> dict[str, Any]:
         "search": read_json(stages["search"].path / "search.json"),
         "supernet": read_json(stages["supernet"].path / "evaluation.json"),
         "latency_predictor": {**asdict(run.predictor.accuracy), "text": run.predictor.describe()},
+        "trust": read_json(stages["fidelity"].path / "fidelity.json"),
         "exports": [row["name"] for row in read_json(stages["export"].path / "exports.json")],
         "stage_seconds": seconds,
         "context": asdict(run.context),
@@ -71,19 +78,31 @@ def build_summary(run: Run) -> dict[str, Any]:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """One honest sentence: did the search pay, by retrained losses compared sequence by sequence?"""
+    """One honest sentence: did the search pay, by losses retrained with the same seeds, in pairs?
+
+    It made no significant difference exactly where the 95 % interval of the difference contains 0.
+    """
     searched, rivals = summary["chosen"]["retrained"], summary["rivals"]
     if not rivals:
         return "No rival was trained, so whether the search paid is not known."
     best = min(rivals, key=lambda rival: rival["loss"])
-    difference, error = best["above_searched"]["mean"], best["above_searched"]["standard_error"]
+    above = best["above_searched"]
+    many = above["seeds"] > 1
     figures = (
-        f"test loss {searched['loss']:.4f} against {best['loss']:.4f} of the best rival ({best['name']}), "
-        f"difference {difference:+.4f} ± {error:.4f} in pairs, one training seed each"
+        f"{'mean ' if many else ''}test loss {searched['loss']:.4f} against {best['loss']:.4f} of the best rival "
+        f"({best['name']}), difference {above['mean']:+.4f} with a 95 % interval of {above['low']:+.4f} to "
+        f"{above['high']:+.4f} over "
+        + (f"{above['seeds']} training seeds, in pairs" if many else "sequences, in pairs, one training seed each")
     )
-    if abs(difference) < 2 * error:
+    if above["low"] <= 0 <= above["high"]:
         return f"The search made no significant difference: {figures}."
-    return f"The search {'paid' if difference > 0 else 'did not pay'}: {figures}."
+    return f"The search {'paid' if above['low'] > 0 else 'did not pay'}: {figures}."
+
+
+def over_sentence(summary: dict[str, Any]) -> str | None:
+    """What must be said first when the chosen model is over its budget; None when it is not."""
+    over = over_text(summary["budget"])
+    return over and f"{over}. No candidate kept the budget; this one exceeds it least."
 
 
 def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
@@ -95,6 +114,10 @@ def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
         console.print(Text(line))
     console.print()
     console.print(_budget_table(summary["budget"]))
+    if over := over_sentence(summary):
+        console.print(Text(over, style=_STYLES["over"]))
+    if refused := refused_text(chosen["refused"]):
+        console.print(Text(refused, style=_STYLES["within tolerance"]))
     console.print(_costs_table(chosen))
     console.print(Text(what_costs_are_per(Context(**summary["context"]))))
     console.print(Text(latency_text(chosen["latency"])))
@@ -102,9 +125,13 @@ def print_summary(console: Console, summary: dict[str, Any], run: Run) -> None:
     console.print(_rivals_table([chosen["retrained"], *summary["rivals"]]))
     console.print(Text(verdict(summary)))
     console.print()
+    console.print(Text("Trust in the ranking", style="bold"))
+    for sentence in sentences(summary["trust"]):
+        console.print(Text(sentence))
+    console.print()
     for name, path in (
         ("report", run.path / "report" / "index.html"),
-        ("chosen model", run.path / "exports" / "best"),
+        ("chosen model", run.path / "exports" / BEST),
         ("figures", run.path / "summary.json"),
     ):
         console.print(Text(f"{name:13} {path}"))
@@ -117,10 +144,16 @@ def _budget_table(lines: list[dict[str, Any]]) -> Table:
     table = plain_table("Budget of the chosen architecture", "line|limit|predicted|re-measured|", "line|")
     for line in lines:
         form = DIMENSIONS[line["name"]].format
-        inside = Text("inside", style="green") if line["within"] else Text("OVER", style="bold red")
         name = line["name"] if line["bind"] == "expected" else f"{line['name']} (worst case)"
-        table.add_row(name, form(line["limit"]), predicted_text(line), form(line["measured"]), inside)
+        table.add_row(
+            name, form(line["limit"]), predicted_text(line), form(line["measured"]), _status_text(line["status"])
+        )
     return table
+
+
+def _status_text(status: Status, lines: str = "") -> Text:
+    name = "OVER" if status == "over" else status
+    return Text(f"{name} {lines}".strip(), style=_STYLES[status])
 
 
 def predicted_text(line: dict[str, Any]) -> str:
@@ -140,20 +173,25 @@ def _costs_table(chosen: dict[str, Any]) -> Table:
 def _rivals_table(results: list[dict[str, Any]]) -> Table:
     first = results[0]
     start = "scratch" if first["init"] == "scratch" else "inherited weights"
-    title = f"Retrained alike ({first['steps']} steps from {start}), judged on the test split"
+    seeds = len(first["runs"])
+    alike = f"{first['steps']} steps from {start}" + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
+    title = f"Retrained alike ({alike}), judged on the test split"
     table = plain_table(title, "model|loss|ppl|bits/byte|FLOPs|latency|active|budget", "model|budget")
     best = min(result["loss"] for result in results)
     for result in results:
-        over = [line["name"] for line in result["budget"] if not line["within"]]
+        status = worst_status(result["budget"])
+        lines = [line["name"] for line in result["budget"] if line["status"] == status != "inside"]
+        half = half_interval(result)
+        loss = f"{result['loss']:.4f}" + (f" ± {half:.4f}" if half is not None else "")
         costs = (
             DIMENSIONS[name].format(result["measured"][name]) for name in ("flops", "latency", "active_parameters")
         )
         table.add_row(
             result["name"],
-            Text(f"{result['loss']:.4f}", style="bold" if result["loss"] == best else ""),
+            Text(loss, style="bold" if result["loss"] == best else ""),
             f"{result['perplexity']:.2f}",
             f"{result['bits_per_byte']:.3f}",
             *costs,
-            Text(f"OVER {', '.join(over)}", style="red") if over else Text("inside", style="green"),
+            _status_text(status, ", ".join(lines)),
         )
     return table

@@ -34,12 +34,20 @@ class Output:
 
 
 class TransformerLayer(nn.Module):
-    def __init__(self, width: int, layer: Layer, backbone: Backbone, sharing: Sharing):
+    def __init__(
+        self,
+        width: int,
+        layer: Layer,
+        backbone: Backbone,
+        sharing: Sharing,
+        own: frozenset[str] = frozenset(),
+        widths: tuple[int, ...] = (),
+    ):
         super().__init__()
-        self.attention_norm = RMSNorm(width)
+        self.attention_norm = RMSNorm(width, widths)
         self.attention = SelfAttention(width, layer.attention, backbone)
-        self.feed_forward_norm = RMSNorm(width)
-        self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
+        self.feed_forward_norm = RMSNorm(width, widths)
+        self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing, own)
 
     def forward(self, x: Tensor, layer: Layer, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), layer.attention, cache)
@@ -57,23 +65,41 @@ class Transformer(nn.Module):
     sharing : which rows of a bank a smaller architecture's experts take.
     """
 
-    def __init__(self, architecture: Architecture, vocab_size: int, sharing: Sharing = "nested"):
+    def __init__(
+        self,
+        architecture: Architecture,
+        vocab_size: int,
+        sharing: Sharing = "nested",
+        own: frozenset[str] = frozenset(),
+        widths: tuple[int, ...] = (),
+    ):
         super().__init__()
         stack, self.architecture = architecture.decoder, architecture
         self.sharing: Sharing = sharing
         self.embedding = nn.Embedding(vocab_size, stack.width)
         self.layers = nn.ModuleList(
-            TransformerLayer(stack.width, layer, architecture.backbone, sharing) for layer in stack.layers
+            TransformerLayer(stack.width, layer, architecture.backbone, sharing, own, widths if "scales" in own else ())
+            for layer in stack.layers
         )
-        self.norm = RMSNorm(stack.width)
+        self.norm = RMSNorm(stack.width, widths if "scales" in own else ())
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal(0, 0.02), smaller by sqrt(2 L) where a layer writes to the residual stream (GPT-2)."""
-        residual = 0.02 / (2 * len(self.layers)) ** 0.5
+        """Weights that read from the residual stream start at Normal(0, 1 / sqrt(D)), so that heads and neurons tell
+        tokens apart at once; those that write to it at a tenth of the embedding's 0.02, smaller by sqrt(2 L), so that
+        they do not drown it. With 0.02 everywhere (GPT-2), sized for wide models, narrow ones stay on a plateau for
+        as long as chance has it."""
+        residual = 0.002 / (2 * len(self.layers)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=residual if name.endswith((".o", ".down")) else 0.02)
+            if parameter.dim() != 2:
+                continue
+            if name.endswith((".o", ".down")):
+                std = residual
+            elif name.endswith((".q", ".k", ".v", ".up", ".gate")):
+                std = parameter.shape[1] ** -0.5
+            else:
+                std = 0.02
+            nn.init.normal_(parameter, std=std)
 
     @property
     def vocab_size(self) -> int:
@@ -132,7 +158,7 @@ class Transformer(nn.Module):
         """The slice's weights by parameter name, each as it would stand in a model of its own."""
         stack, head_size = architecture.decoder, architecture.backbone.head_size
         width = stack.width
-        found = {"embedding.weight": self.embedding.weight[:, :width], "norm.weight": self.norm.weight[:width]}
+        found = {"embedding.weight": self.embedding.weight[:, :width], "norm.weight": self.norm.scale(width)}
         for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
             assert isinstance(module, TransformerLayer)
             attention, part = layer.attention, layer.feed_forward
@@ -143,19 +169,19 @@ class Transformer(nn.Module):
             )
             q_rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
             weights = {
-                "attention_norm.weight": module.attention_norm.weight[:width],
+                "attention_norm.weight": module.attention_norm.scale(width),
                 "attention.q": module.attention.q[:q_rows, :width],
                 "attention.k": module.attention.k[:kv_rows, :width],
                 "attention.v": module.attention.v[:kv_rows, :width],
                 "attention.o": module.attention.o[:width, :q_rows],
-                "feed_forward_norm.weight": module.feed_forward_norm.weight[:width],
+                "feed_forward_norm.weight": module.feed_forward_norm.scale(width),
                 "feed_forward.up": bank.up[rows, :width],
-                "feed_forward.down": bank.down[rows, :width],
+                "feed_forward.down": bank.down[rows, :width] * (1 if (scale := bank.scale(part)) is None else scale),
             }
             if bank.gate is not None:
                 weights["feed_forward.gate"] = bank.gate[rows, :width]
             if bank.router is not None and part.router is not None:
-                weights["feed_forward.router"] = bank.router[: part.experts, :width]
+                weights["feed_forward.router"] = bank.router_rows(part, width)
             found.update({f"layers.{index}.{name}": weight for name, weight in weights.items()})
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,12 +70,16 @@ class MeasuredCosts:
     timing: Beside
 
 
-def measure_costs(model: Transformer, windows: Tensor, pricer: Pricer, device: Device) -> MeasuredCosts:
+def measure_costs(
+    model: Transformer, windows: Tensor, pricer: Pricer, device: Device, most_ms: float = math.inf
+) -> MeasuredCosts:
     """Every cost of ``pricer``, which has a predictor, measured on ``model``: time and memory on this device, routing
     on ``windows``.
 
     ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the routing that was
-    seen, latency is that of passes beside the predictor's anchors.
+    seen, latency is that of passes beside the predictor's anchors. A latency of more than ``most_ms`` is measured twice
+    more, with the anchors built anew, and the middle one of the three holds: one timing that something disturbed shall
+    not condemn a model, nor (as the least of them would) a lucky one clear it.
     """
     assert pricer.predictor is not None
     context = pricer.context
@@ -86,6 +91,9 @@ def measure_costs(model: Transformer, windows: Tensor, pricer: Pricer, device: D
     costs["parameters"] = float(count)
     costs["memory"] = float(4 * count + peak_activation_bytes(one))
     timing = time_pass(one, pricer.predictor, device)
+    if timing.corrected_ms > most_ms:
+        again = [time_pass(one, pricer.predictor, device) for _ in range(2)]
+        timing = sorted([timing, *again], key=lambda timed: timed.corrected_ms)[1]
     costs["latency"] = timing.corrected_ms
     return MeasuredCosts(costs, timing)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nas.compliance import Line, margin_text, worst_status
 from nas.costs.analytic import flops_breakdown
 from nas.costs.context import Context
 from nas.costs.price import Costs, Pricer
 from nas.costs.use import LayerUse
+from nas.export import BEST
 from nas.search.loop import SearchResult, hypervolume_history
 from nas.search.pareto import non_dominated
 from nas.search.trials import Trial
@@ -24,7 +25,7 @@ from supernet.metrics import read_metrics
 
 COSTS = tuple(DIMENSIONS)
 ON_FRONT = ("front", "exported", "best")
-"""Kinds of points that are on the Pareto front."""
+"""Kinds of points that are on the Pareto front; the best may be behind it, where members were refused for export."""
 
 
 @dataclass(frozen=True)
@@ -110,41 +111,39 @@ def limit_text(cost: str, limit: float, bind: str) -> str:
     return f"budget {DIMENSIONS[cost].format(limit)}{worst}"
 
 
-def margin_text(measured: float, limit: float) -> str:
-    """Where a measured cost stands to its limit, in words."""
-    share = measured / limit - 1
-    if share > 1:
-        return f"over {measured / limit:.3g}×"
-    return f"over by {share:.1%}" if share > 0 else f"inside by {-share:.1%}"
-
-
 def pareto_points(
-    trials: Sequence[Trial], result: SearchResult, exports: Mapping[int, str], rivals: Iterable[Point]
+    trials: Sequence[Trial],
+    result: SearchResult,
+    exports: Mapping[int, str],
+    rivals: Iterable[Point],
+    refused: Collection[int] = (),
 ) -> list[Point]:
     """Every architecture of a search once, by what became of it, and its rivals.
 
-    ``exports`` names exported trials by number. Duplicates stand for trials that are there already, and failed
-    trials have nothing to show.
+    ``exports`` names exported trials by number, ``refused`` are those that were over budget when their models were
+    measured for export. Duplicates stand for trials that are there already, and failed trials have nothing to show.
     """
     front = {trial.number for trial in result.front}
-    refused: dict[str, Point] = {}
+    unevaluated: dict[str, Point] = {}
     points: list[Point] = []
     for trial in trials:
         costs = trial.costs
         over = ", ".join(cost_name(cost) for cost, excess in trial.excess.items() if excess > 0)
         label = f"trial {trial.number}" + (f", over budget: {over}" if over else "")
         if trial.state == "refused":
-            refused.setdefault(trial.architecture.fingerprint, Point("refused", label, trial.architecture, costs))
+            unevaluated.setdefault(trial.architecture.fingerprint, Point("refused", label, trial.architecture, costs))
         elif trial.state == "evaluated":
             if trial.number in exports:
-                kind = "best" if trial.number == result.best.number else "exported"
+                kind = "best" if exports[trial.number] == BEST else "exported"
                 label = f"{label}, exported as {exports[trial.number]}"
             elif trial.number in front:
                 kind = "front"
             else:
                 kind = "evaluated" if trial.feasible else "over"
+            if trial.number in refused:
+                label = f"{label}, over budget when its model was measured"
             points.append(Point(kind, label, trial.architecture, costs, trial.loss, trial.standard_error))
-    return [*refused.values(), *points, *rivals]
+    return [*unevaluated.values(), *points, *rivals]
 
 
 def front_line(points: Sequence[Point], cost: str) -> list[tuple[float, float]]:
@@ -213,10 +212,14 @@ def read_measurements(path: Path) -> list[Measurement]:
         ]
 
 
-def over_budget(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The budget lines that a measured model breaks, by how much."""
-    return [
+def budget_text(lines: Sequence[Line]) -> str:
+    """Where a model stands to its budget: ``inside``, or the lines of its worst status, by how much each."""
+    status = worst_status(lines)
+    if status == "inside":
+        return status
+    parts = [
         f"{cost_name(line['name'])} {margin_text(line['measured'], line['limit'])}"
         for line in lines
-        if not line["within"]
+        if line["status"] == status
     ]
+    return "; ".join(parts) + (", within tolerance" if status == "within tolerance" else "")

@@ -36,7 +36,7 @@ _MARKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "over": ("evaluated, over budget when measured", {"symbol": "x-thin-open", "size": 8}),
     "front": ("Pareto front", {"symbol": "circle", "size": 9}),
     "exported": ("front, exported", {"symbol": "diamond", "size": 11}),
-    "best": ("chosen: least loss", {"symbol": "star", "size": 16}),
+    "best": ("chosen", {"symbol": "star", "size": 16}),
 }
 _RIVALS = ("square-open", "triangle-up-open")
 _STRIP = 0.07
@@ -227,6 +227,38 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
     ticks = {"type": "log", "tickvals": [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)], "tickformat": "~g"}
     figure.update_xaxes(title=f"measured, ms {per}", **ticks)
     figure.update_yaxes(title="predicted, ms", **ticks)
+    return figure
+
+
+def ranking_figure(members: Sequence[dict[str, Any]]) -> go.Figure:
+    """Loss trained from scratch against inherited loss of the members that finished training; the best one is first."""
+    figure = go.Figure()
+    groups = (
+        ("other trials", members[1:], {"symbol": "circle", "size": 9, "color": KINDS["front"]}),
+        ("least inherited loss", members[:1], {"symbol": "star", "size": 16, "color": KINDS["best"]}),
+    )
+    for name, group, marker in groups:
+        rows = [row for row in group if row["retrained_loss"] is not None]
+        errors = {
+            axis: {"type": "data", "array": [row[key] for row in rows], "thickness": 1, "width": 3}
+            for axis, key in (("error_x", "inherited_standard_error"), ("error_y", "retrained_standard_error"))
+        }
+        figure.add_scatter(
+            x=[row["inherited_loss"] for row in rows],
+            y=[row["retrained_loss"] for row in rows],
+            **errors,
+            mode="markers",
+            marker=marker,
+            name=name,
+            text=[
+                f"trial {row['trial']}<br>{DIMENSIONS['flops'].format(row['flops'])} per token, "
+                f"{DIMENSIONS['parameters'].format(row['parameters'])} parameters"
+                for row in rows
+            ],
+        )
+    figure.update_layout(**_layout(460))
+    figure.update_xaxes(title="inherited validation loss, nats per token")
+    figure.update_yaxes(title="test loss trained from scratch,<br>nats per token")
     return figure
 
 

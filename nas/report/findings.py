@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.costs.context import Context
+from nas.export import BEST
 from nas.report.data import (
     Curve,
     Evaluated,
@@ -19,9 +20,9 @@ from nas.report.data import (
     search_history,
     training_curves,
 )
+from nas.retrain import seed_directory
 from nas.search.budget import BudgetLine
 from nas.search.loop import SearchResult
-from nas.search.trials import Trial
 from nas.stages.retrain import SEARCHED
 from nas.stages.run import Run
 from nas.stages.search import load_search
@@ -31,7 +32,8 @@ from search_spaces.files import read_json
 
 @dataclass(frozen=True)
 class Findings:
-    """``models`` are the searched one and its rivals, ``exported`` the other exported members of the front."""
+    """``models`` are the searched one and its rivals, ``exported`` the other exported members of the front, ``exports``
+    the figures of all that were exported, the chosen one first."""
 
     summary: dict[str, Any]
     configuration: str
@@ -43,6 +45,7 @@ class Findings:
     history: list[Evaluated]
     models: list[Model]
     exported: list[Model]
+    exports: list[dict[str, Any]]
     curves: list[Curve]
     measurements: list[Measurement]
     routing: RoutingError | None
@@ -56,13 +59,17 @@ class Findings:
 def gather(run: Run, summary: dict[str, Any]) -> Findings:
     trials, result = load_search(run)
     by_number = {trial.number: trial for trial in trials}
-    exports = {row["trial"]: row["name"] for row in read_json(run.stages["export"].path / "exports.json")}
+    rows = read_json(run.stages["export"].path / "exports.json")
+    exports = {row["trial"]: row["name"] for row in rows}
+    chosen = summary["chosen"]
     rivals = [
         Point("rival", rival["kind"].replace(" ", "-"), architecture, run.pricer.expected(architecture), rival["loss"])
         for rival in read_json(run.stages["search"].path / "rivals.json")
         for architecture in (Architecture.from_dict(rival["architecture"]),)
     ]
-    retrained = [summary["chosen"]["retrained"], *summary["rivals"]]
+    retrained = [chosen["retrained"], *summary["rivals"]]
+    folder = run.stages["retrain"].path
+    first_seeds = {row["name"]: seed_directory(folder / row["name"], row["runs"][0]["seed"]) for row in retrained}
     return Findings(
         summary=summary,
         configuration=(run.path / "config.yaml").read_text(encoding="utf-8"),
@@ -70,24 +77,18 @@ def gather(run: Run, summary: dict[str, Any]) -> Findings:
         objectives=tuple(run.config.search.objectives),
         budget=run.budget.lines,
         result=result,
-        points=pareto_points(trials, result, exports, rivals),
+        points=pareto_points(trials, result, exports, rivals, {row["trial"] for row in chosen["refused"]}),
         history=search_history(trials),
         models=[
-            _model(run, SEARCHED, result.best.architecture),
+            _model(run, SEARCHED, Architecture.from_dict(chosen["architecture"])),
             *(_model(run, rival.label, rival.architecture) for rival in rivals),
         ],
-        exported=_exported(run, exports, by_number, result),
-        curves=training_curves(
-            run.stages["supernet"].path, {row["name"]: run.stages["retrain"].path / row["name"] for row in retrained}
-        ),
+        exported=[_model(run, name, by_number[n].architecture) for n, name in exports.items() if name != BEST],
+        exports=rows,
+        curves=training_curves(run.stages["supernet"].path, first_seeds),
         measurements=read_measurements(run.stages["latency"].path / "measurements.csv"),
         routing=routing_error(trials, run.pricer),
     )
-
-
-def _exported(run: Run, exports: dict[int, str], trials: dict[int, Trial], result: SearchResult) -> list[Model]:
-    others = [(name, trials[number]) for number, name in exports.items() if number != result.best.number]
-    return [_model(run, name, trial.architecture) for name, trial in others]
 
 
 def _model(run: Run, name: str, architecture: Architecture) -> Model:

@@ -6,6 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+import plotly.graph_objects as go
+
+from nas.compliance import Status
+
+CLASSES: dict[Status, str] = {"inside": "good", "within tolerance": "warn", "over": "bad"}
+"""Classes of the style sheet."""
+_BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
+
 
 @dataclass(frozen=True)
 class Markup:
@@ -21,8 +29,8 @@ def render(content: Content) -> str:
     return content.html if isinstance(content, Markup) else escape(content)
 
 
-def flag(text: str, good: bool) -> Markup:
-    return Markup(f'<span class="{"good" if good else "bad"}">{escape(text)}</span>')
+def flag(text: str, status: Status) -> Markup:
+    return Markup(f'<span class="{CLASSES[status]}">{escape(text)}</span>')
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -37,6 +45,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Content]], chosen: int | 
         for index, row in enumerate(rows)
     ]
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def plot(name: str, figure: go.Figure) -> str:
+    """An interactive figure; its page holds plotly's script."""
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=name,
+        default_width="100%",
+        config={"responsive": True, "displaylogo": False, "modeBarButtons": _BUTTONS},
+    )
+    return f'<div class="plot">{drawn}</div>'
 
 
 def section(name: str, title: str, parts: Iterable[str]) -> str:

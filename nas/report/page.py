@@ -7,20 +7,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from nas.compliance import margin_text, refused_text, worst_status
 from nas.costs.measure import latency_text
 from nas.progress import duration
-from nas.report.data import Model, batch_text, cost_name, margin_text, over_budget, per_text
+from nas.report.data import Model, batch_text, budget_text, cost_name, per_text
 from nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
 from nas.report.findings import Findings
-from nas.report.html import flag, paragraph, section, table
+from nas.report.html import flag, paragraph, plot, section, table
 from nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
-from nas.summary import predicted_text, verdict
+from nas.report.trust import trust_section
+from nas.retrain import half_interval
+from nas.summary import over_sentence, predicted_text, verdict
 from nas.units import DIMENSIONS
 
-_BUTTONS = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """Forbids the page to load anything, whatever is in it."""
 
@@ -31,6 +32,7 @@ def build_page(findings: Findings) -> str:
     sections = {
         "result": ("Result", _result(findings)),
         "front": ("Pareto front", _front(findings)),
+        "trust": ("Trust", trust_section(summary["trust"])),
         "architectures": ("Architectures", _architectures(findings)),
         "compute": ("Compute by layer", _compute(findings)),
         "search": ("Search", _search(findings)),
@@ -59,6 +61,8 @@ def build_page(findings: Findings) -> str:
 def _result(findings: Findings) -> Iterator[str]:
     summary, context = findings.summary, findings.context
     chosen = summary["chosen"]
+    if over := over_sentence(summary):
+        yield paragraph(over, "verdict bad")
     yield paragraph(verdict(summary), "verdict")
     yield "<h3>Costs of the chosen architecture</h3>"
     yield table(
@@ -70,6 +74,8 @@ def _result(findings: Findings) -> Iterator[str]:
         f"Latency and memory are of one forward pass over a {batch_text(context)} on this device.",
         "muted",
     )
+    if refused := refused_text(chosen["refused"]):
+        yield paragraph(refused, "warn")
     yield paragraph(latency_text(chosen["latency"]), "muted")
     results = [chosen["retrained"], *summary["rivals"]]
     start = "scratch" if results[0]["init"] == "scratch" else "inherited weights"
@@ -90,11 +96,24 @@ def _result(findings: Findings) -> Iterator[str]:
         chosen=0,
     )
     yield paragraph(
-        f"Trained for {results[0]['steps']} steps from {start} with one seed and the same batches; "
-        f"± is the standard error over sequences of {results[0]['tokens']} test tokens, "
-        "far larger than that of a difference between models judged on the same sequences. Costs are measured, latency "
+        f"Trained for {results[0]['steps']} steps from {start} {_about_seeds(results[0])}, latency "
         f"{per_text('latency', context)}.",
         "muted",
+    )
+
+
+def _about_seeds(result: dict[str, Any]) -> str:
+    seeds = len(result["runs"])
+    if seeds == 1:
+        return (
+            "with one seed and the same batches; ± is the standard error over sequences of "
+            f"{result['tokens']} test tokens, far larger than that of a difference between models judged on the same "
+            "sequences. Costs are measured"
+        )
+    return (
+        f"once with each of {seeds} seeds, all on the same batches; figures are means, ± half the 95 % interval of the "
+        f"mean (Student). Costs are measured on the first seed's model; the budget counts FLOPs and active parameters "
+        "as of the seed that needs most"
     )
 
 
@@ -110,22 +129,22 @@ def _cost_row(findings: Findings, cost: str, chosen: dict[str, Any]) -> tuple:
         form(line["limit"]),
         predicted_text(line) + worst,
         form(line["measured"]),
-        flag(margin_text(line["measured"], line["limit"]), line["within"]),
+        flag(margin_text(line["measured"], line["limit"]), line["status"]),
     )
 
 
 def _result_row(result: dict[str, Any]) -> tuple:
-    over = over_budget(result["budget"])
+    half = half_interval(result)
     return (
         result["name"],
-        f"{result['loss']:.4f} ± {result['standard_error']:.4f}",
+        f"{result['loss']:.4f} ± {result['standard_error'] if half is None else half:.4f}",
         f"{result['perplexity']:.2f}",
         f"{result['bits_per_byte']:.3f}",
         *(
             DIMENSIONS[cost].format(result["measured"][cost])
             for cost in ("flops", "latency", "active_parameters", "parameters")
         ),
-        flag("; ".join(over) or "inside", not over),
+        flag(budget_text(result["budget"]), worst_status(result["budget"])),
     )
 
 
@@ -138,11 +157,27 @@ def _front(findings: Findings) -> Iterator[str]:
         f"measured, and {refused} others were refused before evaluation because their predicted costs were over "
         f"budget. Members of the front of {' and '.join(_names(findings.objectives))}: {len(findings.result.front)}."
     )
-    yield _plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost))
+    yield plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost))
     yield paragraph(
         "Costs are those under the routing that the evaluation measured, for refused architectures and rivals those "
         "expected; latency is predicted in both. Bars are ± one standard error over sequences.",
         "muted",
+    )
+    costs = [line["name"] for line in findings.exports[0]["budget"]]
+    yield "<h3>Exported, with inherited weights</h3>"
+    yield table(
+        ("export", "trial", "test loss, nats per token", *(f"{cost_name(cost)}, measured" for cost in costs), "budget"),
+        [
+            (
+                row["name"],
+                str(row["trial"]),
+                f"{row['loss']:.4f} ± {row['standard_error']:.4f}",
+                *(DIMENSIONS[line["name"]].format(line["measured"]) for line in row["budget"]),
+                flag(budget_text(row["budget"]), worst_status(row["budget"])),
+            )
+            for row in findings.exports
+        ],
+        chosen=0,
     )
 
 
@@ -170,7 +205,7 @@ def _about(model: Model) -> str:
 
 def _compute(findings: Findings) -> Iterator[str]:
     yield paragraph("Expected FLOPs per token, forward, by part of each layer; the vocabulary layer last.")
-    yield _plot("compute-plot", breakdown_figure(findings.models, findings.context))
+    yield plot("compute-plot", breakdown_figure(findings.models, findings.context))
 
 
 def _search(findings: Findings) -> Iterator[str]:
@@ -181,17 +216,20 @@ def _search(findings: Findings) -> Iterator[str]:
         f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
         "is taken from a reference point that belongs to this search: compare it with nothing else."
     )
-    yield _plot("history", history_figure(findings.history, rivals))
+    yield plot("history", history_figure(findings.history, rivals))
 
 
 def _training(findings: Findings) -> Iterator[str]:
-    yield paragraph("Losses on single training batches. Dotted: slices of the supernet. Solid: models retrained alone.")
-    yield _plot("curves", training_figure(findings.curves))
+    yield paragraph(
+        "Losses on single training batches. Dotted: slices of the supernet. Solid: models retrained alone, "
+        "with the first seed."
+    )
+    yield plot("curves", training_figure(findings.curves))
 
 
 def _predictions(findings: Findings) -> Iterator[str]:
     yield paragraph(f"Latency: {findings.summary['latency_predictor']['text']}.")
-    yield _plot("latency", latency_figure(findings.measurements, findings.context))
+    yield plot("latency", latency_figure(findings.measurements, findings.context))
     routing = findings.routing
     yield paragraph(
         "No evaluated architecture has a threshold router."
@@ -216,14 +254,3 @@ def _reproduce(findings: Findings) -> Iterator[str]:
 
 def _names(objectives: tuple[str, ...]) -> list[str]:
     return [name if name == "loss" else cost_name(name) for name in objectives]
-
-
-def _plot(name: str, figure: go.Figure) -> str:
-    drawn = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=name,
-        default_width="100%",
-        config={"responsive": True, "displaylogo": False, "modeBarButtons": _BUTTONS},
-    )
-    return f'<div class="plot">{drawn}</div>'

@@ -1,2 +1,2 @@
-"""The stages of a run, each a function of a ``Run`` that leaves an artifact: supernet, latency, search, export,
-retrain, report."""
+"""The stages of a run, each a function of a ``Run`` that leaves an artifact: supernet, latency, search, fidelity,
+export, retrain, report."""

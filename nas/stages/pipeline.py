@@ -13,6 +13,7 @@ from nas.costs.use import Occupancy, even
 from nas.run_directory import stopwatch
 from nas.search.budget import a_member_inside, resolve_budget
 from nas.stages.export import run_export
+from nas.stages.fidelity import run_fidelity
 from nas.stages.latency import calibrated, run_latency
 from nas.stages.report import run_report
 from nas.stages.retrain import run_retrain
@@ -27,6 +28,7 @@ _FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "supernet": run_supernet,
     "latency": run_latency,
     "search": run_search_stage,
+    "fidelity": run_fidelity,
     "export": run_export,
     "retrain": run_retrain,
     "report": run_report,

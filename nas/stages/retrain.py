@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nas.config import load_retrain_file
-from nas.costs.measure import latency_figures, measure_costs
+from nas.costs.measure import MeasuredCosts, latency_figures
 from nas.costs.probe import autocast
 from nas.data import load_corpus
 from nas.device import choose_device
-from nas.export import load_exported
+from nas.export import BEST, load_exported
 from nas.progress import Reporter
-from nas.retrain import loss_figures, retrain
-from nas.run_directory import RunDirectory, fingerprint, stopwatch
+from nas.retrain import difference_over_seeds, loss_figures, over_seeds, retrain, seed_directory
+from nas.run_directory import RunDirectory, StageDirectory, fingerprint, stopwatch
 from nas.search.thresholds import hold_budget
 from nas.stages.run import Run
 from search_spaces import Architecture, MoesaicError
@@ -26,89 +25,128 @@ from supernet import Evaluation, evaluate
 SEARCHED = "searched"
 
 
-def run_retrain(run: Run) -> None:
-    """Leaves a folder per model (weights, architecture, metrics) and ``results.json``, the searched model first.
+@dataclass(frozen=True)
+class SeedRun:
+    """What one training of a contestant came to; ``architecture`` is that with the thresholds that hold the budget."""
 
-    A model whose threshold routers keep more experts after training than its budget allows has them lowered.
+    architecture: Architecture
+    evaluation: Evaluation
+    figures: dict[str, Any]
+
+
+def run_retrain(run: Run) -> None:
+    """Leaves a folder per model and seed (weights, architecture, metrics) and ``results.json``, the searched model
+    first.
+
+    A model whose threshold routers keep more experts after training than its budget allows has them lowered. Losses
+    are means over the seeds. Costs are those of the first seed's model; a budget line on what follows from routing is
+    of the seed that needs most.
     """
-    with run.work("retrain") as stage:
+    with run.work("retrain", extendable=("retrain.seeds",)) as stage:
         if stage is None:
             return
         config = run.config.retrain
         models = contestants(run)
         results: list[dict[str, Any]] = []
-        searched: Evaluation | None = None
+        searched: list[Evaluation] = []
+        steps = len(models) * config.seeds * config.steps
         with run.task("retrain") as task:
             for index, (name, (architecture, inherited_loss)) in enumerate(models.items()):
 
-                def on_step(step: int, record: dict[str, float], name: str = name, index: int = index) -> None:
+                def on_step(trained: int, step: int, loss: float, name: str = name, index: int = index) -> None:
                     best = min((r["loss"] for r in results), default=None)
-                    facts = f"{name}  loss {record['loss']:.3f}" + (f"  best test {best:.4f}" if best else "")
-                    task.update(index * config.steps + step, len(models) * config.steps, facts)
+                    facts = f"{name}  loss {loss:.3f}" + (f"  best test {best:.4f}" if best else "")
+                    task.update((index * config.seeds + trained) * config.steps + step, steps, facts)
 
-                inherited = None
-                if config.init == "inherited":
-                    inherited = run.supernet.extract(architecture)
-                identity = fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint})
-                with stopwatch() as seconds:
-                    trained = retrain(
-                        architecture,
-                        config,
-                        run.corpus,
-                        run.device,
-                        run.config.seed,
-                        stage.path / name,
-                        identity,
-                        inherited,
-                        on_step,
-                        run.should_stop,
-                    )
-                windows = run.windows("test", config.evaluation_windows)
-                model, evaluation = trained.model, trained.evaluation
-                validation = run.windows("validation", run.config.search.evaluation_windows)
-                with autocast(run.device):
-                    held = hold_budget(model, validation, run.budget)
-                    if held != architecture:
-                        model = model.extract(held).eval()
-                        evaluation = evaluate(model, windows)
-                write_text(stage.path / name / "architecture.yaml", held.to_yaml())
-                searched = searched or evaluation
-                predicted = dict(run.pricer.expected(held))
-                measured = measure_costs(model, windows, run.pricer, run.device)
+                runs, measured = _train_seeds(run, stage, name, architecture, on_step)
+                evaluations = [one.evaluation for one in runs]
+                searched = searched or evaluations
+                first = runs[0].architecture
+                predicted = dict(run.pricer.expected(first))
                 results.append(
                     {
                         "name": name,
-                        "fingerprint": held.fingerprint,
-                        "architecture": held.to_dict(),
-                        "thresholds_lowered": held != architecture,
+                        "fingerprint": first.fingerprint,
+                        "architecture": first.to_dict(),
+                        "thresholds_lowered": any(one.figures["thresholds_lowered"] for one in runs),
                         "inherited_loss": inherited_loss,
-                        **loss_figures(run.corpus, evaluation),
-                        "above_searched": paired_difference(evaluation, searched),
+                        **over_seeds([one.figures for one in runs]),
+                        "above_searched": difference_over_seeds(evaluations, searched),
                         "predicted": predicted,
                         "measured": measured.costs,
                         "latency": latency_figures(measured.timing, predicted["latency"], run.predictor),
-                        "budget": run.budget_lines(held, measured.costs),
+                        "budget": run.budget_lines(first, measured.costs | _most_by_routing(run, runs)),
                         "steps": config.steps,
                         "init": config.init,
-                        "seconds": round(seconds[0], 2),
+                        "seconds": round(sum(one.figures["seconds"] for one in runs), 2),
                     }
                 )
         write_json(stage.path / "results.json", results)
 
 
-def paired_difference(evaluation: Evaluation, reference: Evaluation) -> dict[str, float]:
-    """Mean of the differences in loss, sequence by sequence, and its standard error: what two models share (easy and
-    hard text) cancels, so this error is far smaller than that of either loss. Chance in training is not in it."""
-    pairs = zip(evaluation.sequence_losses, reference.sequence_losses, strict=True)
-    differences = torch.tensor([mine - other for mine, other in pairs], dtype=torch.float64)
-    error = differences.std().item() / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    return {"mean": differences.mean().item(), "standard_error": error}
+def _train_seeds(
+    run: Run, stage: StageDirectory, name: str, architecture: Architecture, on_step: Callable[[int, int, float], None]
+) -> tuple[list[SeedRun], MeasuredCosts]:
+    """Train a contestant with every seed; costs are measured of the first one's model.
+
+    ``on_step`` is told the number of finished trainings, the step, and the loss.
+    """
+    config = run.config.retrain
+    windows = run.windows("test", config.evaluation_windows)
+    validation = run.windows("validation", run.config.search.evaluation_windows)
+    runs: list[SeedRun] = []
+    costs: list[MeasuredCosts] = []
+    for seed in range(run.config.seed, run.config.seed + config.seeds):
+        directory = seed_directory(stage.path / name, seed)
+        inherited = run.supernet.extract(architecture) if config.init == "inherited" else None
+        with stopwatch() as seconds:
+            trained = retrain(
+                architecture,
+                config,
+                run.corpus,
+                run.device,
+                seed,
+                directory,
+                _identity(stage, architecture, seed),
+                inherited,
+                lambda step, record: on_step(len(runs), step, record["loss"]),
+                run.should_stop,
+            )
+        model, evaluation = trained.model, trained.evaluation
+        with autocast(run.device):
+            held = hold_budget(model, validation, run.budget)
+            if held != architecture:
+                model = model.extract(held).eval()
+                evaluation = evaluate(model, windows)
+        write_text(directory / "architecture.yaml", held.to_yaml())
+        costs = costs or [run.measure(model, windows)]
+        figures = {
+            "seed": seed,
+            "fingerprint": held.fingerprint,
+            "thresholds_lowered": held != architecture,
+            **loss_figures(run.corpus, evaluation),
+            "seconds": round(seconds[0], 2),
+        }
+        runs.append(SeedRun(held, evaluation, figures))
+    return runs, costs[0]
+
+
+def _identity(stage: StageDirectory, architecture: Architecture, seed: int) -> str:
+    """Of one training: everything but how many seeds there are, so that more of them keep those that are trained."""
+    inputs = {name: value for name, value in stage.inputs.items() if name != "retrain.seeds"}
+    return fingerprint({"inputs": inputs, "architecture": architecture.fingerprint, "seed": seed})
+
+
+def _most_by_routing(run: Run, runs: Sequence[SeedRun]) -> dict[str, float]:
+    """The most FLOPs and active parameters that any seed's model needs, under the loads of its evaluation."""
+    costs = [run.pricer.measured(one.architecture, one.evaluation.loads) for one in runs]
+    return {name: max(cost[name] for cost in costs) for name in ("flops", "active_parameters")}
 
 
 def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
     """Name, architecture and inherited validation loss of every model that is trained, the searched one first."""
-    figures = read_json(run.stages["export"].path / "best" / "figures.json")
-    best = load_exported(run.stages["export"].path / "best").architecture
+    figures = read_json(run.stages["export"].path / BEST / "figures.json")
+    best = load_exported(run.stages["export"].path / BEST).architecture
     models = {SEARCHED: (best, figures["validation_loss"])}
     if run.config.retrain.rivals:
         for rival in read_json(run.stages["search"].path / "rivals.json"):
@@ -119,7 +157,8 @@ def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
 def retrain_export(
     directory: Path, overrides: Sequence[str], reporter: Reporter, should_stop: Callable[[], bool]
 ) -> dict[str, Any]:
-    """Train an exported model by its ``retrain.yaml``, with its own tokenizer, into ``directory/retrained``."""
+    """Train an exported model by its ``retrain.yaml``, with its own tokenizer, into ``directory/retrained``: a folder
+    per seed, and ``result.json`` with the means over them."""
     model = load_exported(directory)
     file = load_retrain_file(directory / "retrain.yaml", overrides)
     device = choose_device(file.device)
@@ -136,36 +175,43 @@ def retrain_export(
             found=f"{corpus.vocab_size} tokens",
             allowed=f"{model.vocab_size} tokens",
         )
-    identity = fingerprint(
-        {
-            "file": file.model_dump(mode="json", exclude={"name"}),
-            "corpus": corpus.fingerprint,
-            "architecture": model.architecture.fingerprint,
-        }
-    )
     inherited = model if file.retrain.init == "inherited" else None
     target = RunDirectory(directory / "retrained")
+    runs: list[dict[str, Any]] = []
+    steps = file.retrain.steps
     with target.locked(), reporter.task("retrain") as task:
-        trained = retrain(
-            model.architecture,
-            file.retrain,
-            corpus,
-            device,
-            file.seed,
-            target.path,
-            identity,
-            inherited,
-            lambda step, record: task.update(step, file.retrain.steps, f"loss {record['loss']:.3f}"),
-            should_stop,
-        )
+        for seed in range(file.seed, file.seed + file.retrain.seeds):
+            identity = fingerprint(
+                {
+                    "file": file.model_dump(mode="json", exclude={"name": True, "seed": True, "retrain": {"seeds"}}),
+                    "corpus": corpus.fingerprint,
+                    "architecture": model.architecture.fingerprint,
+                    "seed": seed,
+                }
+            )
+            trained = retrain(
+                model.architecture,
+                file.retrain,
+                corpus,
+                device,
+                seed,
+                seed_directory(target.path, seed),
+                identity,
+                inherited,
+                lambda step, record: task.update(
+                    len(runs) * steps + step, file.retrain.seeds * steps, f"loss {record['loss']:.3f}"
+                ),
+                should_stop,
+            )
+            runs.append({"seed": seed, **loss_figures(corpus, trained.evaluation)})
         result = {
             "name": file.name,
             "fingerprint": model.architecture.fingerprint,
             "device": str(device),
-            "steps": file.retrain.steps,
+            "steps": steps,
             "init": file.retrain.init,
             "seed": file.seed,
-            **loss_figures(corpus, trained.evaluation),
+            **over_seeds(runs),
         }
         write_json(target.path / "result.json", result)
     return result

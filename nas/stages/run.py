@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nas.config import Config, Loaded
+from nas.compliance import most_tolerated, status_of
+from nas.config import Config, Loaded, TrainingConfig
 from nas.costs.context import Context
 from nas.costs.latency import LatencyPredictor
+from nas.costs.measure import MeasuredCosts, measure_costs
 from nas.costs.price import Pricer
 from nas.costs.use import Occupancy
 from nas.data import Corpus, load_corpus
@@ -27,7 +30,22 @@ from search_spaces.files import read_json
 from supernet import Transformer
 from supernet.checkpoint import load_tensors, load_weights
 
-STAGES = ("supernet", "latency", "search", "export", "retrain", "report")
+STAGES = ("supernet", "latency", "search", "fidelity", "export", "retrain", "report")
+_UPSTREAM = {
+    "search": ("supernet", "latency"),
+    "fidelity": ("search",),
+    "export": ("search",),
+    "retrain": ("export",),
+    "report": ("fidelity", "retrain"),
+}
+"""Stages whose results a stage depends on."""
+
+
+def _before(name: str) -> list[str]:
+    """All stages that must be complete before ``name``, in their order."""
+    direct = _UPSTREAM.get(name, ())
+    needed = {*direct, *(stage for before in direct for stage in _before(before))}
+    return [stage for stage in STAGES if stage in needed]
 
 
 @dataclass
@@ -100,19 +118,22 @@ class Run:
                 "device": {**device, "name": self.device.name, "torch": self.device.torch},
             },
             "search": {"seed": config["seed"], "budget": config["budget"], "search": config["search"]},
+            "fidelity": {
+                "seed": config["seed"],
+                "fidelity": config["fidelity"],
+                "training": {
+                    name: config["retrain"][name]
+                    for name in (*TrainingConfig.model_fields, "evaluation_windows")
+                    if name != "steps"
+                },
+            },
             "export": {"export": config["export"]},
             "retrain": {"seed": config["seed"], "retrain": config["retrain"]},
             "report": {"name": config["name"]},
         }
-        upstream = {
-            "search": ("supernet", "latency"),
-            "export": ("search",),
-            "retrain": ("export",),
-            "report": ("retrain",),
-        }
         found: dict[str, StageDirectory] = {}
         for name in STAGES:
-            for before in upstream.get(name, ()):
+            for before in _UPSTREAM.get(name, ()):
                 inputs[name][before] = self._result_id(found[before])
             found[name] = self.directory.stage("exports" if name == "export" else name, inputs[name])
         return found
@@ -131,7 +152,7 @@ class Run:
             self.reporter.say(f"{name}: complete, skipped")
             yield None
             return
-        self.require(*STAGES[: STAGES.index(name)], for_stage=name)
+        self.require(*_before(name), for_stage=name)
         resumed, changes = self.directory.prepare(stage, extendable)
         if changes:
             again = "continues" if resumed else "runs again; what was there moved to previous/"
@@ -167,7 +188,10 @@ class Run:
         """The trained supernet on the device, in evaluation mode."""
         path = self.stages["supernet"].path / "model.safetensors"
         tensors, _ = load_tensors(path)
-        model = Transformer(self.space.envelope, self.corpus.vocab_size, self.config.supernet.sharing)
+        chosen = self.config.supernet
+        model = Transformer(
+            self.space.envelope, self.corpus.vocab_size, chosen.sharing, frozenset(chosen.own), self.space.widths
+        )
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
 
@@ -189,8 +213,14 @@ class Run:
     def windows(self, split: str, count: int) -> Tensor:
         return self.corpus.windows(split, count)
 
+    def measure(self, model: Transformer, windows: Tensor) -> MeasuredCosts:
+        """What ``model`` costs on this device; a latency over its budget is measured again before it is believed."""
+        limits = {line.cost: line.limit for line in self.budget.lines}
+        most_ms = most_tolerated(limits.get("latency", math.inf))
+        return measure_costs(model, windows, self.pricer, self.device, most_ms)
+
     def budget_lines(self, architecture: Architecture, measured: dict[str, float]) -> list[dict[str, Any]]:
-        """``[{name, bind, confidence, limit, predicted, bound, measured, unit, within}]`` for a measured model.
+        """``[{name, bind, confidence, limit, predicted, bound, measured, unit, status}]`` for a measured model.
 
         ``bound`` is the predicted cost, or its upper edge where a confidence is asked for.
         """
@@ -206,7 +236,7 @@ class Run:
                 "bound": bound[line.cost],
                 "measured": measured[line.cost],
                 "unit": f"{DIMENSIONS[line.cost].unit} {DIMENSIONS[line.cost].per}".strip(),
-                "within": measured[line.cost] <= line.limit,
+                "status": status_of(measured[line.cost], line.limit),
             }
             for line in self.budget.lines
         ]

@@ -40,7 +40,7 @@ def run_search_stage(run: Run) -> None:
         mirror = JournalMirror(
             stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
         )
-        evaluator = _Evaluator(run)
+        evaluator = InheritedLoss(run)
         try:
             with run.task("search") as task:
 
@@ -86,8 +86,8 @@ def run_search_stage(run: Run) -> None:
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
 
 
-class _Evaluator:
-    """Inherited loss on fixed held-out windows."""
+class InheritedLoss:
+    """Evaluates with the supernet's weights on the search's held-out windows."""
 
     def __init__(self, run: Run):
         self.model, self.device = run.supernet, run.device

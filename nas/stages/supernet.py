@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import torch
 
+from nas.config import Config
 from nas.costs.probe import autocast
 from nas.costs.use import Occupancy
+from nas.data import Corpus
+from nas.device import Device
 from nas.retrain import train_settings
 from nas.stages.run import Run
 from search_spaces import FeedForward, Router, SearchSpace
 from search_spaces.files import write_json
-from supernet import Sandwich, TrainData, Transformer, evaluate, train
+from supernet import Sandwich, TrainData, TrainSettings, Transformer, evaluate, train
 from supernet.checkpoint import save_tensors
 from supernet.train import CHECKPOINT
 
@@ -25,14 +28,7 @@ def run_supernet(run: Run) -> None:
         if stage is None:
             return
         config = run.config.supernet
-        torch.manual_seed(run.config.seed)
-        model = Transformer(run.space.envelope, run.corpus.vocab_size, config.sharing).to(run.device.torch_device)
-        largest_first = round(config.largest_first * config.steps)
-        sandwich = Sandwich(run.space, run.config.seed, config.random_slices, config.sampling, largest_first)
-        data = TrainData(
-            lambda step: run.corpus.batch("train", config.batch_size, run.config.seed, step), sandwich.slices
-        )
-        settings = train_settings(config, run.device.bfloat16, config.distill)
+        model, data, settings = supernet_training(run.config, run.space, run.corpus, run.device)
         with run.task("supernet") as task:
 
             def on_step(step: int, record: dict[str, float]) -> None:
@@ -52,6 +48,30 @@ def run_supernet(run: Run) -> None:
         write_json(stage.path / "evaluation.json", losses)
         save_tensors(stage.path / "model.safetensors", dict(model.named_parameters()), {"identity": stage.fingerprint})
         (stage.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size, and of no more use
+
+
+def supernet_training(
+    config: Config, space: SearchSpace, corpus: Corpus, device: Device
+) -> tuple[Transformer, TrainData, TrainSettings]:
+    """What ``train`` needs for the supernet of ``config``: its initial weights, its slices and batches, its settings."""
+    chosen, seed = config.supernet, config.seed
+    torch.manual_seed(seed)
+    model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing, frozenset(chosen.own), space.widths)
+    largest_first = round(chosen.largest_first * chosen.steps)
+    sandwich = Sandwich(
+        space,
+        seed,
+        chosen.random_slices,
+        chosen.sampling,
+        largest_first,
+        chosen.steps,
+        chosen.ends,
+        chosen.anneal,
+        chosen.staged,
+    )
+    data = TrainData(lambda step: corpus.batch("train", chosen.batch_size, seed, step), sandwich.slices)
+    settings = replace(train_settings(chosen, device.bfloat16, chosen.distill), final_rate=chosen.final_rate)
+    return model.to(device.torch_device), data, settings
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nas.run_tools import finish, open_run
+
 MICRO = """\
 name: micro
 data: {{kind: text, files: ['{files}'], vocab_size: 300, sequence_length: 32}}
@@ -59,4 +61,12 @@ def micro_config(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) 
     """The YAML file of a run of a few seconds."""
     path = tmp_path_factory.mktemp("config") / "micro.yaml"
     path.write_text(MICRO.format(files=corpus_folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def quick_run(micro_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``run_tools.QUICK``; tests work on copies of it."""
+    path = tmp_path_factory.mktemp("quick") / "run"
+    finish(open_run(micro_config, path))
     return path

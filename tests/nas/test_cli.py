@@ -32,6 +32,7 @@ def test_help_does_not_import_torch():
         "supernet",
         "latency",
         "search",
+        "fidelity",
         "export",
         "retrain",
         "report",
@@ -73,7 +74,7 @@ def test_plan_trains_nothing_and_tells_all(micro_config, tmp_path):
     assert plan["cardinality"] == load_space(preset_source("tiny")).cardinality
     assert set(plan["costs"]) == {"flops", "latency", "parameters", "active_parameters", "memory"}
     assert 0 < plan["share_inside"] <= 1
-    assert set(plan["seconds"]) == {"supernet", "search", "retrain"}
+    assert set(plan["seconds"]) == {"supernet", "search", "fidelity", "retrain"}
     text = moesaic("plan", micro_config)
     assert "can be met" in text.stdout
     assert not list(tmp_path.iterdir())

@@ -76,6 +76,8 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path):
         (GOOD + "space:\n  preset: tiny\n  layers: {9: {experts: [1]}}\n", ":9: space.layers.9", "no such layer", None),
         (GOOD + "data: {kind: text}\n", ":7: data", "needs files", None),
         (GOOD + "data: {kind: sdtlib}\n", ":7: data.kind", "not one of", "stdlib"),
+        (GOOD + "fidelity: {check: 2}\n", ":7: fidelity.check", "nothing of a ranking", "4"),
+        (GOOD + "fidelity: {check: -1}\n", ":7: fidelity.check", "greater than or equal to 0", None),
         (GOOD + "name: twice\n", ":7: name", "stands twice", None),
         (GOOD + "search: [\n", ":8", "YAML syntax error", None),
         (GOOD.replace("name: example", "name: ../escape"), ":1: name", "match pattern", None),

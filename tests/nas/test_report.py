@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from nas.compliance import margin_text
 from nas.config import load_config
 from nas.progress import Reporter
 from nas.report.data import (
@@ -21,12 +22,11 @@ from nas.report.data import (
     axis_title,
     breakdown,
     front_line,
-    margin_text,
     pareto_points,
     read_measurements,
     training_curves,
 )
-from nas.report.figures import pareto_figure
+from nas.report.figures import pareto_figure, ranking_figure
 from nas.report.findings import Findings, gather
 from nas.report.html import table
 from nas.report.page import build_page
@@ -47,6 +47,7 @@ device: {{device: cpu, threads: 1}}
 supernet: {{steps: 3, batch_size: 2}}
 latency: {{batch_size: 1, models: 8, repeats: 3}}
 search: {{sampler: nsga2, trials: 16, population: 6, evaluation_windows: 4}}
+fidelity: {{check: 4, steps: 3}}
 export: {{front: 1}}
 retrain: {{steps: 3, batch_size: 2, evaluation_windows: 4}}
 """
@@ -239,6 +240,32 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
     )
     assert bare.default_cost == "flops"
     assert "not known" in build_page(bare)
+
+
+def test_trust_shows_the_front_the_rivals_and_the_check(page: str, findings: Findings):
+    section = page.split('<section id="trust">')[1].split("</section>", maxsplit=1)[0]
+    for row in (*findings.summary["trust"]["front"], *findings.summary["trust"]["rivals"]):
+        assert f"<td>{row['name']}</td><td>{row['loss']:.4f} ± {row['standard_error']:.4f}</td>" in section
+    assert "Inherited loss ranked 4 members, trained from scratch for 3 steps" in section
+    for judge in ("inherited loss", "counting FLOPs", "counting parameters"):
+        assert f"<td>{judge}</td>" in section
+    assert 'id="ranking"' in section
+
+
+def test_trust_without_a_check_says_how_to_get_one(findings: Findings):
+    trust = {**findings.summary["trust"], "check": None}
+    page = build_page(replace(findings, summary={**findings.summary, "trust": trust}))
+    assert "`fidelity.check=8`" in page
+    assert 'id="ranking"' not in page
+
+
+def test_the_ranking_is_drawn_of_those_that_finished(findings: Findings):
+    members = [dict(member) for member in findings.summary["trust"]["check"]["members"]]
+    members[1]["retrained_loss"] = None
+    others, best = ranking_figure(members).to_dict()["data"]
+    assert list(best["x"]) == [members[0]["inherited_loss"]]
+    assert list(others["y"]) == [member["retrained_loss"] for member in members[2:]]
+    assert "per token" in others["text"][0]
 
 
 def test_table_has_a_row_per_front_member(run: Run, findings: Findings):

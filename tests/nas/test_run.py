@@ -13,7 +13,7 @@ from nas.export import load_exported
 from search_spaces import Architecture, MoesaicError
 from tests.nas.command import interrupt_when, lines_in, moesaic, start
 
-STAGES = ["supernet", "latency", "search", "export", "retrain", "report"]
+STAGES = ["supernet", "latency", "search", "fidelity", "export", "retrain", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,8 @@ def test_the_summary_has_every_figure(finished):
     for line in summary["budget"]:
         assert set(line) >= {"name", "limit", "predicted", "measured", "unit"}
         assert line["predicted"] <= line["limit"]
+        assert line["status"] in ("inside", "within tolerance", "over")
+    assert summary["chosen"]["refused"] == []
     assert {model["name"] for model in summary["rivals"]} == {"uniform-top-2", "dense"}
     assert set(summary["stage_seconds"]) >= set(STAGES) - {"report"}
     assert summary["versions"]["torch"]
@@ -77,7 +79,7 @@ def test_a_run_killed_in_three_stages_ends_as_one_that_was_not(finished, micro_c
     moments = {
         "supernet": (out / "supernet" / "checkpoint.safetensors").exists,
         "search": lambda: lines_in(out / "search" / "trials.jsonl") >= 7,
-        "retrain": (out / "retrain" / "uniform-top-2" / "checkpoint.safetensors").exists,
+        "retrain": (out / "retrain" / "uniform-top-2" / "seed-0" / "checkpoint.safetensors").exists,
     }
     for stage, moment in moments.items():
         process = start("run", micro_config, "--out", out)
@@ -137,11 +139,11 @@ def test_an_export_is_retrained_and_continues_from_where_it_was(finished, tmp_pa
     export = tmp_path / "best"
     shutil.copytree(finished / "exports" / "best", export)
     process = start("retrain", export, "retrain.steps=400", "retrain.init=inherited")
-    interrupt_when(process, (export / "retrained" / "checkpoint.safetensors").exists, signal.SIGKILL)
+    interrupt_when(process, (export / "retrained" / "seed-0" / "checkpoint.safetensors").exists, signal.SIGKILL)
     result = moesaic("retrain", export, "retrain.steps=60", "retrain.init=inherited")
     assert result.returncode == 2  # another number of steps is another run
     assert "checkpoint of another run" in result.stderr
-    (export / "retrained" / "checkpoint.safetensors").unlink()
+    (export / "retrained" / "seed-0" / "checkpoint.safetensors").unlink()
     result = moesaic("retrain", export, "retrain.steps=60", "retrain.init=inherited")
     assert result.returncode == 0, result.stderr
     facts = json.loads((export / "retrained" / "result.json").read_text())

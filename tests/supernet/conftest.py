@@ -39,14 +39,15 @@ def sharing(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Transformer]:
     def make(architecture: Architecture, sharing: str = "nested", scale: float = 3.0, seed: int = 0) -> Transformer:
-        """A model whose weights are ``scale`` times the initial ones, so that its logits are not all alike."""
+        """A model with random weights of 0.02 times ``scale``: a fresh one writes too little to the residual stream,
+        so that its slices are all alike."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = Transformer(architecture, VOCABULARY, sharing)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() == 2:
-                        parameter.mul_(scale)
+                        torch.nn.init.normal_(parameter, std=0.02 * scale)
                     else:
                         parameter.add_(0.2 * torch.randn_like(parameter))
         return model

@@ -1,0 +1,168 @@
+"""Stage fidelity: what the search's losses can tell apart, and how well they rank what is trained from scratch."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.config import FEWEST_MEMBERS
+from nas.ranking import agreement
+from nas.retrain import paired_difference, retrain
+from nas.run_directory import StageDirectory, fingerprint
+from nas.search.loop import SearchResult
+from nas.search.trials import Trial
+from nas.significance import adjusted_p_values, levels
+from nas.stages.run import Run
+from nas.stages.search import InheritedLoss, load_search
+from nas.trust import FLOPS, INHERITED, PARAMETERS
+from search_spaces import Architecture, StageFailed
+from search_spaces.files import read_json, write_atomically, write_json
+from supernet import Evaluation
+
+_LEVEL = 0.05
+
+
+def run_fidelity(run: Run) -> None:
+    """Leaves ``fidelity.json`` and, with ``fidelity.check``, ``check.csv`` and a folder with metrics per member."""
+    with run.work("fidelity") as stage:
+        if stage is None:
+            return
+        trials, result = load_search(run)
+        found = _tell_apart(run, result)
+        found["check"] = _check(run, stage, trials) if run.config.fidelity.check else None
+        write_json(stage.path / "fidelity.json", found)
+        for weights in stage.path.glob("*/*.safetensors"):  # of models trained too little to be of use
+            weights.unlink()
+
+
+def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
+    """The front by rising loss and the search's rivals, each with its loss and whether it differs from the best one."""
+    rivals = read_json(run.stages["search"].path / "rivals.json")
+    models = {f"trial {trial.number}": trial.architecture for trial in result.front}
+    models |= {rival["kind"].replace(" ", "-"): Architecture.from_dict(rival["architecture"]) for rival in rivals}
+    inherited_loss = InheritedLoss(run)
+    evaluations: list[Evaluation] = []
+    with run.task("front") as task:
+        for name, architecture in models.items():
+            task.update(len(evaluations), len(models), name)
+            evaluations.append(inherited_loss(architecture))
+        task.update(len(models), len(models))
+    p_values = adjusted_p_values(np.array([evaluation.sequence_losses for evaluation in evaluations]))
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "fingerprint": architecture.fingerprint,
+            "loss": evaluation.loss,
+            "standard_error": evaluation.standard_error,
+            "above_best": paired_difference(evaluation, evaluations[0]),
+            "p_value": float(p_value),
+            "differs": bool(p_value < _LEVEL),
+        }
+        for (name, architecture), evaluation, p_value in zip(models.items(), evaluations, p_values[0], strict=True)
+    ]
+    size = len(result.front)
+    differ = p_values[:size, :size] < _LEVEL
+    return {
+        "sequences": len(evaluations[0].sequence_losses),
+        "front": [row | {"level": level} for row, level in zip(rows[:size], levels(differ), strict=True)],
+        "neighbours_that_differ": int(np.diagonal(differ, 1).sum()),
+        "rivals": rows[size:],
+    }
+
+
+def _check(run: Run, stage: StageDirectory, trials: list[Trial]) -> dict[str, Any]:
+    """Trains members of the search from scratch and compares their order with that of their inherited losses."""
+    members = choose_members(trials, run.config.fidelity.check)
+    steps = run.config.fidelity.steps
+    rows: list[dict[str, Any]] = []
+    with run.task("fidelity") as task:
+        for index, trial in enumerate(members):
+
+            def on_step(step: int, record: dict[str, float], trial: Trial = trial, index: int = index) -> None:
+                facts = f"trial {trial.number}  loss {record['loss']:.3f}"
+                task.update(index * steps + step, len(members) * steps, facts)
+
+            evaluation = _train(run, stage, trial, on_step)
+            rows.append(
+                {
+                    "trial": trial.number,
+                    "fingerprint": trial.architecture.fingerprint,
+                    "inherited_loss": trial.loss,
+                    "inherited_standard_error": trial.standard_error,
+                    "retrained_loss": evaluation and evaluation.loss,
+                    "retrained_standard_error": evaluation and evaluation.standard_error,
+                    **{cost: trial.costs[cost] for cost in ("flops", "active_parameters", "parameters")},
+                }
+            )
+    _write_table(stage.path / "check.csv", rows)
+    return {"steps": steps, "members": rows, "judges": compare_judges(rows)}
+
+
+def choose_members(trials: list[Trial], count: int) -> list[Trial]:
+    """``count`` feasible trials, or all if there are fewer: the one of least loss, the one of most, and others at even
+    steps of the order between them."""
+    order = sorted((t for t in trials if t.feasible), key=lambda t: (t.loss or 0.0, t.number))
+    if len(order) <= count:
+        return order
+    return [order[index * (len(order) - 1) // (count - 1)] for index in range(count)]
+
+
+def compare_judges(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
+    """Agreement of inherited losses, and of two judges that cost nothing, with the losses of the members that finished
+    training; None where those are too few. ``null`` stands for what is not defined."""
+    finished = [row for row in rows if row["retrained_loss"] is not None]
+    if len(finished) < FEWEST_MEMBERS:
+        return None
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in finished], dtype=float)
+
+    judges = {
+        INHERITED: column("inherited_loss"),
+        FLOPS: -column("flops"),  # more is better
+        PARAMETERS: -column("parameters"),
+    }
+    found = {name: asdict(agreement(marks, column("retrained_loss"))) for name, marks in judges.items()}
+    return {
+        name: {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for name, row in found.items()
+    }
+
+
+def _train(
+    run: Run, stage: StageDirectory, trial: Trial, on_step: Callable[[int, dict[str, float]], None]
+) -> Evaluation | None:
+    """The evaluation of ``trial`` trained from scratch, on the test split; None where it diverged."""
+    architecture = trial.architecture
+    try:
+        evaluation = retrain(
+            architecture,
+            run.config.retrain.model_copy(update={"steps": run.config.fidelity.steps}),
+            run.corpus,
+            run.device,
+            run.config.seed,
+            stage.path / architecture.fingerprint,
+            fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint}),
+            on_step=on_step,
+            should_stop=run.should_stop,
+        ).evaluation
+    except StageFailed as error:
+        run.reporter.say(f"fidelity: trial {trial.number} is left out: {error.problem}")
+        return None
+    return evaluation if math.isfinite(evaluation.loss) else None
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

@@ -1,0 +1,90 @@
+"""What the figures of stage fidelity say about a run's ranking, in sentences for the terminal and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INHERITED, FLOPS, PARAMETERS = "inherited loss", "counting FLOPs", "counting parameters"
+"""Judges of architectures: the search's, and the two that cost nothing."""
+_WIDE = 0.5
+"""A 95 % interval of Kendall's tau this wide cannot tell a good judge from a middling one."""
+
+Found = dict[str, Any]
+"""What ``fidelity.json`` holds."""
+
+
+def sentences(trust: Found) -> list[str]:
+    """All there is to say, plainly."""
+    return [front_sentence(trust), *filter(None, [rivals_sentence(trust)]), check_sentence(trust["check"])]
+
+
+def front_sentence(trust: Found) -> str:
+    """How many levels of the front the search's losses can tell apart."""
+    front = trust["front"]
+    error = max(member["standard_error"] for member in front)
+    if len(front) == 1:
+        return f"The front has one member, whose inherited loss has a standard error of {error:.4f}."
+    return (
+        f"Inherited losses have a standard error of up to {error:.4f}. In pairs over the same {trust['sequences']} "
+        f"sequences they tell {levels(trust)} levels apart among the {len(front)} members of the front: "
+        f"{sum(member['differs'] for member in front)} of {len(front) - 1} others differ from the best one, and "
+        f"{trust['neighbours_that_differ']} of {len(front) - 1} pairs of neighbours differ."
+    )
+
+
+def levels(trust: Found) -> int:
+    """Number of levels of the front that its losses can tell apart."""
+    return trust["front"][-1]["level"]
+
+
+def rivals_sentence(trust: Found) -> str:
+    """How the best one stands to each rival; empty where there is none."""
+    if not trust["rivals"]:
+        return ""
+    return f"By inherited loss the best one is {' and '.join(map(_standing, trust['rivals']))}."
+
+
+def _standing(rival: Found) -> str:
+    above = rival["above_best"]
+    figures = f"{rival['name']} (difference {above['mean']:+.4f} ± {above['standard_error']:.4f})"
+    if not rival["differs"]:
+        return f"not distinguishable from {figures}"
+    return f"significantly {'better' if above['mean'] > 0 else 'worse'} than {figures}"
+
+
+def check_sentence(check: Found | None) -> str:
+    """How well inherited losses ranked the members that were trained from scratch, or how to find out."""
+    if check is None:
+        return (
+            "How well inherited losses rank what is trained from scratch was not measured; `fidelity.check=8` trains "
+            "eight architectures to find out."
+        )
+    failed = sum(member["retrained_loss"] is None for member in check["members"])
+    count = len(check["members"]) - failed
+    diverged = f" ({failed} more diverged)" if failed else ""
+    judges = check["judges"]
+    if judges is None:
+        return f"Only {count} members were trained from scratch{diverged}: too few to say anything of a ranking."
+    own = judges[INHERITED]
+    text = (
+        f"Inherited loss ranked {count} members{diverged}, trained from scratch for {check['steps']} steps, with "
+        f"Kendall's tau {tau_text(own)}, {FLOPS} with {_number(judges[FLOPS]['tau'])}, {PARAMETERS} with "
+        f"{_number(judges[PARAMETERS]['tau'])}"
+    )
+    if own["tau"] is not None and own["tau_high"] - own["tau_low"] > _WIDE:
+        text += f"; with {count} members the interval is wide"
+    beaten = [name for name in (FLOPS, PARAMETERS) if (own["tau"] or 0.0) <= (judges[name]["tau"] or 0.0)]
+    if beaten:
+        text += f". This supernet ranked no better than {' or '.join(beaten)}"
+    return text + "."
+
+
+def tau_text(judge: Found) -> str:
+    """``0.64 [0.20, 0.93]``: Kendall's tau and its 95 % interval."""
+    if judge["tau"] is None:
+        return _number(None)
+    return f"{judge['tau']:.2f} [{judge['tau_low']:.2f}, {judge['tau_high']:.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"

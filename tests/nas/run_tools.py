@@ -1,0 +1,51 @@
+"""Runs inside the test's process, so that a fault can be put into them and what they say can be read."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from nas.config import load_config
+from nas.progress import Reporter
+from nas.stages.pipeline import run_stages
+from nas.stages.run import Run
+
+QUICK = (
+    "supernet.steps=6",
+    "search.trials=24",
+    "retrain.steps=6",
+    "retrain.checkpoint_every=2",
+    "export.front=2",
+)
+
+
+def open_run(config: Path, path: Path, *overrides: str, should_stop: Callable[[], bool] = lambda: False) -> Run:
+    """A run of ``QUICK`` and ``overrides`` in ``path``; ``said`` reads what its reporter was told."""
+    reporter = Reporter(Console(file=io.StringIO(), width=400))
+    return Run(load_config(config, [*QUICK, *overrides]), path, reporter, should_stop)
+
+
+def said(run: Run) -> str:
+    file = run.reporter.console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def finish(run: Run) -> str:
+    """Do all stages that are left; returns what the terminal shows at the end."""
+    out = io.StringIO()
+    run_stages(run, Console(file=out, width=400))
+    return out.getvalue()
+
+
+def without_stages(finished: Path, path: Path, *stages: str) -> Path:
+    """A copy of a finished run's folder in ``path``, in which ``stages`` have yet to be done."""
+    shutil.copytree(finished, path)
+    for stage in stages:
+        shutil.rmtree(path / stage)
+    (path / "summary.json").unlink()
+    return path
