@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, TypeVar
 
@@ -28,8 +29,12 @@ class Sandwich:
     space: SearchSpace
     seed: int
     random_slices: int = 1
-    sampling: Literal["fair", "uniform"] = "fair"
+    sampling: Literal["fair", "uniform", "flops"] = "fair"
     largest_first: int = 0
+    steps: int = 0
+    ends: bool = True
+    anneal: bool = False
+    staged: bool = False
 
     def slices(self, step: int) -> list[Architecture]:
         """The slices of ``step``, largest first: it is the teacher of the others."""
@@ -37,10 +42,25 @@ class Sandwich:
             return [self.space.largest]
         first = (step - self.largest_first) * self.random_slices
         drawn = [self._draw(first + i) for i in range(self.random_slices)]
-        return [self.space.largest, self.space.smallest, *drawn]
+        done = (step - self.largest_first) / max(1, self.steps - self.largest_first)
+        if self.staged:
+            drawn = [self._unshrunk(a, done) for a in drawn]
+        if self.anneal:
+            drawn = [_annealed(a, max(0.0, 1 - done / 0.7)) for a in drawn]
+        return [self.space.largest, *([self.space.smallest] if self.ends else []), *drawn]
+
+    def _unshrunk(self, a: Architecture, done: float) -> Architecture:
+        stack, largest = a.decoder, self.space.largest.decoder
+        layers = stack.layers if done > 0.33 else (*stack.layers, *largest.layers[len(stack.layers) :])
+        return self.space.build(stack.width if done > 0.66 else largest.width, layers)
 
     def _draw(self, draw: int) -> Architecture:
         rng = Random(f"{self.seed}/slice/{draw}")
+        if self.sampling == "flops":
+            low, high = (math.log(_compute(a)) for a in (self.space.smallest, self.space.largest))
+            aim = low + (high - low) * (self._deal(range(8), "flops", draw) + rng.random()) / 8
+            pool = [self.space.sample_balanced(rng) for _ in range(16)]
+            return min(pool, key=lambda a: abs(math.log(_compute(a)) - aim))
         if self.sampling == "uniform":
             return self.space.sample_balanced(rng)
         depth = self._deal(self.space.depths, "depth", draw)
@@ -68,3 +88,23 @@ class Sandwich:
 
     def _deck(self, values: Sequence[T], name: str, deck: int) -> list[T]:
         return Random(f"{self.seed}/{name}/{deck}").sample(list(values), len(values))
+
+
+def _compute(a: Architecture) -> float:
+    """About the weights that a token uses, without the vocabulary."""
+    rows = sum(
+        2 * 32 * (layer.attention.heads + layer.attention.kv_heads) + 3 * layer.feed_forward.worst_active_neurons
+        for layer in a.decoder.layers
+    )
+    return float(a.decoder.width * rows)
+
+
+def _annealed(a: Architecture, warm: float) -> Architecture:
+    layers = []
+    for layer in a.decoder.layers:
+        part = layer.feed_forward
+        if part.router is not None and part.router.threshold is not None:
+            threshold = part.router.threshold + (0.99 - part.router.threshold) * warm
+            part = replace(part, router=replace(part.router, threshold=threshold))
+        layers.append(replace(layer, feed_forward=part))
+    return replace(a, decoder=replace(a.decoder, layers=tuple(layers)))

@@ -42,12 +42,13 @@ class TrainSettings:
     bfloat16: bool = False
     checkpoint_every: int = 200
     log_every: int = 10
+    final_rate: float = 0.1
 
     def learning_rate_at(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)
