@@ -155,7 +155,7 @@ class ExportConfig(_Section):
 
 
 class RetrainConfig(TrainingConfig):
-    """Training of the chosen architecture and, with ``rivals``, of uniform top-2 and dense ones in the same budget.
+    """Training of the chosen architecture and, with ``rivals``, of the best uniform and dense ones in the same budget.
 
     Each is trained once with each of ``seeds`` seeds, the first of which is the run's: with one, chance in training is
     in no figure. What is trained is kept when there are more later.

@@ -1,4 +1,4 @@
-"""What a search has to beat: the best uniform top-2 mixture and the best dense model in the same budget."""
+"""What a search has to beat: the best uniform mixture of experts and the best dense model in the same budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from nas.search.budget import Budget
 from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
 
-_JUDGED = 32
+_JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
 
 
@@ -18,7 +18,7 @@ _JUDGED = 32
 class Rival:
     """``loss`` is inherited; None where none of the kind fits."""
 
-    kind: Literal["uniform top-2", "dense"]
+    kind: Literal["uniform", "dense"]
     architecture: Architecture
     loss: float
 
@@ -26,8 +26,8 @@ class Rival:
 def choose_rivals(space: SearchSpace, budget: Budget, inherited_loss: Callable[[Architecture], float]) -> list[Rival]:
     """The best of each kind by inherited loss: the same judge, weights and budget as the search had."""
     rivals = []
-    kinds: tuple[tuple[Literal["uniform top-2", "dense"], list[Architecture]], ...] = (
-        ("uniform top-2", uniform_layouts(space, sparse=True)),
+    kinds: tuple[tuple[Literal["uniform", "dense"], list[Architecture]], ...] = (
+        ("uniform", uniform_layouts(space, sparse=True)),
         ("dense", uniform_layouts(space, sparse=False)),
     )
     for kind, layouts in kinds:
@@ -40,10 +40,10 @@ def choose_rivals(space: SearchSpace, budget: Budget, inherited_loss: Callable[[
 
 
 def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
-    """Every architecture whose layers are all alike: experts of one size under top-2, or one dense layer.
+    """Every architecture whose layers are all alike: experts of one size under one router, or one dense layer.
 
-    Sizes, counts and heads are those of the space; top-2 may be used where the space does not offer it, because
-    that is what people pick by habit.
+    Sizes, counts, heads and routers are those of the space; top-2 may be used where the space does not offer it,
+    because that is what people pick by habit.
     """
     layouts: dict[Architecture, None] = {}
     for width, depth in product(space.widths, space.depths):
@@ -61,8 +61,10 @@ def _common_layers(space: SearchSpace, depth: int, sparse: bool) -> list[Layer]:
         if (group.experts > 1) != sparse:
             continue
         groups = [s.group(group.experts) for s in spaces]
-        router = Router("top_k", k=2) if sparse else None
+        offered = [r for r in group.routers if all(g and r in g.routers for g in groups)]
+        routers = dict.fromkeys([Router("top_k", k=2), *offered]) if sparse else (None,)
         for attention, size, shared in product(attentions, group.sizes, group.shared_sizes):
             if all(g and size in g.sizes and shared in g.shared_sizes for g in groups):
-                layers.append(Layer(attention, FeedForward((size,) * group.experts, router, shared)))
+                sizes = (size,) * group.experts
+                layers += [Layer(attention, FeedForward(sizes, router, shared)) for router in routers]
     return layers

@@ -103,7 +103,7 @@ def _preference(points: np.ndarray) -> np.ndarray:
 
 
 def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
-    """Members inside the budget that people would pick by habit: uniform top-2 layouts and dense ones, half each, those
+    """Members inside the budget that people would pick by habit: uniform layouts and dense ones, half each, those
     of most FLOPs. A search that starts from them ends no worse than they are."""
     budget, found = feasible.budget, []
     for sparse, share in ((True, count - count // 2), (False, count // 2)):

@@ -230,16 +230,16 @@ def test_sentences_on_what_losses_tell_apart():
     far = {**best, "name": "trial 7", "loss": 3.4, "differs": True, "level": 2}
     above = {"mean": 0.02, "standard_error": 0.004}
     rivals = [
-        {"name": "uniform-top-2", "differs": True, "above_best": above},
+        {"name": "uniform", "differs": True, "above_best": above},
         {"name": "dense", "differs": False, "above_best": {"mean": -0.001, "standard_error": 0.004}},
     ]
     trust = {"sequences": 64, "front": [best, near, far], "neighbours_that_differ": 1, "rivals": rivals, "check": None}
     text = front_sentence(trust)
     assert "2 levels apart among the 3 members" in text
     assert "1 of 2 others differ from the best one, and 1 of 2 pairs" in text
-    assert "better than uniform-top-2 (difference +0.0200 ± 0.0040)" in rivals_sentence(trust)
+    assert "better than uniform (difference +0.0200 ± 0.0040)" in rivals_sentence(trust)
     assert "not distinguishable from dense" in rivals_sentence(trust)
     rivals[0]["above_best"] = {**above, "mean": -0.02}
-    assert "significantly worse than uniform-top-2" in rivals_sentence(trust)
+    assert "significantly worse than uniform" in rivals_sentence(trust)
     assert rivals_sentence({**trust, "rivals": []}) == ""
     assert "one member" in front_sentence({**trust, "front": [best]})

@@ -183,12 +183,12 @@ def test_a_second_seed_over_the_budget_is_flagged(quick_run, micro_config, tmp_p
     monkeypatch.setattr("nas.stages.retrain.hold_budget", lambda model, windows, budget: model.architecture)
     run = open_run(micro_config, without_stages(quick_run, tmp_path / "run", "retrain", "report"), *SEEDS)
     printed = finish(run)
-    uniform = next(result for result in results(run) if result["name"] == "uniform-top-2")
+    uniform = next(result for result in results(run) if result["name"] == "uniform")
     line = next(line for line in uniform["budget"] if line["name"] == "flops")
     assert uniform["measured"]["flops"] <= line["limit"]
     assert line["status"] == "over"
     assert line["measured"] > line["limit"]
-    (row,) = (row for row in printed.splitlines() if row.split()[:1] == ["uniform-top-2"])
+    (row,) = (row for row in printed.splitlines() if row.split()[:1] == ["uniform"])
     assert "OVER flops" in row
 
 

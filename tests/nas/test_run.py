@@ -46,7 +46,7 @@ def test_the_summary_has_every_figure(finished):
         assert line["predicted"] <= line["limit"]
         assert line["status"] in ("inside", "within tolerance", "over")
     assert summary["chosen"]["refused"] == []
-    assert {model["name"] for model in summary["rivals"]} == {"uniform-top-2", "dense"}
+    assert {model["name"] for model in summary["rivals"]} == {"uniform", "dense"}
     assert set(summary["stage_seconds"]) >= set(STAGES) - {"report"}
     assert summary["versions"]["torch"]
     assert summary["seed"] == 0
@@ -79,7 +79,7 @@ def test_a_run_killed_in_three_stages_ends_as_one_that_was_not(finished, micro_c
     moments = {
         "supernet": (out / "supernet" / "checkpoint.safetensors").exists,
         "search": lambda: lines_in(out / "search" / "trials.jsonl") >= 7,
-        "retrain": (out / "retrain" / "uniform-top-2" / "seed-0" / "checkpoint.safetensors").exists,
+        "retrain": (out / "retrain" / "uniform" / "seed-0" / "checkpoint.safetensors").exists,
     }
     for stage, moment in moments.items():
         process = start("run", micro_config, "--out", out)

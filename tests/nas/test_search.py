@@ -204,12 +204,20 @@ def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
     space = tiny_space()
     budget = budget_of(space, flops="60%")
     rivals = {r.kind: r for r in choose_rivals(space, budget, lambda a: formula(a).loss)}
-    assert set(rivals) == {"uniform top-2", "dense"}
+    assert set(rivals) == {"uniform", "dense"}
     for kind, rival in rivals.items():
         assert budget.fits(rival.architecture)
         assert len(set(rival.architecture.decoder.layers)) == 1
         part = rival.architecture.decoder.layers[0].feed_forward
         assert (part.router is None) == (kind == "dense")
-        assert part.router is None or part.router.k == 2
-    layouts = [a for a in uniform_layouts(space, sparse=False) if budget.fits(a)]
-    assert rivals["dense"].loss == min(formula(a).loss for a in layouts)
+    for sparse, kind in ((False, "dense"), (True, "uniform")):
+        layouts = [a for a in uniform_layouts(space, sparse) if budget.fits(a)]
+        layouts.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
+        assert rivals[kind].loss == min(formula(a).loss for a in layouts[:64])
+
+
+def test_uniform_layouts_are_swept_over_every_router_of_the_space_and_top_2():
+    space = tiny_space()
+    found = {a.decoder.layers[0].feed_forward.router for a in uniform_layouts(space, sparse=True)}
+    assert found == {router for group in space.layers[0].groups for router in group.routers} - {None}
+    assert any(a not in small_space() for a in uniform_layouts(small_space(), sparse=True))
