@@ -2,8 +2,8 @@
 
 python experiments/fidelity/ablation.py small|gpu [--seeds 2] [--lanes 2] [--only NAME ...] [--weights FOLDER]
 
-The changes are in the variant's ablation.yaml: a name, and overrides of the configuration. Rows go to ablation.jsonl in the
-variant's folder, one per supernet; those that are there are not repeated. --weights keeps the trained supernets.
+The changes are in the variant's ablation.yaml: a name, overrides of the configuration, steps of fine-tuning. Rows go
+to ablation.jsonl in the variant's folder; supernets that are there are not trained again. --weights keeps them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from nas.costs.price import Pricer
 from nas.stages.run import Run
 from nas.stages.supernet import supernet_training
 from search_spaces import Architecture
-from supernet import evaluate, train
+from supernet import TrainData, TrainSettings, Transformer, evaluate, train
 from supernet.checkpoint import save_tensors
 
 
-def score(variant: str, name: str, overrides: list[str], seed: int, weights: Path | None) -> dict[str, Any]:
-    """Train one supernet and evaluate every member with its weights."""
-    run = Run(load_config(HERE / f"{variant}.yaml", [*overrides, f"seed={seed}"]), HERE / variant)
+def score(variant: str, name: str, change: dict[str, Any], seed: int, weights: Path | None) -> list[dict[str, Any]]:
+    """Train one supernet and evaluate every member with its weights; a row for these losses, and one for each number of
+    steps that members are fine-tuned before they are judged."""
+    overrides = [*change.get("overrides", []), f"seed={seed}"]
+    run = Run(load_config(HERE / f"{variant}.yaml", overrides), HERE / variant)
     model, data, settings = supernet_training(run.config, run.space, run.corpus, run.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -40,25 +42,48 @@ def score(variant: str, name: str, overrides: list[str], seed: int, weights: Pat
     seconds = time.perf_counter() - started
     model.eval()
     if weights is not None:
-        save_tensors(weights / f"{name}-{seed}.safetensors", dict(model.named_parameters()), {"overrides": str(overrides)})
+        save_tensors(weights / f"{name}-{seed}.safetensors", dict(model.named_parameters()), {})
+    facts = {
+        "overrides": overrides,
+        "seed": seed,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": str(run.device),
+    }
+    rows = [{"change": name, **facts, "seconds": round(seconds, 1), **judge_members(run, model)}]
+    for steps in change.get("fine_tune", []):
+        started = time.perf_counter()
+        judged = judge_members(run, model, steps)
+        each = (time.perf_counter() - started) / len(judged["losses"])
+        row = {"change": f"{name}, members fine-tuned {steps} steps", **facts, "seconds": round(seconds, 1)}
+        rows.append({**row, "seconds_per_member": round(each, 2), **judged})
+    return rows
+
+
+def judge_members(run: Run, model: Transformer, steps: int = 0) -> dict[str, Any]:
+    """Validation loss and measured FLOPs of every member with inherited weights, fine-tuned for ``steps``."""
     windows = run.windows("validation", run.config.search.evaluation_windows)
     pricer, losses, flops = Pricer(run.context), [], []
     for row in read_rows(run.path / "members.jsonl"):
         architecture = Architecture.from_dict(row["architecture"])
-        evaluation = evaluate(model, windows, architecture)
+        judged = fine_tuned(run, model.extract(architecture), steps) if steps else model
+        evaluation = evaluate(judged, windows, architecture)
         losses.append(round(evaluation.loss, 6))
         flops.append(round(pricer.measured(architecture, evaluation.loads)["flops"]))
-    return {
-        "change": name,
-        "overrides": overrides,
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": str(run.device),
-        "losses": losses,
-        "flops": flops,
-    }
+    return {"losses": losses, "flops": flops}
+
+
+def fine_tuned(run: Run, model: Transformer, steps: int) -> Transformer:
+    """``model`` trained for ``steps`` more on batches that the supernet did not see, from a third of its rate."""
+    config, after = run.config.supernet, run.config.supernet.steps
+    data = TrainData(
+        lambda step: run.corpus.batch("train", config.batch_size, run.config.seed, after + step),
+        lambda step: [model.architecture],
+    )
+    settings = TrainSettings(steps, config.learning_rate / 3, warmup_steps=0, checkpoint_every=steps)
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, data, settings, Path(folder), "fidelity")
+    return model.eval()
 
 
 def _commit() -> str:
@@ -94,8 +119,9 @@ def main() -> None:
             if error := job.exception():
                 print(f"{count}/{len(todo)} {name} seed {seed} failed: {error}", flush=True)
                 continue
-            append_row(table, job.result())
-            print(f"{count}/{len(todo)} {name} seed {seed}: {job.result()['seconds']:.0f} s", flush=True)
+            for row in job.result():
+                append_row(table, row)
+            print(f"{count}/{len(todo)} {name} seed {seed}: {job.result()[0]['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stratified set of architectures that every supernet is scored on: spread over the FLOP range, and one narrow band."""
+"""The stratified set of architectures that supernets are scored on: over the FLOP range, and in one narrow band."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from random import Random
 
 from nas.costs.price import Pricer
 from nas.search.rivals import uniform_layouts
-from search_spaces import Architecture, SearchSpace
+from search_spaces import Architecture, Router, SearchSpace
 
 SPREAD, BAND_RANDOM, BAND_UNIFORM, BAND_DENSE = 28, 12, 5, 3
 BAND_WIDTH = 0.05
 """Members of the band are this close to its centre, priced before training."""
 _DRAWS = 4000
+_TOP_2 = Router("top_k", k=2)
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Member:
 
 
 def stratified(space: SearchSpace, pricer: Pricer, centre: float, seed: int) -> list[Member]:
-    """``SPREAD`` members, one from each of as many equal steps of log FLOPs, then those of the band: random ones, uniform
-    top-2 layouts and dense ones. ``centre`` is in FLOPs per token."""
+    """``SPREAD`` members, one from each of as many equal steps of log FLOPs, then those of the band: random ones,
+    uniform layouts under top-2 and dense ones. ``centre`` is in FLOPs per token."""
     rng = Random(f"{seed}/fidelity")
     drawn = sorted((space.sample_balanced(rng) for _ in range(_DRAWS)), key=lambda a: pricer.expected(a)["flops"])
     drawn = drawn[_DRAWS // 100 :]  # the cheapest hundredth is one corner of the space, over and over
@@ -35,9 +36,10 @@ def stratified(space: SearchSpace, pricer: Pricer, centre: float, seed: int) -> 
     def in_band(architectures: list[Architecture]) -> list[Architecture]:
         return [a for a in architectures if abs(pricer.expected(a)["flops"] / centre - 1) <= BAND_WIDTH]
 
+    top_2 = [a for a in uniform_layouts(space, sparse=True) if a.decoder.layers[0].feed_forward.router == _TOP_2]
     for stratum, pool, count in (
         ("band", in_band([space.sample_balanced(rng) for _ in range(_DRAWS)]), BAND_RANDOM),
-        ("band uniform top-2", in_band(uniform_layouts(space, sparse=True)), BAND_UNIFORM),
+        ("band uniform top-2", in_band(top_2), BAND_UNIFORM),
         ("band dense", in_band(uniform_layouts(space, sparse=False)), BAND_DENSE),
     ):
         chosen += [(stratum, a) for a in rng.sample(pool, count)]

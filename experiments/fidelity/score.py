@@ -1,14 +1,14 @@
 """Score judges of architectures against the ground truth: supernets, trivial proxies, and predictors that correct them.
 
-python experiments/fidelity/score.py small|gpu     writes result.json and result.md in the variant's folder, and the figure
+python experiments/fidelity/score.py small|gpu     writes result.json, result.md and the figure
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ def read_truth(folder: Path) -> Truth:
 
 
 def near_tau(judged: np.ndarray, truth: np.ndarray, flops: np.ndarray) -> float:
-    """Kendall's tau over the pairs of nearly equal FLOPs alone: concordant less discordant ones, over all."""
+    """Kendall's tau over the pairs of nearly equal FLOPs alone: concordant less discordant ones, over all. A pair that
+    the truth does not tell apart, as one drawn twice by a bootstrap, does not count; NaN without a pair."""
     near = np.abs(np.log(flops[:, None] / flops[None, :])) <= np.log1p(NEAR)
-    pairs = np.triu(near, 1)
-    agree = np.sign(judged[:, None] - judged[None, :]) * np.sign(truth[:, None] - truth[None, :])
-    return float(agree[pairs].mean())
+    order = np.sign(truth[:, None] - truth[None, :])
+    pairs = np.triu(near, 1) & (order != 0)
+    agree = np.sign(judged[:, None] - judged[None, :]) * order
+    return float(agree[pairs].mean()) if pairs.any() else float("nan")
 
 
 def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) -> dict[str, Any]:
@@ -81,8 +83,7 @@ def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) 
     band = truth.band
 
     def near(index: np.ndarray) -> float:
-        with np.errstate(all="ignore"):
-            return near_tau(judged[index], loss[index], truth.flops[index])
+        return near_tau(judged[index], loss[index], truth.flops[index])
 
     low, high = bootstrap(near, len(loss))
     return {
@@ -135,12 +136,7 @@ def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarra
         return float(np.mean([near_tau(mine[index], *where) - near_tau(other[index], *where) for mine, other in pairs]))
 
     def mean(*keys: Any) -> float:
-        values = []
-        for score in scores:
-            for key in keys:
-                score = score[key]
-            values.append(score)
-        return float(np.mean(values))
+        return float(np.mean([reduce(getitem, keys, score) for score in scores]))
 
     everything = np.arange(len(truth.loss))
     return {
@@ -166,3 +162,131 @@ def ablation_rows(folder: Path, truth: Truth) -> list[dict[str, Any]]:
         by_change.setdefault(row["change"], []).append(row)
     base = {row["seed"]: np.array(row["losses"]) for row in by_change.get("base", [])}
     return [change_row(name, seeds, base, truth) for name, seeds in by_change.items()]
+
+
+def correction_rows(folder: Path, truth: Truth, change: str) -> list[dict[str, Any]]:
+    """How far few stand-alone trainings correct the ranking, with and without the inherited loss of ``change``."""
+    inherited = [np.array(row["losses"]) for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
+    rows = []
+    for runs in (8, 12, 16, 24):
+        alone = corrected(features(truth, None), truth, runs)
+        both = [corrected(features(truth, loss), truth, runs) for loss in inherited]
+        rows.append(
+            {
+                "runs": runs,
+                "costs": {key: alone[key] for key in ("tau", "near")},
+                "both": {key: float(np.mean([row[key] for row in both])) for key in ("tau", "near")},
+            }
+        )
+    return rows
+
+
+def proxies(truth: Truth) -> dict[str, np.ndarray]:
+    """Judges that cost nothing. The combination is a regression on both, each member predicted from the others."""
+    x, y, every = features(truth, None), truth.loss, np.arange(len(truth.loss))
+    combined = [ridge(x[every != i], y[every != i], x[i : i + 1], 0.0)[0] for i in every]
+    return {
+        "more FLOPs": -truth.flops,
+        "more parameters": -truth.parameters,
+        "FLOPs and parameters": np.array(combined),
+    }
+
+
+def ceiling(truth: Truth) -> dict[str, Any]:
+    """One seed of the ground truth as the judge of another: what a judge can reach that is as good as a training."""
+    first, second = truth.losses[:2]
+    noise = float((first - second - (first - second).mean()).std(ddof=1) / 2**0.5)
+    return {
+        **assess(first, truth, second),
+        "seed_deviation": noise,
+        "spread": float(truth.loss.std(ddof=1)),
+        "band_spread": float(truth.loss[truth.band].std(ddof=1)),
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    judges = {"one seed of the truth by the other": result["ceiling"], **result["proxies"]}
+    return (
+        markdown(
+            "judge|tau, all|tau, near pairs|tau, band|rho, all|regret, all|regret, band|band, best of 3",
+            [
+                [
+                    name,
+                    *(_interval(j[key]) for key in ("all", "near", "band")),
+                    f"{j['all']['rho']:.2f}",
+                    *(f"{j[where]['regret'][k]:.1%}" for where, k in (("all", 1), ("band", 1), ("band", 3))),
+                ]
+                for name, j in judges.items()
+            ],
+        )
+        + "\n"
+        + markdown(
+            "change of the supernet|seeds|tau, all|tau, near pairs|difference to base|tau, band|rho, all|regret, all|"
+            "regret, band|band, best of 3|mean inherited loss|seconds",
+            [
+                _change_cells(row)
+                for row in sorted(result["changes"], key=lambda r: (r["change"] != "base", -r["near"]))
+            ],
+        )
+        + "\n"
+        + markdown(
+            "stand-alone trainings|costs alone, tau|near pairs|with inherited loss, tau|near pairs",
+            [
+                [
+                    str(row["runs"]),
+                    *(f"{row[judge][key]:.2f}" for judge in ("costs", "both") for key in ("tau", "near")),
+                ]
+                for row in result["corrections"]
+            ],
+        )
+    )
+
+
+def markdown(columns: str, rows: list[list[str]]) -> str:
+    names = columns.split("|")
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ["---"] * len(names), *rows))
+
+
+def _interval(judge: dict[str, Any]) -> str:
+    return f"{judge['tau']:.2f} [{judge['tau_low']:.2f}, {judge['tau_high']:.2f}]"
+
+
+def _change_cells(row: dict[str, Any]) -> list[str]:
+    difference = ""
+    if row["gain_interval"]:
+        low, high = row["gain_interval"]
+        difference = f"{row['gain']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    taus = [f"{row[key]:.2f}" for key in ("band", "rho")]
+    regrets = [f"{row[key]:.1%}" for key in ("regret", "band_regret", "band_regret_3")]
+    start = [row["change"], str(row["seeds"]), f"{row['tau']:.2f}", f"{row['near']:.2f}", difference]
+    return [*start, *taus, *regrets, f"{row['inherited']:.3f}", f"{row['seconds']:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", choices=("small", "gpu"))
+    folder = HERE / parser.parse_args().variant
+    truth = read_truth(folder)
+    changes = ablation_rows(folder, truth)
+    trainings = read_rows(folder / "truth.jsonl")
+    result = {
+        "date": max(row["date"] for row in trainings),
+        "device": trainings[0]["device"],
+        "versions": versions(),
+        "members": len(truth.loss),
+        "band_members": int(truth.band.sum()),
+        "seeds": len(truth.losses),
+        "training_hours": sum(row["seconds"] for row in trainings) / 3600,
+        "ceiling": ceiling(truth),
+        "proxies": {name: assess(marks, truth) for name, marks in proxies(truth).items()},
+        "changes": changes,
+        "corrections": correction_rows(folder, truth, "base"),
+    }
+    write_json(folder / "result.json", result)
+    write_text(folder / "result.md", tables(result))
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Ground truth of the fidelity experiment: train every member of the stratified set alone, from scratch, with each seed.
+"""Ground truth of the fidelity experiment: train every member of the set alone, from scratch, with each seed.
 
 python experiments/fidelity/truth.py small|gpu [--seeds 2] [--lanes 2]
 
@@ -72,33 +72,44 @@ def train_alone(variant: str, architecture: dict[str, Any], seed: int) -> dict[s
     }
 
 
+def choose_members(run: Run) -> list[dict[str, Any]]:
+    """The rows of members.jsonl, which is written when it is not there: the set stays what it was."""
+    path = run.path / "members.jsonl"
+    if not path.exists():
+        centre = run.config.limits()["flops"].resolve(0.0)
+        for member in stratified(run.space, Pricer(run.context), centre, run.config.seed):
+            row = {"member": member.number, "stratum": member.stratum, "architecture": member.architecture.to_dict()}
+            append_row(path, row)
+    return read_rows(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=("small", "gpu"))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--lanes", type=int, default=2, help="trainings at the same time, each with the threads of the YAML")
+    parser.add_argument(
+        "--lanes", type=int, default=2, help="trainings at the same time, each with the threads of the YAML"
+    )
     arguments = parser.parse_args()
     run = open_run(arguments.variant)
     run.path.mkdir(exist_ok=True)
-    centre = run.config.limits()["flops"].resolve(0.0)
-    members = stratified(run.space, Pricer(run.context), centre, run.config.seed)
-    lines = [
-        json.dumps({"member": m.number, "stratum": m.stratum, "architecture": m.architecture.to_dict()}) for m in members
-    ]
-    (run.path / "members.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    members = choose_members(run)
     table = run.path / "truth.jsonl"
     done = {(row["member"], row["seed"]) for row in read_rows(table)}
     # Seed by seed, so that a table that is cut off has all members under one seed before any under the next.
-    todo = [(m, seed) for seed in range(arguments.seeds) for m in members if (m.number, seed) not in done]
+    todo = [(m, seed) for seed in range(arguments.seeds) for m in members if (m["member"], seed) not in done]
     print(f"{len(done)} rows are there, {len(todo)} to go", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.lanes, mp_context=context) as pool:
-        jobs = {pool.submit(train_alone, arguments.variant, m.architecture.to_dict(), seed): (m, seed) for m, seed in todo}
+        jobs = {
+            pool.submit(train_alone, arguments.variant, m["architecture"], seed): (m["member"], seed)
+            for m, seed in todo
+        }
         for count, job in enumerate(as_completed(jobs), start=1):
             member, seed = jobs[job]
-            row = {"member": member.number, "seed": seed, **job.result()}
+            row = {"member": member, "seed": seed, **job.result()}
             append_row(table, row)
-            print(f"{count}/{len(todo)} member {member.number} seed {seed}: test {row['test_loss']:.4f}", flush=True)
+            print(f"{count}/{len(todo)} member {member} seed {seed}: test {row['test_loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
