@@ -1,0 +1,202 @@
+"""What the trainings came to: each contestant's mean loss, its difference to the searched model, tables and figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.ranking import mean_interval
+from nas.units import DIMENSIONS
+from search_spaces import MoesaicError
+from search_spaces.files import read_json, write_json, write_text
+
+SEARCHED = "searched"
+COLOURS = {"searched": "#0072b2", "random": "#cc79a7", "uniform": "#d55e00", "dense": "#009e73"}
+"""By kind; told apart by colour-blind people too (Okabe and Ito)."""
+NOTE = (
+    "Of a kind that was trained more than once the model of least mean test loss is shown, so the choice is in its own "
+    "favour; `searched` is the one that the tool ships, chosen before any training. Differences are paired by seed, "
+    "with a 95 % Student interval; positive: worse than the searched model. FLOPs are per token, by measured routing; "
+    "both costs were measured before training."
+)
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def verdict(low: float, high: float) -> str:
+    """Of the interval of how much worse than the searched model a contestant is."""
+    if low <= 0 <= high:
+        return "no significant difference"
+    return "paid" if low > 0 else "did not pay"
+
+
+def above(losses: np.ndarray, reference: np.ndarray) -> Row:
+    """The mean by which ``losses`` [seeds] exceed the ``reference`` with the same seeds, and how sure that is."""
+    difference = losses - reference
+    interval = known_interval(difference)
+    words = verdict(*interval) if interval else "one seed says nothing"
+    return {"mean": float(difference.mean()), "interval": interval, "verdict": words}
+
+
+def known_interval(values: np.ndarray) -> tuple[float, float] | None:
+    return mean_interval(values) if len(values) > 1 else None
+
+
+def compare(contestants: list[Row], trainings: list[Row]) -> list[Row]:
+    """A row per contestant under one budget, from the seeds that all of them were trained with; none without such.
+
+    ``contestants`` are ``{kind, rank, fingerprint, ...}``, those without a rank were not trained; ``trainings`` are
+    ``{fingerprint, seed, test_loss, costs, ...}``.
+    """
+    members = [row for row in contestants if row["rank"]]
+    by_member: dict[str, dict[int, Row]] = {row["fingerprint"]: {} for row in members}
+    for training in trainings:
+        by_member.get(training["fingerprint"], {})[training["seed"]] = training
+    seeds = sorted(set.intersection(*(set(found) for found in by_member.values())))
+    if not seeds:
+        return []
+
+    def values(member: Row, key: str) -> np.ndarray:
+        return np.array([by_member[member["fingerprint"]][seed][key] for seed in seeds])
+
+    kinds = list(dict.fromkeys(row["kind"] for row in members))
+    named = {SEARCHED: next(row for row in members if row["kind"] == SEARCHED and row["rank"] == 1)}
+    for kind in kinds:
+        same = [row for row in members if row["kind"] == kind]
+        name = f"{kind}, best of {len(same)}" if len(same) > 1 else kind
+        named[name] = min(same, key=lambda row: values(row, "test_loss").mean())
+    references = {name: values(row, "test_loss") for name, row in named.items() if row["kind"] == SEARCHED}
+    compared = []
+    for name, member in named.items():
+        losses = values(member, "test_loss")
+        trained = [by_member[member["fingerprint"]][seed] for seed in seeds]
+        compared.append(
+            {
+                "name": name,
+                **{key: member[key] for key in ("kind", "rank", "fingerprint", "inherited_loss", "costs", "status")},
+                "seeds": seeds,
+                "losses": losses.tolist(),
+                "mean": float(losses.mean()),
+                "interval": known_interval(losses),
+                "bits_per_byte": float(values(member, "bits_per_byte").mean()),
+                "flops_after_training": max(training["costs"]["flops"] for training in trained),
+                "above": {other: above(losses, reference) for other, reference in references.items() if other != name},
+            }
+        )
+    return compared
+
+
+def collect(folder: Path) -> Row:
+    """The result over all data sets in ``folder``."""
+    files = sorted(folder.glob("*.contestants.json"))
+    if not files:
+        raise MoesaicError("no contestants are chosen yet", where=str(folder), nearest="run.py stdlib")
+    results = []
+    for file in files:
+        facts = read_json(file)
+        trainings = read_rows(folder / f"{facts['dataset']}.jsonl")
+        for cost, budget in facts["budgets"].items():
+            same = [row for row in trainings if row["settings"] == budget["settings"]]
+            over = [row["kind"] for row in budget["contestants"] if not row["rank"]]
+            results.append(
+                {
+                    "dataset": facts["dataset"],
+                    "budget": cost,
+                    "limit": budget["limit"],
+                    "refused_over_budget": {kind: over.count(kind) for kind in dict.fromkeys(over)},
+                    "contestants": compare(budget["contestants"], same),
+                    **{key: facts[key] for key in ("device", "context", "versions", "date", "steps", "trials")},
+                    "training_hours": sum(row["seconds"] for row in same) / 3600,
+                }
+            )
+    return {"note": NOTE, "results": [result for result in results if result["contestants"]]}
+
+
+def difference_text(row: Row, reference: str) -> str:
+    found = row["above"].get(reference)
+    if found is None:
+        return ""
+    interval = " [{:+.3f}, {:+.3f}]".format(*found["interval"]) if found["interval"] else ""
+    return f"{found['mean']:+.3f}{interval}"
+
+
+def tables(result: Row) -> str:
+    """The result as Markdown."""
+    seeds = max((len(row["seeds"]) for one in result["results"] for row in one["contestants"]), default=0)
+    lines = [
+        f"| text, budget | model | test loss, {seeds} seeds | bits/byte | above searched | did the search pay? "
+        "| above searched, best of several | FLOPs | latency |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in result["results"]:
+        limit = f"{one['dataset']}, {one['budget']} ≤ {DIMENSIONS[one['budget']].format(one['limit'])}"
+        best = next((row["name"] for row in one["contestants"][1:] if row["kind"] == SEARCHED), SEARCHED)
+        for index, row in enumerate(one["contestants"]):
+            half = f" ± {(row['interval'][1] - row['interval'][0]) / 2:.3f}" if row["interval"] else ""
+            costs = [DIMENSIONS[cost].format(row["costs"][cost]) for cost in ("flops", "latency")]
+            judged = row["above"].get(SEARCHED, {}).get("verdict", "") if row["kind"] != SEARCHED else ""
+            cells = [
+                limit if index == 0 else "",
+                row["name"],
+                f"{row['mean']:.3f}{half}",
+                f"{row['bits_per_byte']:.3f}",
+                difference_text(row, SEARCHED),
+                judged,
+                difference_text(row, best) if best != SEARCHED and row["kind"] != SEARCHED else "",
+                *costs,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    made = {
+        f"{one['dataset']}: supernet {one['steps']['supernet']} steps, {one['trials']} evaluations per search, "
+        f"trainings {one['steps']['retrain']} steps from scratch; {one['context']}; {one['device']}; {one['date']}."
+        for one in result["results"]
+    }
+    return "\n".join([*lines, "", result["note"], "", *sorted(made), ""])
+
+
+def draw(result: Row, path: Path) -> None:
+    """A panel per text and budget: every seed's loss, the mean and its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = result["results"]
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(5.6 * columns, 2.7 * rows + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, one in zip(panels, results, strict=False):
+        for place, row in enumerate(one["contestants"]):
+            colour = COLOURS[row["kind"]]
+            if row["interval"]:
+                panel.plot(row["interval"], [place, place], color=colour, linewidth=2, alpha=0.5)
+            panel.plot(row["losses"], [place] * len(row["losses"]), "o", markersize=4, color=colour, alpha=0.7)
+            panel.plot(row["mean"], place, "|", markersize=16, markeredgewidth=2.5, color=colour)
+        panel.axvline(one["contestants"][0]["mean"], color="#6b7785", linewidth=0.8, linestyle="--", zorder=0)
+        panel.set_yticks(range(len(one["contestants"])), [row["name"] for row in one["contestants"]])
+        panel.set_ylim(len(one["contestants"]) - 0.5, -0.5)
+        limit = DIMENSIONS[one["budget"]].format(one["limit"])
+        panel.set_title(f"{one['dataset']}, {one['budget']} ≤ {limit}", fontsize=10)
+        panel.set_xlabel("test loss, nats per token", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in list(panels):
+        panel.remove()
+    figure.suptitle("Dots: seeds. Line: mean with 95 % interval. Left is better.", fontsize=9, color="#6b7785")
+    figure.savefig(path, dpi=130)
+
+
+def summarise(folder: Path, figure: Path) -> None:
+    """Write result.json and result.md in ``folder``, and the figure."""
+    result = collect(folder)
+    if not result["results"]:
+        raise MoesaicError("no budget has all contestants trained with a seed yet", where=str(folder))
+    write_json(folder / "result.json", result)
+    write_text(folder / "result.md", tables(result))
+    draw(result, figure)
+    print(tables(result))
