@@ -90,7 +90,7 @@ class SupernetConfig(TrainingConfig):
     sampling: Literal["fair", "uniform", "flops"] = "fair"
     sharing: Literal["nested", "packed", "spread"] = "nested"
     own: list[Literal["routers", "scales"]] = []
-    ends: bool = True
+    always: Literal["both", "largest", "none"] = "both"
     anneal: bool = False
     staged: bool = False
     final_rate: float = 0.1

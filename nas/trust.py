@@ -15,7 +15,12 @@ Found = dict[str, Any]
 
 def sentences(trust: Found) -> list[str]:
     """All there is to say, plainly."""
-    return [front_sentence(trust), *filter(None, [rivals_sentence(trust)]), check_sentence(trust["check"])]
+    return [
+        front_sentence(trust),
+        *filter(None, [rivals_sentence(trust)]),
+        check_sentence(trust["check"]),
+        flops_sentence(trust["flops"]),
+    ]
 
 
 def front_sentence(trust: Found) -> str:
@@ -29,6 +34,18 @@ def front_sentence(trust: Found) -> str:
         f"sequences they tell {levels(trust)} levels apart among the {len(front)} members of the front: "
         f"{sum(member['differs'] for member in front)} of {len(front) - 1} others differ from the best one, and "
         f"{trust['neighbours_that_differ']} of {len(front) - 1} pairs of neighbours differ."
+    )
+
+
+def flops_sentence(flops: Found | None) -> str:
+    """How far FLOPs of models with threshold routers are from their prediction on text that nothing was fitted to."""
+    if flops is None:
+        return "FLOPs: no evaluated architecture has a threshold router, so they are exact."
+    before, after = flops["before"], flops["after"]
+    return (
+        f"FLOPs per token of {flops['models']} models with threshold routers, on the test split: those expected before "
+        f"evaluation are off by {before['median']:.1%} in the median and {before['largest']:.1%} at most, those under "
+        f"the routing on the validation split by {after['median']:.1%} and {after['largest']:.1%}."
     )
 
 

@@ -32,7 +32,7 @@ class Sandwich:
     sampling: Literal["fair", "uniform", "flops"] = "fair"
     largest_first: int = 0
     steps: int = 0
-    ends: bool = True
+    always: Literal["both", "largest", "none"] = "both"
     anneal: bool = False
     staged: bool = False
 
@@ -47,7 +47,8 @@ class Sandwich:
             drawn = [self._unshrunk(a, done) for a in drawn]
         if self.anneal:
             drawn = [_annealed(a, max(0.0, 1 - done / 0.7)) for a in drawn]
-        return [self.space.largest, *([self.space.smallest] if self.ends else []), *drawn]
+        kept = {"both": [self.space.largest, self.space.smallest], "largest": [self.space.largest], "none": []}
+        return [*kept[self.always], *drawn]
 
     def _unshrunk(self, a: Architecture, done: float) -> Architecture:
         stack, largest = a.decoder, self.space.largest.decoder

@@ -143,7 +143,7 @@ def _train_step(
         )
     optimizer.step()
     figures = {"loss": losses[0], "learning_rate": rate, "gradient_norm": norm, "balance": balances[0]}
-    if len(losses) > 1:
+    if len(losses) > 2:
         figures |= {"loss_smallest": losses[1], "loss_random": sum(losses[2:]) / max(1, len(losses) - 2)}
     return figures
 

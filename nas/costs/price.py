@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
 from nas.costs.context import Context
 from nas.costs.latency import LatencyPredictor
-from nas.costs.use import LayerUse, Occupancy, measured_use, worst_use
+from nas.costs.use import LayerUse, Occupancy, dense_use, measured_use, worst_use
 from search_spaces import Architecture, FeedForward
 from supernet.evaluate import LayerLoad
 
@@ -23,15 +23,15 @@ class Pricer:
     context: Context
     occupancy: Occupancy = field(default_factory=Occupancy)
     predictor: LatencyPredictor | None = None
-    _expected: dict[FeedForward, LayerUse] = field(default_factory=dict, repr=False, compare=False)
+    _expected: dict[tuple[int, FeedForward], LayerUse] = field(default_factory=dict, repr=False, compare=False)
 
     def expected_uses(self, architecture: Architecture) -> list[LayerUse]:
         uses = []
-        for layer in architecture.decoder.layers:
+        for index, layer in enumerate(architecture.decoder.layers):
             part = layer.feed_forward
-            use = self._expected.get(part)
+            use = self._expected.get((index, part))
             if use is None:
-                use = self._expected[part] = self.occupancy.expected(part, self.context)
+                use = self._expected[index, part] = self.occupancy.expected(index, part, self.context)
             uses.append(use)
         return uses
 
@@ -51,9 +51,7 @@ class Pricer:
 
     def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:
         return [
-            self.occupancy.expected(layer.feed_forward, self.context)
-            if load is None
-            else measured_use(layer.feed_forward, load, self.context)
+            dense_use(layer.feed_forward) if load is None else measured_use(layer.feed_forward, load, self.context)
             for layer, load in zip(architecture.decoder.layers, loads, strict=True)
         ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nas.costs.context import Context
-from nas.costs.use import LayerUse, Occupancy, counted_use
+from nas.costs.use import LayerUse, counted_use, dense_use
 from nas.device import Device
 from search_spaces import Architecture
 from supernet import KeyValueCache, Transformer
@@ -52,7 +52,7 @@ class Pass:
         """How much of each layer the tokens of this very pass use."""
         layers = self.model.architecture.decoder.layers
         return [
-            Occupancy().expected(layer.feed_forward, self.context)
+            dense_use(layer.feed_forward)
             if routing is None
             else counted_use(layer.feed_forward, routing.load.tolist(), self.context)
             for layer, routing in zip(layers, self().routings, strict=True)

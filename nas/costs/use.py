@@ -33,44 +33,37 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Pairs per token of each expert, most loaded first, as routers were measured to load them.
+    """Pairs per token of each expert, the largest first, as the routers of a supernet were measured to load them.
 
-    By number of experts and router. Which of an architecture's experts will be the busiest is not known before it is
-    evaluated, so sizes and loads are taken to be independent.
+    By layer, number of experts and router: what slices of one supernet share is where a router is and what it chooses
+    from, so the load of one slice's experts says much of another's.
     """
 
-    measured: Mapping[tuple[int, Router], tuple[float, ...]] = field(default_factory=dict)
+    measured: Mapping[tuple[int, int, Router], tuple[float, ...]] = field(default_factory=dict)
 
-    def loads(self, experts: int, router: Router) -> tuple[float, ...]:
+    def loads(self, layer: int, experts: int, router: Router) -> tuple[float, ...]:
         """Measured pairs per token of each expert. Without a measurement they are even, and a threshold router keeps
         the most experts it can, which is what it does while it cannot tell them apart."""
-        known = self.measured.get((experts, router))
+        known = self.measured.get((layer, experts, router))
         return known if known is not None else even(experts, router.for_experts(experts).most)
 
-    def expected(self, part: FeedForward, context: Context) -> LayerUse:
+    def expected(self, layer: int, part: FeedForward, context: Context) -> LayerUse:
+        """Use of ``part`` as layer number ``layer``."""
         if part.router is None:
-            return _dense(part)
-        routed, loads = part.neurons - part.shared_size, self.loads(part.experts, part.router)
-        live, rows = _expected_live(loads, context), _expected_rows(loads, context)
-        mean = routed / part.experts
-        pairs = part.router.most if part.router.kind == "top_k" else sum(loads)
-        return LayerUse(
-            pairs,
-            pairs * mean,
-            sum(rows) / context.tokens * mean,
-            loads[0] * part.expert_sizes[0],
-            sum(live),
-        )
+            return dense_use(part)
+        return measured_use(part, LayerLoad(self.loads(layer, part.experts, part.router)), context)
 
     def to_rows(self) -> list[dict]:
         return [
-            {"experts": experts, "router": asdict(router), "pairs_per_token": list(loads)}
-            for (experts, router), loads in self.measured.items()
+            {"layer": layer, "experts": experts, "router": asdict(router), "pairs_per_token": list(loads)}
+            for (layer, experts, router), loads in self.measured.items()
         ]
 
     @staticmethod
     def from_rows(rows: list[dict]) -> Occupancy:
-        return Occupancy({(row["experts"], Router(**row["router"])): tuple(row["pairs_per_token"]) for row in rows})
+        return Occupancy(
+            {(row["layer"], row["experts"], Router(**row["router"])): tuple(row["pairs_per_token"]) for row in rows}
+        )
 
 
 def even(experts: int, pairs: float) -> tuple[float, ...]:
@@ -82,7 +75,7 @@ def worst_use(part: FeedForward, context: Context) -> LayerUse:
     """Every token takes as many experts as its router allows, and the largest ones; yet all experts that the pairs
     suffice for have some, each with a tile that is all but empty."""
     if part.router is None:
-        return _dense(part)
+        return dense_use(part)
     neurons = part.worst_active_neurons - part.shared_size
     live = min(part.experts, context.tokens * part.router.most)
     waste = (context.row_tile - 1) / context.tokens * sum(part.expert_sizes[:live])
@@ -110,7 +103,8 @@ def _use(
     return LayerUse(sum(loads), sum(neurons), tiled / context.tokens, max(neurons), sum(live))
 
 
-def _dense(part: FeedForward) -> LayerUse:
+def dense_use(part: FeedForward) -> LayerUse:
+    """A layer of one expert that every token uses."""
     neurons = part.neurons - part.shared_size
     return LayerUse(1, neurons, neurons, neurons, 1)
 

@@ -13,7 +13,7 @@ import numpy as np
 from nas.compliance import Line, margin_text, worst_status
 from nas.costs.analytic import flops_breakdown
 from nas.costs.context import Context
-from nas.costs.price import Costs, Pricer
+from nas.costs.price import Costs
 from nas.costs.use import LayerUse
 from nas.export import BEST
 from nas.search.loop import SearchResult, hypervolume_history
@@ -57,15 +57,6 @@ class Evaluated:
     evaluations: int
     best: float | None
     hypervolume: float
-
-
-@dataclass(frozen=True)
-class RoutingError:
-    """How far FLOPs expected before evaluation are from those under measured routing, relative to the latter."""
-
-    trials: int
-    median: float
-    largest: float
 
 
 @dataclass(frozen=True)
@@ -172,21 +163,6 @@ def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float
     layers, vocabulary = flops_breakdown(model.architecture, model.uses, context)
     rows = [(f"layer {index}", parts) for index, parts in enumerate(layers)]
     return [*rows, ("vocabulary", {"vocabulary": float(vocabulary)})]
-
-
-def routing_error(trials: Iterable[Trial], pricer: Pricer) -> RoutingError | None:
-    """The error of expected FLOPs over evaluated trials with a threshold router; None where there is none."""
-    errors = [
-        abs(pricer.expected(trial.architecture)["flops"] / trial.costs["flops"] - 1)
-        for trial in trials
-        if trial.state == "evaluated" and _has_threshold_router(trial.architecture)
-    ]
-    return RoutingError(len(errors), float(np.median(errors)), max(errors)) if errors else None
-
-
-def _has_threshold_router(architecture: Architecture) -> bool:
-    routers = (layer.feed_forward.router for layer in architecture.decoder.layers)
-    return any(router is not None and router.kind == "threshold" for router in routers)
 
 
 def training_curves(supernet: Path, retrained: Mapping[str, Path]) -> list[Curve]:

@@ -13,10 +13,8 @@ from nas.report.data import (
     Measurement,
     Model,
     Point,
-    RoutingError,
     pareto_points,
     read_measurements,
-    routing_error,
     search_history,
     training_curves,
 )
@@ -48,7 +46,6 @@ class Findings:
     exports: list[dict[str, Any]]
     curves: list[Curve]
     measurements: list[Measurement]
-    routing: RoutingError | None
 
     @property
     def default_cost(self) -> str:
@@ -87,7 +84,6 @@ def gather(run: Run, summary: dict[str, Any]) -> Findings:
         exports=rows,
         curves=training_curves(run.stages["supernet"].path, first_seeds),
         measurements=read_measurements(run.stages["latency"].path / "measurements.csv"),
-        routing=routing_error(trials, run.pricer),
     )
 
 

@@ -20,6 +20,7 @@ from nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
 from nas.report.trust import trust_section
 from nas.retrain import half_interval
 from nas.summary import over_sentence, predicted_text, verdict
+from nas.trust import flops_sentence
 from nas.units import DIMENSIONS
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -230,14 +231,7 @@ def _training(findings: Findings) -> Iterator[str]:
 def _predictions(findings: Findings) -> Iterator[str]:
     yield paragraph(f"Latency: {findings.summary['latency_predictor']['text']}.")
     yield plot("latency", latency_figure(findings.measurements, findings.context))
-    routing = findings.routing
-    yield paragraph(
-        "No evaluated architecture has a threshold router."
-        if routing is None
-        else f"FLOPs: over {routing.trials} evaluated architectures with threshold routers, FLOPs per token predicted "
-        f"before evaluation and those under the measured routing differ by {routing.median:.1%} in the median and by "
-        f"{routing.largest:.1%} at most."
-    )
+    yield paragraph(flops_sentence(findings.summary["trust"]["flops"]))
 
 
 def _reproduce(findings: Findings) -> Iterator[str]:

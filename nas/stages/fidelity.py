@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nas.config import FEWEST_MEMBERS
+from nas.costs.probe import autocast
 from nas.ranking import agreement
 from nas.retrain import paired_difference, retrain
 from nas.run_directory import StageDirectory, fingerprint
@@ -23,9 +24,10 @@ from nas.stages.search import InheritedLoss, load_search
 from nas.trust import FLOPS, INHERITED, PARAMETERS
 from search_spaces import Architecture, StageFailed
 from search_spaces.files import read_json, write_atomically, write_json
-from supernet import Evaluation
+from supernet import Evaluation, evaluate
 
 _LEVEL = 0.05
+_FLOPS_MODELS = 16
 
 
 def run_fidelity(run: Run) -> None:
@@ -35,6 +37,7 @@ def run_fidelity(run: Run) -> None:
             return
         trials, result = load_search(run)
         found = _tell_apart(run, result)
+        found["flops"] = _flops_errors(run, trials)
         found["check"] = _check(run, stage, trials) if run.config.fidelity.check else None
         write_json(stage.path / "fidelity.json", found)
         for weights in stage.path.glob("*/*.safetensors"):  # of models trained too little to be of use
@@ -74,6 +77,31 @@ def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
         "neighbours_that_differ": int(np.diagonal(differ, 1).sum()),
         "rivals": rows[size:],
     }
+
+
+def _flops_errors(run: Run, trials: list[Trial]) -> dict[str, Any] | None:
+    """Relative errors of FLOPs on unseen text (the test split): as they are expected ``before`` a model with threshold
+    routers is evaluated, and ``after`` it was, on the validation split. None where no trial has such a router."""
+    models = choose_members([trial for trial in trials if has_threshold_router(trial.architecture)], _FLOPS_MODELS)
+    windows, pricer = run.windows("test", run.config.search.evaluation_windows), run.pricer
+    errors: dict[str, list[float]] = {"before": [], "after": []}
+    with run.task("FLOPs") as task, autocast(run.device):
+        for done, trial in enumerate(models):
+            task.update(done, len(models), f"trial {trial.number}")
+            loads = evaluate(run.supernet, windows, trial.architecture).loads
+            unseen = pricer.measured(trial.architecture, loads)["flops"]
+            errors["before"].append(abs(pricer.expected(trial.architecture)["flops"] / unseen - 1))
+            errors["after"].append(abs(trial.costs["flops"] / unseen - 1))
+        task.update(len(models), len(models))
+    if not models:
+        return None
+    summary = {when: {"median": float(np.median(e)), "largest": max(e)} for when, e in errors.items()}
+    return {"models": len(models), **summary}
+
+
+def has_threshold_router(architecture: Architecture) -> bool:
+    routers = (layer.feed_forward.router for layer in architecture.decoder.layers)
+    return any(router is not None and router.kind == "threshold" for router in routers)
 
 
 def _check(run: Run, stage: StageDirectory, trials: list[Trial]) -> dict[str, Any]:

@@ -42,7 +42,11 @@ def check_budget(run: Run) -> None:
     yet, and a budget that may turn out possible is not refused.
     """
     one_expert = Occupancy(
-        {(experts, router): even(experts, 1) for experts, router in routers(run.space) if router.kind == "threshold"}
+        {
+            (layer, experts, router): even(experts, 1)
+            for layer, experts, router in routers(run.space)
+            if router.kind == "threshold"
+        }
     )
     predictor = None
     if "latency" in run.config.budget:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
+import numpy as np
 import torch
 
 from nas.config import Config
@@ -13,13 +15,13 @@ from nas.data import Corpus
 from nas.device import Device
 from nas.retrain import train_settings
 from nas.stages.run import Run
-from search_spaces import FeedForward, Router, SearchSpace
+from search_spaces import Architecture, FeedForward, Router, SearchSpace
 from search_spaces.files import write_json
 from supernet import Sandwich, TrainData, TrainSettings, Transformer, evaluate, train
 from supernet.checkpoint import save_tensors
 from supernet.train import CHECKPOINT
 
-_OCCUPANCY_WINDOWS = 32
+_OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS = 16, 96
 
 
 def run_supernet(run: Run) -> None:
@@ -53,7 +55,7 @@ def run_supernet(run: Run) -> None:
 def supernet_training(
     config: Config, space: SearchSpace, corpus: Corpus, device: Device
 ) -> tuple[Transformer, TrainData, TrainSettings]:
-    """What ``train`` needs for the supernet of ``config``: its initial weights, its slices and batches, its settings."""
+    """What ``train`` needs for the supernet of ``config``: initial weights, slices and batches, settings."""
     chosen, seed = config.supernet, config.seed
     torch.manual_seed(seed)
     model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing, frozenset(chosen.own), space.widths)
@@ -65,7 +67,7 @@ def supernet_training(
         chosen.sampling,
         largest_first,
         chosen.steps,
-        chosen.ends,
+        chosen.always,
         chosen.anneal,
         chosen.staged,
     )
@@ -75,43 +77,39 @@ def supernet_training(
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
-    """The load of the experts, most loaded first, under every router in the space: the mean over the layers that can
-    have it.
-
-    Each is seen in a network like the largest one in which every layer that offers it has it; an architecture's
-    own loads are measured when it is evaluated.
-    """
-    windows = run.windows("validation", _OCCUPANCY_WINDOWS)
-    measured = {}
+    """The load of the experts under every router in the space, layer by layer: the mean over random members that have
+    it there, and over one like the largest in which every layer that offers it has it."""
+    windows, rng = run.windows("validation", _OCCUPANCY_WINDOWS), Random(f"{run.config.seed}/occupancy")
+    hosts = dict.fromkeys(_with_router(run.space, experts, router) for _, experts, router in routers(run.space))
+    hosts |= dict.fromkeys(run.space.sample_balanced(rng) for _ in range(_OCCUPANCY_MEMBERS))
+    seen: dict[tuple[int, int, Router], list[tuple[float, ...]]] = {}
     with autocast(run.device):
-        for experts, router in routers(run.space):
-            architecture, positions = _with_router(run.space, experts, router)
-            loads = evaluate(model, windows, architecture).loads
-            ranked = [sorted(load.pairs_per_token, reverse=True) for i in positions if (load := loads[i]) is not None]
-            measured[experts, router] = tuple(sum(shares) / len(ranked) for shares in zip(*ranked, strict=True))
-    return Occupancy(measured)
+        for host in hosts:
+            loads = evaluate(model, windows, host).loads
+            for index, (layer, load) in enumerate(zip(host.decoder.layers, loads, strict=True)):
+                part = layer.feed_forward
+                if part.router is not None and load is not None:
+                    seen.setdefault((index, part.experts, part.router), []).append(load.pairs_per_token)
+    return Occupancy({key: tuple(np.mean(rows, axis=0).tolist()) for key, rows in seen.items()})
 
 
-def routers(space: SearchSpace) -> list[tuple[int, Router]]:
-    """(number of experts, router) of every router that some layer offers."""
-    return list(
-        dict.fromkeys(
-            (group.experts, router)
-            for layer in space.layers
-            for group in layer.groups
-            for router in group.routers
-            if router is not None
-        )
-    )
+def routers(space: SearchSpace) -> list[tuple[int, int, Router]]:
+    """(layer, number of experts, router) of every router that a layer offers."""
+    return [
+        (index, group.experts, router)
+        for index, layer in enumerate(space.layers)
+        for group in layer.groups
+        for router in group.routers
+        if router is not None
+    ]
 
 
-def _with_router(space: SearchSpace, experts: int, router: Router):
-    """The largest network with ``router`` and ``experts`` middle-sized experts wherever that is offered, and where."""
-    layers, positions = list(space.largest.decoder.layers), []
+def _with_router(space: SearchSpace, experts: int, router: Router) -> Architecture:
+    """The largest network with ``router`` and ``experts`` middle-sized experts wherever that is offered."""
+    layers = list(space.largest.decoder.layers)
     for index, layer in enumerate(layers):
         group = space.layers[index].group(experts)
         if group is not None and router in group.routers:
             part = FeedForward((group.sizes[len(group.sizes) // 2],) * experts, router, group.shared_sizes[0])
             layers[index] = replace(layer, feed_forward=part)
-            positions.append(index)
-    return space.build(space.largest.decoder.width, tuple(layers)), positions
+    return space.build(space.largest.decoder.width, tuple(layers))

@@ -148,14 +148,14 @@ THRESHOLD = Router("threshold", threshold=0.9, max_k=4)
 
 def test_top_k_costs_k_experts_and_a_threshold_what_was_measured():
     part = FeedForward((64, 32, 32, 16), THRESHOLD, shared_size=16)
-    uniform = Occupancy().expected(part, CONTEXT)
+    uniform = Occupancy().expected(0, part, CONTEXT)
     assert uniform.pairs == 4  # ceil(0.9 * 4) of uniform probabilities
-    known = Occupancy({(4, THRESHOLD): (0.5, 0.5, 0.25, 0.0)}).expected(part, CONTEXT)
-    assert (known.pairs, known.neurons) == (1.25, 1.25 * 144 / 4)
+    known = Occupancy({(0, 4, THRESHOLD): (0.5, 0.5, 0.25, 0.0)}).expected(0, part, CONTEXT)
+    assert (known.pairs, known.neurons) == (1.25, 0.5 * 64 + 0.5 * 32 + 0.25 * 32)
     assert worst_use(part, CONTEXT).neurons == 144
     assert worst_use(FeedForward((64, 32, 16), Router("top_k", k=2)), CONTEXT).neurons == 96
-    top = Occupancy({(4, THRESHOLD): (1.0, 0.25, 0.0, 0.0)}).expected(
-        FeedForward((64, 32), Router("top_k", k=1)), CONTEXT
+    top = Occupancy({(0, 4, THRESHOLD): (1.0, 0.25, 0.0, 0.0)}).expected(
+        0, FeedForward((64, 32), Router("top_k", k=1)), CONTEXT
     )
     assert (top.pairs, top.neurons) == (1, 48)
 
@@ -180,7 +180,7 @@ def test_expected_use_is_the_mean_of_batches(tokens, skew):
     router = Router("top_k", k=1)
     part, context = FeedForward((32,) * experts, router), Context(VOCABULARY, tokens, 1)
     batches = [counted_use(part, rng.multinomial(tokens, shares).tolist(), context) for _ in range(400)]
-    expected = Occupancy({(experts, router): tuple(shares)}).expected(part, context)
+    expected = Occupancy({(0, experts, router): tuple(shares)}).expected(0, part, context)
     measured = measured_use(part, LayerLoad(tuple(shares)), context)
     for name, tolerance in (("neurons", 1e-9), ("live_experts", 0.05), ("tiled_neurons", 0.08)):
         mean = np.mean([getattr(batch, name) for batch in batches])
@@ -189,7 +189,7 @@ def test_expected_use_is_the_mean_of_batches(tokens, skew):
 
 
 def test_occupancy_survives_its_file():
-    occupancy = Occupancy({(8, THRESHOLD): (1.0, 0.5), (2, Router("top_k", k=1)): (0.75, 0.25)})
+    occupancy = Occupancy({(1, 8, THRESHOLD): (1.0, 0.5), (0, 2, Router("top_k", k=1)): (0.75, 0.25)})
     assert Occupancy.from_rows(json.loads(json.dumps(occupancy.to_rows()))) == occupancy
 
 

@@ -26,7 +26,7 @@ from nas.search.trials import Trial, read_trials
 from nas.stages.fidelity import choose_members, compare_judges, run_fidelity
 from nas.stages.pipeline import run_stages
 from nas.stages.run import Run
-from nas.trust import check_sentence, front_sentence, rivals_sentence
+from nas.trust import check_sentence, flops_sentence, front_sentence, rivals_sentence
 from search_spaces import Interrupted, StageFailed, load_space, preset_source
 from search_spaces.files import read_json
 
@@ -77,6 +77,9 @@ def test_it_tests_the_front_and_trains_members(micro_config, fresh):
     assert not trust["front"][0]["differs"]
     rivals = json.loads((fresh / "search" / "rivals.json").read_text())
     assert [row["loss"] for row in trust["rivals"]] == pytest.approx([rival["loss"] for rival in rivals])
+    flops = trust["flops"]
+    assert flops is None or 0 <= flops["before"]["median"] <= flops["before"]["largest"]
+    assert flops is None or 0 <= flops["after"]["median"] <= flops["after"]["largest"] < 0.5
     check = trust["check"]
     with open(fresh / "fidelity" / "check.csv", newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -234,6 +237,9 @@ def test_sentences_on_what_losses_tell_apart():
         {"name": "dense", "differs": False, "above_best": {"mean": -0.001, "standard_error": 0.004}},
     ]
     trust = {"sequences": 64, "front": [best, near, far], "neighbours_that_differ": 1, "rivals": rivals, "check": None}
+    errors = {"before": {"median": 0.011, "largest": 0.054}, "after": {"median": 0.001, "largest": 0.007}}
+    assert "1.1% in the median and 5.4% at most" in flops_sentence({"models": 16, **errors})
+    assert "exact" in flops_sentence(None)
     text = front_sentence(trust)
     assert "2 levels apart among the 3 members" in text
     assert "1 of 2 others differ from the best one, and 1 of 2 pairs" in text

@@ -143,11 +143,6 @@ def test_curves_are_of_the_supernet_and_every_contestant(run: Run, findings: Fin
     assert training_curves(tmp_path, {"absent": tmp_path / "absent"}) == []
 
 
-def test_routing_error_is_over_threshold_routers(findings: Findings):
-    routing = findings.routing
-    assert routing is None or (0 < routing.trials <= 16 and 0 <= routing.median <= routing.largest)
-
-
 def test_measurements(tmp_path):
     (tmp_path / "m.csv").write_text("kind,measured_ms,predicted_ms,head_macs\nmodel,1.5,1.25,7\n")
     assert read_measurements(tmp_path / "m.csv") == [Measurement("model", 1.5, 1.25)]
@@ -234,7 +229,6 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
         summary={**findings.summary, "rivals": []},
         models=findings.models[:1],
         exported=[],
-        routing=None,
         points=[point for point in findings.points if point.kind in ("evaluated", *ON_FRONT)],
         objectives=("loss",),
     )
