@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-INHERITED, FLOPS, PARAMETERS = "inherited loss", "counting FLOPs", "counting parameters"
-"""Judges of architectures: the search's, and the two that cost nothing."""
+INHERITED, CORRECTED = "inherited loss", "inherited loss, corrected"
+FLOPS, PARAMETERS = "counting FLOPs", "counting parameters"
+"""Judges of architectures: the search's, the same corrected by trainings, and the two that cost nothing."""
 _WIDE = 0.5
 """A 95 % interval of Kendall's tau this wide cannot tell a good judge from a middling one."""
 
@@ -93,7 +94,24 @@ def check_sentence(check: Found | None) -> str:
     beaten = [name for name in (FLOPS, PARAMETERS) if (own["tau"] or 0.0) <= (judges[name]["tau"] or 0.0)]
     if beaten:
         text += f". This supernet ranked no better than {' or '.join(beaten)}"
-    return text + "."
+    return f"{text}.{_correction_text(judges)}"
+
+
+def _correction_text(judges: Found) -> str:
+    if CORRECTED not in judges:
+        return ""
+    own, corrected = judges[INHERITED], judges[CORRECTED]
+    text = f" Corrected by the other trainings, losses ranked each with tau {tau_text(corrected)}"
+    if corrects(judges):
+        return f"{text}, so that corrected losses decide what is exported and which rivals it meets."
+    return f"{text}, no better than the {_number(own['tau'])} of uncorrected ones, which decide."
+
+
+def corrects(judges: Found | None) -> bool:
+    """Whether corrected losses rank what they have not seen better than the inherited ones do."""
+    if judges is None or CORRECTED not in judges:
+        return False
+    return (judges[CORRECTED]["tau"] or 0.0) > (judges[INHERITED]["tau"] or 0.0)
 
 
 def tau_text(judge: Found) -> str:

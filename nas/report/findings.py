@@ -21,6 +21,7 @@ from nas.report.data import (
 from nas.retrain import seed_directory
 from nas.search.budget import BudgetLine
 from nas.search.loop import SearchResult
+from nas.stages.fidelity import load_rivals
 from nas.stages.retrain import SEARCHED
 from nas.stages.run import Run
 from nas.stages.search import load_search
@@ -61,7 +62,7 @@ def gather(run: Run, summary: dict[str, Any]) -> Findings:
     chosen = summary["chosen"]
     rivals = [
         Point("rival", rival["kind"].replace(" ", "-"), architecture, run.pricer.expected(architecture), rival["loss"])
-        for rival in read_json(run.stages["search"].path / "rivals.json")
+        for rival in load_rivals(run)
         for architecture in (Architecture.from_dict(rival["architecture"]),)
     ]
     retrained = [chosen["retrained"], *summary["rivals"]]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from nas.costs.price import Costs
 from nas.search.budget import Budget
 from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from supernet import Evaluation
 
 _JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
@@ -16,16 +18,20 @@ _JUDGED = 64
 
 @dataclass(frozen=True)
 class Rival:
-    """``loss`` is inherited; None where none of the kind fits."""
+    """``loss`` is inherited, ``costs`` are under the routing that was seen."""
 
     kind: Literal["uniform", "dense"]
     architecture: Architecture
     loss: float
+    costs: Costs
 
 
-def choose_rivals(space: SearchSpace, budget: Budget, inherited_loss: Callable[[Architecture], float]) -> list[Rival]:
-    """The best of each kind by inherited loss: the same judge, weights and budget as the search had."""
-    rivals = []
+def judge_rivals(
+    space: SearchSpace, budget: Budget, evaluate: Callable[[Architecture], Evaluation]
+) -> dict[str, list[Rival]]:
+    """Uniform and dense layouts inside the budget by rising inherited loss: the same judge, weights and budget as the
+    search had. A kind of which nothing fits is left out."""
+    rivals = {}
     kinds: tuple[tuple[Literal["uniform", "dense"], list[Architecture]], ...] = (
         ("uniform", uniform_layouts(space, sparse=True)),
         ("dense", uniform_layouts(space, sparse=False)),
@@ -33,9 +39,13 @@ def choose_rivals(space: SearchSpace, budget: Budget, inherited_loss: Callable[[
     for kind, layouts in kinds:
         inside = [a for a in layouts if budget.fits(a)]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
-        judged = [Rival(kind, a, inherited_loss(a)) for a in inside[:_JUDGED]]
+        judged = []
+        for architecture in inside[:_JUDGED]:
+            evaluation = evaluate(architecture)
+            costs = budget.pricer.measured(architecture, evaluation.loads)
+            judged.append(Rival(kind, architecture, evaluation.loss, costs))
         if judged:
-            rivals.append(min(judged, key=lambda rival: rival.loss))
+            rivals[kind] = sorted(judged, key=lambda rival: rival.loss)
     return rivals
 
 

@@ -18,6 +18,7 @@ from nas.run_directory import fingerprint
 from nas.search.loop import SearchResult
 from nas.search.pareto import spread
 from nas.search.trials import Trial
+from nas.stages.fidelity import load_judged
 from nas.stages.run import Run
 from nas.stages.search import load_search
 from search_spaces.files import write_json, write_text
@@ -40,7 +41,7 @@ class Candidate:
 def run_export(run: Run) -> None:
     """Leaves a folder for ``best`` and each ``front-N``, and ``exports.json``.
 
-    ``best`` is the trial of least inherited loss that keeps the budget when it is measured. Members of the front that
+    ``best`` is the trial judged best that keeps the budget when it is measured. Members of the front that
     do not keep it are exported and flagged.
     """
     with run.work("export") as stage:
@@ -49,7 +50,7 @@ def run_export(run: Run) -> None:
         trials, result = load_search(run)
         with run.task("export") as task:
             task.update(0, 1 + run.config.export.front, BEST)
-            best, refused = choose_best(run, trials, result)
+            best, refused = choose_best(run, trials)
             rows = [_export(run, stage.path / BEST, best, refused)]
             others = _spread_front(result, {best.trial.number, *(row["trial"] for row in refused)}, run)
             for place, trial in enumerate(others, start=1):
@@ -65,14 +66,16 @@ def run_export(run: Run) -> None:
         write_text(stage.path / "digest", fingerprint({row["name"]: row["fingerprint"] for row in rows}))
 
 
-def choose_best(run: Run, trials: list[Trial], result: SearchResult) -> tuple[Candidate, list[dict[str, Any]]]:
-    """The first feasible trial by inherited loss that is not over a budget line when measured, and those refused.
+def choose_best(run: Run, trials: list[Trial]) -> tuple[Candidate, list[dict[str, Any]]]:
+    """The first feasible trial that is not over a budget line when measured, and those refused. Their order is that of
+    the inherited losses, or of the corrected ones where the check of the ranking found those better.
 
     Where none of the first few keeps the budget it is the one that exceeds it least. A refused one is
     ``{trial, fingerprint, validation_loss, over}``, with the budget lines that it breaks.
     """
-    rest = [trial for trial in trials if trial.feasible and trial.number != result.best.number]
-    order = [result.best, *sorted(rest, key=lambda trial: (trial.loss, trial.number))][:_CANDIDATES]
+    judged = load_judged(run)
+    feasible = [trial for trial in trials if trial.feasible]
+    order = sorted(feasible, key=lambda t: (judged.get(str(t.number), t.loss), t.values, t.number))[:_CANDIDATES]
     refused: list[Candidate] = []
     for trial in order:
         candidate = _measure(run, trial)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nas.config import FEWEST_MEMBERS
+from nas.correction import Judged
 from nas.costs.probe import autocast
-from nas.ranking import agreement
+from nas.judges import compare_judges, correction_of, judged_trial
 from nas.retrain import paired_difference, retrain
 from nas.run_directory import StageDirectory, fingerprint
 from nas.search.loop import SearchResult
@@ -21,9 +20,9 @@ from nas.search.trials import Trial
 from nas.significance import adjusted_p_values, levels
 from nas.stages.run import Run
 from nas.stages.search import InheritedLoss, load_search
-from nas.trust import FLOPS, INHERITED, PARAMETERS
+from nas.trust import corrects
 from search_spaces import Architecture, StageFailed
-from search_spaces.files import read_json, write_atomically, write_json
+from search_spaces.files import read_json, write_atomically, write_json, write_text
 from supernet import Evaluation, evaluate
 
 _LEVEL = 0.05
@@ -38,15 +37,28 @@ def run_fidelity(run: Run) -> None:
         trials, result = load_search(run)
         found = _tell_apart(run, result)
         found["flops"] = _flops_errors(run, trials)
-        found["check"] = _check(run, stage, trials) if run.config.fidelity.check else None
+        rivals = read_json(run.stages["search"].path / "rivals.json")
+        found |= {"check": None, "corrected": {}}
+        marks = [rival["loss"] for rival in rivals]
+        if run.config.fidelity.check:
+            found["check"] = check = _check(run, stage, trials)
+            correction = correction_of(trials, check["members"])
+            if correction is not None and corrects(check["judges"]):
+                feasible = [trial for trial in trials if trial.feasible]
+                losses = correction([judged_trial(trial) for trial in feasible])
+                found["corrected"] = {str(t.number): float(loss) for t, loss in zip(feasible, losses, strict=True)}
+                marks = correction([_judged_rival(rival) for rival in rivals])
+        found["contenders"] = _best_of_kind(rivals, marks)
         write_json(stage.path / "fidelity.json", found)
+        write_text(stage.path / "digest", fingerprint(found["corrected"]))
         for weights in stage.path.glob("*/*.safetensors"):  # of models trained too little to be of use
             weights.unlink()
 
 
 def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
     """The front by rising loss and the search's rivals, each with its loss and whether it differs from the best one."""
-    rivals = read_json(run.stages["search"].path / "rivals.json")
+    judged = read_json(run.stages["search"].path / "rivals.json")
+    rivals = _best_of_kind(judged, [rival["loss"] for rival in judged])
     models = {f"trial {trial.number}": trial.architecture for trial in result.front}
     models |= {rival["kind"].replace(" ", "-"): Architecture.from_dict(rival["architecture"]) for rival in rivals}
     inherited_loss = InheritedLoss(run)
@@ -129,7 +141,7 @@ def _check(run: Run, stage: StageDirectory, trials: list[Trial]) -> dict[str, An
                 }
             )
     _write_table(stage.path / "check.csv", rows)
-    return {"steps": steps, "members": rows, "judges": compare_judges(rows)}
+    return {"steps": steps, "members": rows, "judges": compare_judges(rows, correction_of(trials, rows))}
 
 
 def choose_members(trials: list[Trial], count: int) -> list[Trial]:
@@ -141,26 +153,28 @@ def choose_members(trials: list[Trial], count: int) -> list[Trial]:
     return [order[index * (len(order) - 1) // (count - 1)] for index in range(count)]
 
 
-def compare_judges(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
-    """Agreement of inherited losses, and of two judges that cost nothing, with the losses of the members that finished
-    training; None where those are too few. ``null`` stands for what is not defined."""
-    finished = [row for row in rows if row["retrained_loss"] is not None]
-    if len(finished) < FEWEST_MEMBERS:
-        return None
+def _best_of_kind(rivals: list[dict[str, Any]], marks: Sequence[float] | np.ndarray) -> list[dict[str, Any]]:
+    """Of each kind the rival with the least mark."""
+    best: dict[str, tuple[float, dict[str, Any]]] = {}
+    for rival, mark in zip(rivals, marks, strict=True):
+        if rival["kind"] not in best or mark < best[rival["kind"]][0]:
+            best[rival["kind"]] = mark, rival
+    return [rival for _, rival in best.values()]
 
-    def column(name: str) -> np.ndarray:
-        return np.array([row[name] for row in finished], dtype=float)
 
-    judges = {
-        INHERITED: column("inherited_loss"),
-        FLOPS: -column("flops"),  # more is better
-        PARAMETERS: -column("parameters"),
-    }
-    found = {name: asdict(agreement(marks, column("retrained_loss"))) for name, marks in judges.items()}
-    return {
-        name: {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for name, row in found.items()
-    }
+def _judged_rival(rival: dict[str, Any]) -> Judged:
+    architecture, costs = Architecture.from_dict(rival["architecture"]), rival["costs"]
+    return Judged(architecture, rival["loss"], costs["flops"], costs["parameters"])
+
+
+def load_judged(run: Run) -> dict[str, float]:
+    """The corrected loss of feasible trials by their number; empty where inherited losses decide."""
+    return read_json(run.stages["fidelity"].path / "fidelity.json")["corrected"]
+
+
+def load_rivals(run: Run) -> list[dict[str, Any]]:
+    """The best uniform and the best dense layout, ``{kind, loss, costs, architecture}``: judged as the searched one."""
+    return read_json(run.stages["fidelity"].path / "fidelity.json")["contenders"]
 
 
 def _train(

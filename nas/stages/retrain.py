@@ -17,6 +17,7 @@ from nas.progress import Reporter
 from nas.retrain import difference_over_seeds, loss_figures, over_seeds, retrain, seed_directory
 from nas.run_directory import RunDirectory, StageDirectory, fingerprint, stopwatch
 from nas.search.thresholds import hold_budget
+from nas.stages.fidelity import load_rivals
 from nas.stages.run import Run
 from search_spaces import Architecture, MoesaicError
 from search_spaces.files import read_json, write_json, write_text
@@ -149,7 +150,7 @@ def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
     best = load_exported(run.stages["export"].path / BEST).architecture
     models = {SEARCHED: (best, figures["validation_loss"])}
     if run.config.retrain.rivals:
-        for rival in read_json(run.stages["search"].path / "rivals.json"):
+        for rival in load_rivals(run):
             models[rival["kind"].replace(" ", "-")] = (Architecture.from_dict(rival["architecture"]), rival["loss"])
     return models
 

@@ -34,7 +34,7 @@ STAGES = ("supernet", "latency", "search", "fidelity", "export", "retrain", "rep
 _UPSTREAM = {
     "search": ("supernet", "latency"),
     "fidelity": ("search",),
-    "export": ("search",),
+    "export": ("search", "fidelity"),
     "retrain": ("export",),
     "report": ("fidelity", "retrain"),
 }

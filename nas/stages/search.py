@@ -13,7 +13,7 @@ from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
 from nas.search.loop import SearchResult, hypervolume_history, result_of, run_search
 from nas.search.mirror import JournalMirror
-from nas.search.rivals import choose_rivals
+from nas.search.rivals import judge_rivals
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog, read_trials
 from nas.stages.run import Run
@@ -63,11 +63,13 @@ def run_search_stage(run: Run) -> None:
                 allowed="a larger budget, or more trials",
             )
         with run.task("rivals"):
-            rivals = choose_rivals(run.space, budget, lambda architecture: evaluator(architecture).loss)
-        write_json(
-            stage.path / "rivals.json",
-            [{"kind": r.kind, "loss": r.loss, "architecture": r.architecture.to_dict()} for r in rivals],
-        )
+            rivals = judge_rivals(run.space, budget, evaluator)
+        rows = [
+            {"kind": r.kind, "loss": r.loss, "costs": dict(r.costs), "architecture": r.architecture.to_dict()}
+            for judged in rivals.values()
+            for r in judged
+        ]
+        write_json(stage.path / "rivals.json", rows)
         write_front(stage.path / "pareto.csv", result)
         states = [trial.state for trial in log.trials]
         write_json(

@@ -9,26 +9,32 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.stats import kendalltau
 
 import nas.retrain
 import nas.stages.fidelity
 from nas.config import load_config
+from nas.correction import Correction
+from nas.judges import compare_judges, correction_of, judged_trial
 from nas.progress import Reporter
 from nas.report.trust import trust_section
 from nas.search.loop import result_of
 from nas.search.trials import Trial, read_trials
-from nas.stages.fidelity import choose_members, compare_judges, run_fidelity
+from nas.stages.export import run_export
+from nas.stages.fidelity import choose_members, load_judged, run_fidelity
 from nas.stages.pipeline import run_stages
 from nas.stages.run import Run
-from nas.trust import check_sentence, flops_sentence, front_sentence, rivals_sentence
+from nas.trust import check_sentence, corrects, flops_sentence, front_sentence, rivals_sentence
 from search_spaces import Interrupted, StageFailed, load_space, preset_source
 from search_spaces.files import read_json
+from supernet import Evaluation
 
 QUICK = (
     "supernet.steps=3",
@@ -75,7 +81,10 @@ def test_it_tests_the_front_and_trains_members(micro_config, fresh):
     assert [row["standard_error"] for row in trust["front"]] == pytest.approx([t.standard_error for t in result.front])
     assert trust["front"][0]["above_best"]["mean"] == 0
     assert not trust["front"][0]["differs"]
-    rivals = json.loads((fresh / "search" / "rivals.json").read_text())
+    rivals = trust["contenders"]
+    assert {rival["kind"] for rival in rivals} == {
+        rival["kind"] for rival in json.loads((fresh / "search" / "rivals.json").read_text())
+    }
     assert [row["loss"] for row in trust["rivals"]] == pytest.approx([rival["loss"] for rival in rivals])
     flops = trust["flops"]
     assert flops is None or 0 <= flops["before"]["median"] <= flops["before"]["largest"]
@@ -104,7 +113,12 @@ def test_without_a_check_nothing_is_trained(micro_config, fresh):
     run_fidelity(run)
     assert found(run)["check"] is None
     assert found(run)["front"]
-    assert {path.name for path in (fresh / "fidelity").iterdir()} == {"inputs.json", "artifact.json", "fidelity.json"}
+    assert {path.name for path in (fresh / "fidelity").iterdir()} == {
+        "inputs.json",
+        "artifact.json",
+        "digest",
+        "fidelity.json",
+    }
 
 
 def test_stopped_after_a_member_it_continues_with_the_next(micro_config, fresh, tmp_path, monkeypatch):
@@ -168,8 +182,8 @@ def test_models_to_use_do_not_wait_for_it_and_the_report_does(micro_config, fres
     run, other = open_run(micro_config, fresh), open_run(micro_config, fresh, "fidelity.check=5")
     assert run.stages["fidelity"].fingerprint != other.stages["fidelity"].fingerprint
     assert run.stages["report"].fingerprint != other.stages["report"].fingerprint
-    for stage in ("search", "export", "retrain"):
-        assert run.stages[stage].fingerprint == other.stages[stage].fingerprint
+    assert run.stages["search"].fingerprint == other.stages["search"].fingerprint
+    assert run.stages["export"].fingerprint != other.stages["export"].fingerprint  # a correction may choose another
     more_steps = open_run(micro_config, fresh, "retrain.steps=7", "retrain.init=inherited")
     assert more_steps.stages["fidelity"].fingerprint == run.stages["fidelity"].fingerprint
     with run.work("export") as stage:
@@ -225,6 +239,77 @@ def test_the_verdict_says_when_counting_is_as_good_and_when_the_interval_is_wide
     assert "no better than counting FLOPs or counting parameters" in equal
     assert "with 4 members the interval is wide" in judged(rising[:4], mixed[:4], mixed[:4])
     assert "fidelity.check=8" in check_sentence(None)
+
+
+def wide_and_narrow(count: int) -> tuple[list[Trial], list[dict]]:
+    """Trials of a supernet that favours narrow slices, and their stand-alone losses: half of what inheritance says,
+    less something for every step of width."""
+    rng, trials, rows = Random(0), [], []
+    space = load_space(preset_source("small"))
+    for number in range(count):
+        architecture = space.sample_balanced(rng)
+        costs = {"flops": 1e6, "active_parameters": 1e5, "parameters": 1e5}
+        loss = 3 + rng.random() / 10
+        trials.append(Trial(number, "evaluated", architecture, costs, {"flops": -0.1}, loss=loss))
+        retrained = 0.5 * loss - architecture.decoder.width / 200
+        rows.append({"trial": number, "inherited_loss": loss, "retrained_loss": retrained, **costs})
+    return trials, rows
+
+
+def test_trainings_correct_a_bias_and_are_left_out_of_their_own_correction():
+    trials, rows = wide_and_narrow(24)
+    trained = rows[:16]
+    correction = correction_of(trials, trained)
+    assert correction is not None
+    judges = compare_judges(trained, correction)
+    assert judges is not None
+    assert corrects(judges)
+    assert judges["inherited loss, corrected"]["tau"] > 0.8 > judges["inherited loss"]["tau"]
+    unseen = correction([judged_trial(trial) for trial in trials[16:]])
+    truth = np.array([row["retrained_loss"] for row in rows[16:]])
+    assert kendalltau(unseen, truth).statistic > 0.8
+    alone = Correction(correction.features[1:], correction.losses[1:]).predict(correction.features[:1])
+    assert correction.left_out()[0] == pytest.approx(alone[0])
+    assert correction_of(trials, rows[:7]) is None
+    assert "decide what is exported" in check_sentence({"steps": 9, "members": trained, "judges": judges})
+
+
+def test_a_correction_of_noise_is_not_used():
+    trials, rows = wide_and_narrow(16)
+    for row in rows:
+        row["retrained_loss"] = row["inherited_loss"]
+    judges = compare_judges(rows, correction_of(trials, rows))
+    assert judges is not None
+    assert judges["inherited loss"]["tau"] == pytest.approx(1)
+    assert not corrects(judges)
+    assert "which decide" in check_sentence({"steps": 9, "members": rows, "judges": judges})
+
+
+def test_a_column_that_does_not_vary_says_nothing():
+    x = np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    predicted = Correction(x, np.array([1.0, 2.0, 3.0])).predict(np.array([[2.5, 5.0], [2.5, 9.0]]))
+    assert predicted[0] == predicted[1]
+    assert 2 < predicted[0] < 2.5
+
+
+def test_corrected_losses_choose_what_is_exported(micro_config, fresh, monkeypatch):
+    """Stand-alone losses are made up to favour the trial that inheritance puts last."""
+    run = open_run(micro_config, fresh, "fidelity.check=8")
+    trials = [trial for trial in read_trials(fresh / "search" / "trials.jsonl") if trial.feasible]
+    order = {t.architecture.fingerprint: place for place, t in enumerate(sorted(trials, key=lambda t: t.loss or 0))}
+    monkeypatch.setattr(
+        nas.stages.fidelity,
+        "_train",
+        lambda run, stage, trial, on_step: Evaluation(3 - 0.1 * order[trial.architecture.fingerprint], 0.01, 10, ()),
+    )
+    run_fidelity(run)
+    judged = load_judged(run)
+    assert set(judged) == {str(trial.number) for trial in trials}
+    assert "decide what is exported" in check_sentence(found(run)["check"])
+    run_export(run)
+    best = read_json(run.stages["export"].path / "best" / "figures.json")
+    assert str(best["trial"]) == min(judged, key=lambda number: judged[number])
+    assert best["trial"] != min(trials, key=lambda trial: trial.loss or 0).number
 
 
 def test_sentences_on_what_losses_tell_apart():

@@ -12,7 +12,7 @@ from nas.config import SearchConfig
 from nas.search.genome import Genome
 from nas.search.loop import hypervolume_history, result_of
 from nas.search.mirror import JournalMirror
-from nas.search.rivals import choose_rivals, uniform_layouts
+from nas.search.rivals import judge_rivals, uniform_layouts
 from search_spaces import Interrupted, load_space, preset_source
 from supernet import Evaluation
 from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
@@ -203,7 +203,9 @@ def test_the_dashboard_sees_every_trial_and_the_journal_is_made_again_when_it_la
 def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
     space = tiny_space()
     budget = budget_of(space, flops="60%")
-    rivals = {r.kind: r for r in choose_rivals(space, budget, lambda a: formula(a).loss)}
+    judged = judge_rivals(space, budget, formula)
+    assert all(few == sorted(few, key=lambda r: r.loss) for few in judged.values())
+    rivals = {kind: few[0] for kind, few in judged.items()}
     assert set(rivals) == {"uniform", "dense"}
     for kind, rival in rivals.items():
         assert budget.fits(rival.architecture)
