@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 from truth import HERE, read_rows
 
+from nas.correction import Correction, Judged, features
 from nas.ranking import agreement, bootstrap
 from nas.summary import versions
 from search_spaces import Architecture
@@ -24,7 +25,7 @@ from search_spaces.files import write_json, write_text
 NEAR = 0.1
 """Two members are of one FLOP band when their FLOPs differ by at most this share."""
 SPLITS = 200
-FINAL = 0.1
+TRAININGS = (8, 12, 16, 24)
 
 
 @dataclass(frozen=True)
@@ -93,36 +94,25 @@ def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) 
     }
 
 
-def features(truth: Truth, inherited: np.ndarray | None) -> np.ndarray:
-    """[n, columns] what a correction of the inherited loss may use: it and the coarse shape of the architecture."""
-    columns = [np.log(truth.flops), np.log(truth.parameters)]
-    if inherited is not None:
-        stacks = [a.decoder for a in truth.architectures]
-        columns += [inherited, np.array([len(s.layers) for s in stacks]), np.log([s.width for s in stacks])]
-    return np.stack(columns, 1)
-
-
-def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray, strength: float = 0.1) -> np.ndarray:
-    """Ridge regression on standardised columns (Hoerl and Kennard 1970)."""
-    mean, scale = x.mean(0), x.std(0) + 1e-9
-    x, new = (x - mean) / scale, (new - mean) / scale
-    weights = np.linalg.solve(x.T @ x + strength * len(x) * np.eye(x.shape[1]), x.T @ (y - y.mean()))
-    return y.mean() + new @ weights
+def columns(truth: Truth, inherited: np.ndarray) -> np.ndarray:
+    """[n, columns] what the tool's correction knows of each member, the inherited loss first."""
+    rows = zip(truth.architectures, inherited, truth.flops, truth.parameters, strict=True)
+    return features([Judged(architecture, *values) for architecture, *values in rows])
 
 
 def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
-    """Mean tau, over random splits, of a ridge regression on ``runs`` stand-alone losses, on the members it did not
-    see, overall and over near pairs."""
+    """Mean tau, over random splits, of the tool's correction learnt from ``runs`` stand-alone losses of one seed, on
+    the members that it did not see, overall and over near pairs."""
     rng, found = np.random.default_rng(0), []
     for _ in range(SPLITS):
         order = rng.permutation(len(truth.loss))
         train, test = order[:runs], order[runs:]
-        seed = rng.integers(len(truth.losses))  # a correction has one training per member to learn from
-        predicted = ridge(x[train], truth.losses[seed, train], x[test])
+        seed = rng.integers(len(truth.losses))
+        predicted = Correction(x[train], truth.losses[seed, train]).predict(x[test])
         tau = stats.kendalltau(predicted, truth.loss[test]).statistic
         found.append((tau, near_tau(predicted, truth.loss[test], truth.flops[test])))
     overall, near = np.nanmean(np.array(found), 0)
-    return {"runs": runs, "tau": float(overall), "near": float(near)}
+    return {"tau": float(overall), "near": float(near)}
 
 
 def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarray], truth: Truth) -> dict[str, Any]:
@@ -165,17 +155,19 @@ def ablation_rows(folder: Path, truth: Truth) -> list[dict[str, Any]]:
 
 
 def correction_rows(folder: Path, truth: Truth, change: str) -> list[dict[str, Any]]:
-    """How far few stand-alone trainings correct the ranking, with and without the inherited loss of ``change``."""
+    """How far few stand-alone trainings correct the ranking: with costs alone, with the coarse shape as well, and with
+    the inherited losses of ``change`` (the mean over its seeds) as well."""
     inherited = [np.array(row["losses"]) for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
     rows = []
-    for runs in (8, 12, 16, 24):
-        alone = corrected(features(truth, None), truth, runs)
-        both = [corrected(features(truth, loss), truth, runs) for loss in inherited]
+    for runs in TRAININGS:
+        every = [columns(truth, losses) for losses in inherited]
+        both = [corrected(x, truth, runs) for x in every]
         rows.append(
             {
                 "runs": runs,
-                "costs": {key: alone[key] for key in ("tau", "near")},
-                "both": {key: float(np.mean([row[key] for row in both])) for key in ("tau", "near")},
+                "costs": corrected(every[0][:, 1:3], truth, runs),
+                "shape": corrected(every[0][:, 1:], truth, runs),
+                "inherited": {key: float(np.mean([row[key] for row in both])) for key in ("tau", "near")},
             }
         )
     return rows
@@ -183,12 +175,11 @@ def correction_rows(folder: Path, truth: Truth, change: str) -> list[dict[str, A
 
 def proxies(truth: Truth) -> dict[str, np.ndarray]:
     """Judges that cost nothing. The combination is a regression on both, each member predicted from the others."""
-    x, y, every = features(truth, None), truth.loss, np.arange(len(truth.loss))
-    combined = [ridge(x[every != i], y[every != i], x[i : i + 1], 0.0)[0] for i in every]
+    costs = np.stack([np.log(truth.flops), np.log(truth.parameters)], 1)
     return {
         "more FLOPs": -truth.flops,
         "more parameters": -truth.parameters,
-        "FLOPs and parameters": np.array(combined),
+        "FLOPs and parameters": Correction(costs, truth.loss).left_out(),
     }
 
 
@@ -231,11 +222,11 @@ def tables(result: dict[str, Any]) -> str:
         )
         + "\n"
         + markdown(
-            "stand-alone trainings|costs alone, tau|near pairs|with inherited loss, tau|near pairs",
+            "stand-alone trainings|costs, tau|near pairs|and shape, tau|near pairs|and inherited loss, tau|near pairs",
             [
                 [
                     str(row["runs"]),
-                    *(f"{row[judge][key]:.2f}" for judge in ("costs", "both") for key in ("tau", "near")),
+                    *(f"{row[judge][key]:.2f}" for judge in ("costs", "shape", "inherited") for key in ("tau", "near")),
                 ]
                 for row in result["corrections"]
             ],

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nas.compliance import worst_status
+from nas.correction import Correction, Judged
 from nas.costs.measure import latency_figures
+from nas.judges import correction_of, judged_trial
 from nas.search.rivals import uniform_layouts
-from nas.search.trials import Trial
+from nas.stages.fidelity import run_fidelity
 from nas.stages.run import Run
 from nas.stages.search import InheritedLoss, load_search, run_search_stage
+from nas.trust import corrects
 from search_spaces import Architecture, MoesaicError
-from supernet import evaluate
+from search_spaces.files import read_json
+from supernet import Evaluation, evaluate
 
 COUNTS = {"searched": 3, "random": 1, "uniform": 3, "dense": 2}
 """Of each kind, how many are trained. The first ``searched`` one is what the tool ships."""
@@ -33,20 +37,42 @@ class Candidate:
     inherited_loss: float
 
 
-def candidates(run: Run, kind: str) -> list[Candidate]:
-    """The first of a kind by inherited loss, best first. ``run`` is that of the kind: it has the kind's sampler."""
+def candidates(run: Run, kind: str, searched: Run) -> list[Candidate]:
+    """The first of a kind, best first, by the judge that chooses the searched model: inherited loss, or that corrected
+    by the trainings of the searched run's stage fidelity. ``run`` is that of the kind: it has the kind's sampler."""
     if kind in ("searched", "random"):
         run_search_stage(run)
-        ranked = by_loss(load_search(run)[0])
+        if kind == "searched":
+            run_fidelity(run)
+        judged = [judged_trial(trial) for trial in load_search(run)[0] if trial.feasible]
     else:
         layouts = [layout for layout in uniform_layouts(run.space, kind == "uniform") if run.budget.fits(layout)]
         run.reporter.say(f"{run.path.parent.name}: {len(layouts)} {kind} layouts inside the budget")
-        judge, few = InheritedLoss(run), run.windows("validation", SCREEN_WINDOWS)
-        found = screened(
-            layouts, lambda layout: evaluate(run.supernet, few, layout).loss, lambda layout: judge(layout).loss
-        )
-        ranked = [Candidate(layout, loss) for layout, loss in found]
-    return distinct(ranked)[:TRIES]
+        few = run.windows("validation", SCREEN_WINDOWS)
+        finalists = screened(layouts, lambda layout: evaluate(run.supernet, few, layout).loss)
+        inherited_loss = InheritedLoss(run)
+        judged = [judged_layout(run, layout, inherited_loss(layout)) for layout in finalists]
+    return distinct(ranked(judged, correction_by(searched)))[:TRIES]
+
+
+def judged_layout(run: Run, layout: Architecture, evaluation: Evaluation) -> Judged:
+    costs = run.pricer.measured(layout, evaluation.loads)
+    return Judged(layout, evaluation.loss, costs["flops"], costs["parameters"])
+
+
+def correction_by(run: Run) -> Correction | None:
+    """The correction that a run's export follows; None where inherited losses decide."""
+    check = read_json(run.stages["fidelity"].path / "fidelity.json")["check"]
+    if check is None or not corrects(check["judges"]):
+        return None
+    return correction_of(load_search(run)[0], check["members"])
+
+
+def ranked(judged: Sequence[Judged], correction: Correction | None) -> list[Candidate]:
+    """Best first; of equal ones the one with fewer FLOPs."""
+    marks = [one.loss for one in judged] if correction is None else correction(judged)
+    order = sorted(zip(marks, judged, strict=True), key=lambda row: (row[0], row[1].flops))
+    return [Candidate(one.architecture, one.loss) for _, one in order]
 
 
 def distinct(ranked: Sequence[Candidate]) -> list[Candidate]:
@@ -58,17 +84,9 @@ def distinct(ranked: Sequence[Candidate]) -> list[Candidate]:
     return list(first.values())
 
 
-def by_loss(trials: Sequence[Trial]) -> list[Candidate]:
-    """Feasible trials, best first: in the order in which the tool's export tries them."""
-    feasible = [(trial.loss, trial.values, trial.number, trial.architecture) for trial in trials if trial.feasible]
-    ranked = sorted(feasible, key=lambda row: row[:3])
-    return [Candidate(architecture, loss) for loss, _, _, architecture in ranked if loss is not None]
-
-
-def screened(items: Sequence[T], rough: Callable[[T], float], judge: Callable[[T], float]) -> list[tuple[T, float]]:
-    """Every item is judged roughly; the best are judged again, and ranked by that."""
-    finalists = sorted(items, key=rough)[:FINALISTS]
-    return sorted(((item, judge(item)) for item in finalists), key=lambda found: found[1])
+def screened(items: Sequence[T], rough: Callable[[T], float]) -> list[T]:
+    """The best few by a rough judge."""
+    return sorted(items, key=rough)[:FINALISTS]
 
 
 def measured(run: Run, candidate: Candidate) -> Row:

@@ -82,15 +82,18 @@ def remembered(path: Path, identity: str, make: Callable[[], Any]) -> Any:
 
 def rank(setting: Setting, cost: str, kind: str) -> list[Row]:
     """Candidates of a kind under a budget as ``{architecture, inherited_loss}``, best first."""
-    run = setting.run(cost, kind)
+    run, searched = setting.run(cost, kind), setting.run(cost)
 
     def rows() -> list[Row]:
         return [
             {"architecture": one.architecture.to_dict(), "inherited_loss": one.inherited_loss}
-            for one in candidates(run, kind)
+            for one in candidates(run, kind, searched)
         ]
 
-    return remembered(run.path / "candidates.json", run.stages["search"].fingerprint, rows)
+    identity = fingerprint(
+        {name: one.stages[name].fingerprint for name, one in (("search", run), ("fidelity", searched))}
+    )
+    return remembered(run.path / "candidates.json", identity, rows)
 
 
 def train_alone(setting: Setting, architecture: Row, seed: int, costs: list[str]) -> list[Row]:
@@ -149,8 +152,11 @@ def settings(run: Run) -> str:
 def choose(setting: Setting, pool: ProcessPoolExecutor) -> dict[str, Row]:
     """Of each budget line, its limit and the rows of its contestants; nothing else runs while they are measured."""
     costs = list(setting.shared.config.budget)
-    jobs = {(cost, kind): pool.submit(rank, setting, cost, kind) for cost in costs for kind in COUNTS}
-    ranked = {key: job.result() for key, job in jobs.items()}
+    ranked: dict[tuple[str, str], list[Row]] = {}
+    # The searched ones first: what their run trained to check its ranking corrects the judge of all kinds.
+    for kinds in (("searched",), [kind for kind in COUNTS if kind != "searched"]):
+        jobs = {(cost, kind): pool.submit(rank, setting, cost, kind) for cost in costs for kind in kinds}
+        ranked |= {key: job.result() for key, job in jobs.items()}
     budgets = {}
     for cost in costs:
         run = setting.run(cost)

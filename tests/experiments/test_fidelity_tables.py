@@ -61,8 +61,9 @@ def test_a_correction_recovers_what_costs_and_inherited_losses_say_together():
     rng = np.random.default_rng(0)
     flops, inherited = rng.uniform(5e5, 2e6, 20), rng.normal(3, 0.1, 20)
     found = made_up(inherited - 0.5 * np.log(flops), flops)
-    assert score.corrected(score.features(found, inherited), found, 14)["tau"] > 0.9
-    assert score.corrected(score.features(found, None), found, 14)["tau"] < 0.85
+    x = score.columns(found, inherited)
+    assert score.corrected(x[:, :3], found, 14)["tau"] > 0.9
+    assert score.corrected(x[:, 1:3], found, 14)["tau"] < 0.8
 
 
 def test_a_seed_that_repeats_the_other_is_a_perfect_ceiling():

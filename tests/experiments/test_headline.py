@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nas.config import load_config
+from nas.correction import Correction, Judged
 from search_spaces import MoesaicError
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "headline"
@@ -121,16 +123,19 @@ def test_candidates_over_the_budget_are_passed_over():
         contestants.keeping("dense", (1, 3), measure)
 
 
-def test_every_layout_is_judged_roughly_and_the_best_again():
-    again = []
+def test_only_the_best_by_a_rough_judge_are_judged_well():
+    few = contestants.screened(range(200), lambda item: -float(item))
+    assert few == list(range(199, 199 - contestants.FINALISTS, -1))
 
-    def judge(item: int) -> float:
-        again.append(item)
-        return -float(item)
 
-    ranked = contestants.screened(range(200), float, judge)
-    assert sorted(again) == list(range(contestants.FINALISTS))
-    assert ranked[0] == (contestants.FINALISTS - 1, -float(contestants.FINALISTS - 1))
+def test_all_kinds_are_ranked_by_the_judge_of_the_searched_ones():
+    architecture = load_config(FOLDER / "stdlib.yaml").space.smallest
+    judged = [Judged(architecture, 3.0 - 0.01 * n, 1e5 * (n + 1), 1e5) for n in range(8)]
+    plain = contestants.ranked(judged, None)
+    assert [candidate.inherited_loss for candidate in plain] == sorted(one.loss for one in judged)
+    # Trained alone, the order is the other way round.
+    corrected = contestants.ranked(judged, Correction.of(judged, np.arange(8) / 100))
+    assert [candidate.inherited_loss for candidate in corrected] == [one.loss for one in judged]
 
 
 def test_candidates_that_compute_the_same_count_once():
