@@ -87,15 +87,9 @@ class SupernetConfig(TrainingConfig):
     """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
 
     random_slices: Count = 1
-    sampling: Literal["fair", "uniform", "flops"] = "fair"
-    sharing: Literal["nested", "packed", "spread"] = "nested"
-    own: list[Literal["routers", "scales"]] = []
-    always: Literal["both", "largest", "none"] = "both"
-    anneal: bool = False
-    staged: bool = False
-    final_rate: float = 0.1
-    distill: bool = True
-    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    sampling: Literal["fair", "uniform"] = "fair"
+    sharing: Literal["nested", "packed"] = "nested"
+    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.15
 
 
 class LatencyConfig(_Section):

@@ -19,12 +19,13 @@ from nas.costs.probe import autocast
 from nas.progress import duration
 from nas.search.budget import Budget, a_member_inside, cheapest, cost_ranges, resolve_budget
 from nas.search.feasible import FeasibleSampler
+from nas.search.rivals import JUDGED
 from nas.stages.latency import calibrated
 from nas.stages.run import Run
 from nas.tables import plain_table, what_costs_are_per
 from nas.units import DIMENSIONS
 from search_spaces import MoesaicError
-from supernet import Sandwich, Transformer, evaluate
+from supernet import SliceSampler, Transformer, evaluate
 
 _SAMPLES = 1000
 
@@ -79,7 +80,7 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     torch.manual_seed(config.seed)
     model = Transformer(space.envelope, run.corpus.vocab_size).to(run.device.torch_device)
     windows = run.corpus.batch("train", config.supernet.batch_size, config.seed, 0)
-    sandwich = Sandwich(space, config.seed, config.supernet.random_slices, config.supernet.sampling)
+    sampler = SliceSampler(space, config.seed, config.supernet.random_slices, config.supernet.sampling)
 
     def forward_seconds(architectures) -> float:
         start = time.perf_counter()
@@ -88,15 +89,15 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
                 evaluate(model, windows, architecture)
         return time.perf_counter() - start
 
-    forward_seconds(sandwich.slices(0))
-    slices = sorted(forward_seconds(sandwich.slices(step)) for step in range(5))[2]
+    forward_seconds(sampler.slices(0))
+    slices = sum(forward_seconds(sampler.slices(step)) for step in range(8)) / 8
     largest = sorted(forward_seconds([space.largest]) for _ in range(3))[1]
     alone = config.supernet.largest_first
     rng = Random(0)
     typical = forward_seconds([space.sample_balanced(rng) for _ in range(5)]) / 5
     models = 3 if config.retrain.rivals else 1
     per_window = typical / len(windows)
-    evaluations = config.search.trials + (2 * 32 if config.retrain.rivals else 0)
+    evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
     return {
         "supernet": 3 * (alone * largest + (1 - alone) * slices) * config.supernet.steps,
         "search": evaluations * config.search.evaluation_windows * per_window,

@@ -30,14 +30,14 @@ class Agreement:
 
 def agreement(judged: np.ndarray, truth: np.ndarray, tops: tuple[int, ...] = (1, 3, 5), seed: int = 0) -> Agreement:
     """Agreement of the marks ``judged`` [n] with the losses ``truth`` [n]; lower is better in both."""
-    tau, rho = _tau(judged, truth), float(np.asarray(stats.spearmanr(judged, truth))[0])
-    low, high = bootstrap(lambda index: _tau(judged[index], truth[index]), len(truth), seed)
+    tau, rho = kendall_tau(judged, truth), float(np.asarray(stats.spearmanr(judged, truth))[0])
+    low, high = bootstrap(lambda index: kendall_tau(judged[index], truth[index]), len(truth), seed)
     order = np.argsort(judged, kind="stable")
     regret = {k: float(truth[order[:k]].min() / truth.min() - 1) for k in tops if k <= len(truth)}
     return Agreement(len(truth), tau, low, high, rho, regret)
 
 
-def _tau(judged: np.ndarray, truth: np.ndarray) -> float:
+def kendall_tau(judged: np.ndarray, truth: np.ndarray) -> float:
     return float(np.asarray(stats.kendalltau(judged, truth))[0])
 
 

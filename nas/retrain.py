@@ -61,7 +61,7 @@ def retrain(
         load_weights(model, tensors, str(weights))
     else:
         data = TrainData(lambda step: corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture])
-        settings = train_settings(config, device.bfloat16, distill=False)
+        settings = train_settings(config, device.bfloat16)
         train(model, data, settings, directory, identity, on_step, should_stop)
         save_tensors(weights, dict(model.named_parameters()), {"identity": identity})
         (directory / CHECKPOINT).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def retrain(
     return Retrained(model, evaluation)
 
 
-def train_settings(config: TrainingConfig, bfloat16: bool, distill: bool) -> TrainSettings:
+def train_settings(config: TrainingConfig, bfloat16: bool) -> TrainSettings:
     return TrainSettings(
         steps=config.steps,
         learning_rate=config.learning_rate,
@@ -79,7 +79,6 @@ def train_settings(config: TrainingConfig, bfloat16: bool, distill: bool) -> Tra
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         balance_weight=config.balance_weight,
-        distill=distill,
         bfloat16=bfloat16,
         checkpoint_every=config.checkpoint_every,
     )

@@ -3,14 +3,14 @@
 from supernet.cache import KeyValueCache
 from supernet.evaluate import Evaluation, LayerLoad, evaluate
 from supernet.model import Transformer
-from supernet.sampling import Sandwich
+from supernet.sampling import SliceSampler
 from supernet.train import TrainData, TrainSettings, train
 
 __all__ = [
     "Evaluation",
     "KeyValueCache",
     "LayerLoad",
-    "Sandwich",
+    "SliceSampler",
     "TrainData",
     "TrainSettings",
     "Transformer",

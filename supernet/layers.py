@@ -21,19 +21,13 @@ from supernet.sharing import Sharing, expert_layout
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467) over however many features come in."""
 
-    def __init__(self, width: int, widths: tuple[int, ...] = ()):
+    def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.own = nn.ParameterDict({str(w): nn.Parameter(torch.ones(w)) for w in widths})
-
-    def scale(self, width: int) -> Tensor:
-        """[D] of a slice: the shared scale times that of its width, where each width has one."""
-        shared = self.weight[:width]
-        return shared * self.own[str(width)] if str(width) in self.own else shared
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
-        return F.rms_norm(x, (width,), self.scale(width), eps=1e-6)
+        return F.rms_norm(x, (width,), self.weight[:width], eps=1e-6)
 
 
 class SelfAttention(nn.Module):
@@ -75,35 +69,13 @@ class SelfAttention(nn.Module):
 class SparseFeedForward(nn.Module):
     """One bank of neurons, an optional router, and whichever experts an architecture cuts out of them."""
 
-    def __init__(
-        self, width: int, part: FeedForward, backbone: Backbone, sharing: Sharing, own: frozenset[str] = frozenset()
-    ):
+    def __init__(self, width: int, part: FeedForward, backbone: Backbone, sharing: Sharing):
         super().__init__()
         self.part, self.backbone, self.sharing = part, backbone, sharing
         self.up = nn.Parameter(torch.empty(part.neurons, width))
         self.gate = nn.Parameter(torch.empty(part.neurons, width)) if backbone.activation == "swiglu" else None
         self.down = nn.Parameter(torch.empty(part.neurons, width))
         self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
-        counts = range(2, part.experts + 1)
-        self.routers = nn.ParameterDict(
-            {str(e): nn.Parameter(torch.empty(e, width)) for e in counts} if "routers" in own else {}
-        )
-        most = part.router.most if part.router else 0
-        uses = [(1, 1), *((e, k) for e in counts for k in range(1, most + 1))]
-        self.scales = nn.ParameterDict(
-            {f"{e}-{k}": nn.Parameter(torch.ones(1)) for e, k in uses} if "scales" in own else {}
-        )
-
-    def router_rows(self, part: FeedForward, width: int) -> Tensor:
-        """[E, D] of the router of a slice: its own where each number of experts has one."""
-        assert self.router is not None
-        rows = self.routers[str(part.experts)] if str(part.experts) in self.routers else self.router[: part.experts]
-        return rows[:, :width]
-
-    def scale(self, part: FeedForward) -> Tensor | None:
-        """[1] of the output of a slice, where each number and use of experts has one."""
-        key = f"{part.experts}-{part.router.most if part.router else 1}"
-        return self.scales[key] if key in self.scales else None
 
     def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
         """[T, D] to [T, D], and where the tokens went (None for a dense layer)."""
@@ -114,14 +86,13 @@ class SparseFeedForward(nn.Module):
         out = self._experts(x, layout, routing)
         if part.shared_size:
             out = out + self._experts(x, ExpertLayout((0,), (part.shared_size,)), None)
-        scale = self.scale(part)
-        return out if scale is None else out * scale, routing
+        return out, routing
 
     def route(self, x: Tensor, part: FeedForward) -> Routing:
         """Router logits in float32 whatever the rest computes in: a rounded tie would send a token elsewhere."""
-        assert part.router is not None
+        assert self.router is not None and part.router is not None
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router_rows(part, x.shape[1]).float())
+            logits = F.linear(x.float(), self.router[: part.experts, : x.shape[1]].float())
         return kernels.route(
             logits,
             most=part.router.most,

@@ -34,20 +34,12 @@ class Output:
 
 
 class TransformerLayer(nn.Module):
-    def __init__(
-        self,
-        width: int,
-        layer: Layer,
-        backbone: Backbone,
-        sharing: Sharing,
-        own: frozenset[str] = frozenset(),
-        widths: tuple[int, ...] = (),
-    ):
+    def __init__(self, width: int, layer: Layer, backbone: Backbone, sharing: Sharing):
         super().__init__()
-        self.attention_norm = RMSNorm(width, widths)
+        self.attention_norm = RMSNorm(width)
         self.attention = SelfAttention(width, layer.attention, backbone)
-        self.feed_forward_norm = RMSNorm(width, widths)
-        self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing, own)
+        self.feed_forward_norm = RMSNorm(width)
+        self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
 
     def forward(self, x: Tensor, layer: Layer, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.attention_norm(x), layer.attention, cache)
@@ -65,23 +57,15 @@ class Transformer(nn.Module):
     sharing : which rows of a bank a smaller architecture's experts take.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        vocab_size: int,
-        sharing: Sharing = "nested",
-        own: frozenset[str] = frozenset(),
-        widths: tuple[int, ...] = (),
-    ):
+    def __init__(self, architecture: Architecture, vocab_size: int, sharing: Sharing = "nested"):
         super().__init__()
         stack, self.architecture = architecture.decoder, architecture
         self.sharing: Sharing = sharing
         self.embedding = nn.Embedding(vocab_size, stack.width)
         self.layers = nn.ModuleList(
-            TransformerLayer(stack.width, layer, architecture.backbone, sharing, own, widths if "scales" in own else ())
-            for layer in stack.layers
+            TransformerLayer(stack.width, layer, architecture.backbone, sharing) for layer in stack.layers
         )
-        self.norm = RMSNorm(stack.width, widths if "scales" in own else ())
+        self.norm = RMSNorm(stack.width)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -158,7 +142,7 @@ class Transformer(nn.Module):
         """The slice's weights by parameter name, each as it would stand in a model of its own."""
         stack, head_size = architecture.decoder, architecture.backbone.head_size
         width = stack.width
-        found = {"embedding.weight": self.embedding.weight[:, :width], "norm.weight": self.norm.scale(width)}
+        found = {"embedding.weight": self.embedding.weight[:, :width], "norm.weight": self.norm.weight[:width]}
         for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
             assert isinstance(module, TransformerLayer)
             attention, part = layer.attention, layer.feed_forward
@@ -169,19 +153,19 @@ class Transformer(nn.Module):
             )
             q_rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
             weights = {
-                "attention_norm.weight": module.attention_norm.scale(width),
+                "attention_norm.weight": module.attention_norm.weight[:width],
                 "attention.q": module.attention.q[:q_rows, :width],
                 "attention.k": module.attention.k[:kv_rows, :width],
                 "attention.v": module.attention.v[:kv_rows, :width],
                 "attention.o": module.attention.o[:width, :q_rows],
-                "feed_forward_norm.weight": module.feed_forward_norm.scale(width),
+                "feed_forward_norm.weight": module.feed_forward_norm.weight[:width],
                 "feed_forward.up": bank.up[rows, :width],
-                "feed_forward.down": bank.down[rows, :width] * (1 if (scale := bank.scale(part)) is None else scale),
+                "feed_forward.down": bank.down[rows, :width],
             }
             if bank.gate is not None:
                 weights["feed_forward.gate"] = bank.gate[rows, :width]
             if bank.router is not None and part.router is not None:
-                weights["feed_forward.router"] = bank.router_rows(part, width)
+                weights["feed_forward.router"] = bank.router[: part.experts, :width]
             found.update({f"layers.{index}.{name}": weight for name, weight in weights.items()})
         return found
 

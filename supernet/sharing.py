@@ -9,7 +9,7 @@ from typing import Literal
 from kernels import ExpertLayout
 from search_spaces import FeedForward
 
-Sharing = Literal["nested", "packed", "spread"]
+Sharing = Literal["nested", "packed"]
 
 
 @lru_cache(maxsize=65536)
@@ -18,7 +18,6 @@ def expert_layout(envelope: FeedForward, part: FeedForward, sharing: Sharing) ->
 
     ``nested``: expert i owns a fixed region and uses its first rows, so a neuron always serves the same expert.
     ``packed``: experts stand one after the other from the first row, so small layouts share the most trained rows.
-    ``spread``: few experts own the regions of many evenly, expert i of E the first of its E_max / E regions.
     Both agree when ``part`` is the envelope itself. Rows below ``envelope.shared_size`` belong to the shared expert.
 
     Raises
@@ -27,9 +26,6 @@ def expert_layout(envelope: FeedForward, part: FeedForward, sharing: Sharing) ->
     """
     owners = envelope.expert_sizes if sharing == "nested" and part.experts > 1 else part.expert_sizes
     starts = tuple(accumulate(owners[: part.experts - 1], initial=envelope.shared_size))
-    if sharing == "spread" and part.experts > 1:
-        regions = tuple(accumulate(envelope.expert_sizes[:-1], initial=envelope.shared_size))
-        starts = regions[:: envelope.experts // part.experts][: part.experts]
     layout = ExpertLayout(starts, part.expert_sizes)
     fits = layout.starts[-1] + layout.sizes[-1] <= envelope.neurons and part.experts <= envelope.experts
     nests = part.experts == 1 or all(

@@ -28,8 +28,7 @@ CHECKPOINT = "checkpoint.safetensors"
 class TrainSettings:
     """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping.
 
-    ``balance_weight`` scales the load-balance loss; ``distill`` teaches all slices but the first half by the
-    first one's predictions (in-place distillation, arXiv 2003.11142); ``bfloat16`` computes products in bfloat16.
+    ``balance_weight`` scales the load-balance loss; ``bfloat16`` computes products in bfloat16.
     """
 
     steps: int
@@ -38,17 +37,15 @@ class TrainSettings:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     balance_weight: float = 0.01
-    distill: bool = True
     bfloat16: bool = False
     checkpoint_every: int = 200
     log_every: int = 10
-    final_rate: float = 0.1
 
     def learning_rate_at(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,6 @@ def _train_step(
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     slices = data.slices(step)
-    teacher: Tensor | None = None
     losses, balances = [], []
     for architecture in slices:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
@@ -127,10 +123,7 @@ def _train_step(
         logits = output.logits.float().flatten(0, 1)  # [T, V]
         loss = F.cross_entropy(logits, windows[:, 1:].flatten())
         balance = output.balance_loss()
-        objective = loss if teacher is None else 0.5 * (loss + F.cross_entropy(logits, teacher))
-        ((objective + settings.balance_weight * balance) / len(slices)).backward()
-        if settings.distill and teacher is None and len(slices) > 1:
-            teacher = logits.detach().softmax(-1)
+        ((loss + settings.balance_weight * balance) / len(slices)).backward()
         losses.append(loss.item())
         balances.append(balance.item())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm).item()
@@ -142,10 +135,8 @@ def _train_step(
             found=f"learning_rate {settings.learning_rate:g}",
         )
     optimizer.step()
-    figures = {"loss": losses[0], "learning_rate": rate, "gradient_norm": norm, "balance": balances[0]}
-    if len(losses) > 2:
-        figures |= {"loss_smallest": losses[1], "loss_random": sum(losses[2:]) / max(1, len(losses) - 2)}
-    return figures
+    means = (sum(values) / len(slices) for values in (losses, balances))
+    return dict(zip(("loss", "balance"), means, strict=True)) | {"learning_rate": rate, "gradient_norm": norm}
 
 
 def _optimizer(model: Transformer, settings: TrainSettings) -> torch.optim.AdamW:

@@ -34,7 +34,8 @@ def draw(variant: str, change: str) -> None:
     chosen = next(row for row in result["changes"] if row["change"] == change)
     figure, axes = plt.subplots(1, 3, figsize=(13, 5.2), layout="constrained", width_ratios=(1, 1, 1.3))
     ceiling = result["ceiling"]
-    scatter(axes[0], *truth.losses[:2], truth.band, f"ceiling: tau {ceiling['all']['tau']:.2f}, {_near(ceiling)} near")
+    first, second = truth.losses[:2]
+    scatter(axes[0], first, second, truth.band, f"ceiling: tau {ceiling['all']['tau']:.2f}, {_near(ceiling)} near")
     axes[0].set(xlabel="stand-alone loss, seed 0", ylabel="stand-alone loss, seed 1")
     title = f"{change}: tau {chosen['tau']:.2f}, {chosen['near']:.2f} over pairs of nearly equal FLOPs"
     scatter(axes[1], inherited, truth.loss, truth.band, title)

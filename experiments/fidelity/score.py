@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from truth import HERE, read_rows
 
 from nas.correction import Correction, Judged, features
-from nas.ranking import agreement, bootstrap
+from nas.ranking import agreement, bootstrap, kendall_tau
 from nas.summary import versions
 from search_spaces import Architecture
 from search_spaces.files import write_json, write_text
@@ -109,7 +108,7 @@ def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
         train, test = order[:runs], order[runs:]
         seed = rng.integers(len(truth.losses))
         predicted = Correction(x[train], truth.losses[seed, train]).predict(x[test])
-        tau = stats.kendalltau(predicted, truth.loss[test]).statistic
+        tau = kendall_tau(predicted, truth.loss[test])
         found.append((tau, near_tau(predicted, truth.loss[test], truth.flops[test])))
     overall, near = np.nanmean(np.array(found), 0)
     return {"tau": float(overall), "near": float(near)}
@@ -126,7 +125,8 @@ def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarra
         return float(np.mean([near_tau(mine[index], *where) - near_tau(other[index], *where) for mine, other in pairs]))
 
     def mean(*keys: Any) -> float:
-        return float(np.mean([reduce(getitem, keys, score) for score in scores]))
+        values: list[Any] = [reduce(getitem, keys, score) for score in scores]
+        return float(np.mean(values))
 
     everything = np.arange(len(truth.loss))
     return {

@@ -166,17 +166,16 @@ def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float
 
 
 def training_curves(supernet: Path, retrained: Mapping[str, Path]) -> list[Curve]:
-    """Curves of the supernet's slices and of each retrained model, from the folders with their metrics."""
-    slices = {"loss": "largest", "loss_smallest": "smallest", "loss_random": "random"}
-    records = read_metrics(supernet / "metrics.jsonl")
-    curves = [_curve(f"supernet, {name} slice", None, records, key) for key, name in slices.items()]
-    curves += [_curve(name, name, read_metrics(path / "metrics.jsonl"), "loss") for name, path in retrained.items()]
+    """Curves of the supernet (its largest slice at first, then random ones) and of each retrained model, from the
+    folders with their metrics."""
+    curves = [_curve("supernet, slices", None, supernet)]
+    curves += [_curve(name, name, path) for name, path in retrained.items()]
     return [curve for curve in curves if curve.steps]
 
 
-def _curve(label: str, model: str | None, records: list[dict[str, float]], key: str) -> Curve:
-    known = [record for record in records if key in record]
-    return Curve(label, model, tuple(int(r["step"]) for r in known), tuple(r[key] for r in known))
+def _curve(label: str, model: str | None, folder: Path) -> Curve:
+    records = read_metrics(folder / "metrics.jsonl")
+    return Curve(label, model, tuple(int(r["step"]) for r in records), tuple(r["loss"] for r in records))
 
 
 def read_measurements(path: Path) -> list[Measurement]:

@@ -12,7 +12,7 @@ from nas.search.budget import Budget
 from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
 from supernet import Evaluation
 
-_JUDGED = 64
+JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
 
 
@@ -40,7 +40,7 @@ def judge_rivals(
         inside = [a for a in layouts if budget.fits(a)]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
         judged = []
-        for architecture in inside[:_JUDGED]:
+        for architecture in inside[:JUDGED]:
             evaluation = evaluate(architecture)
             costs = budget.pricer.measured(architecture, evaluation.loads)
             judged.append(Rival(kind, architecture, evaluation.loss, costs))

@@ -17,7 +17,7 @@ from nas.search.pareto import crowding, ranks
 from nas.search.proposal import UNSEEN_TRIES, Proposal, Sampler, Skipped
 from nas.search.rivals import uniform_layouts
 from nas.search.trials import Trial
-from search_spaces import Architecture, crossover, mutate
+from search_spaces import Architecture, Router, crossover, mutate
 
 
 @dataclass
@@ -103,11 +103,15 @@ def _preference(points: np.ndarray) -> np.ndarray:
 
 
 def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
-    """Members inside the budget that people would pick by habit: uniform layouts and dense ones, half each, those
+    """Members inside the budget that people would pick by habit: uniform top-2 layouts and dense ones, half each, those
     of most FLOPs. A search that starts from them ends no worse than they are."""
     budget, found = feasible.budget, []
     for sparse, share in ((True, count - count // 2), (False, count // 2)):
-        inside = [a for a in uniform_layouts(feasible.space, sparse) if a in feasible.space and budget.fits(a)]
+        habit = Router("top_k", k=2) if sparse else None
+        layouts = [
+            a for a in uniform_layouts(feasible.space, sparse) if a.decoder.layers[0].feed_forward.router == habit
+        ]
+        inside = [a for a in layouts if a in feasible.space and budget.fits(a)]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
         found += inside[:share]
     return tuple(found)

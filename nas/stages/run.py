@@ -188,10 +188,7 @@ class Run:
         """The trained supernet on the device, in evaluation mode."""
         path = self.stages["supernet"].path / "model.safetensors"
         tensors, _ = load_tensors(path)
-        chosen = self.config.supernet
-        model = Transformer(
-            self.space.envelope, self.corpus.vocab_size, chosen.sharing, frozenset(chosen.own), self.space.widths
-        )
+        model = Transformer(self.space.envelope, self.corpus.vocab_size, self.config.supernet.sharing)
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
 

@@ -17,7 +17,7 @@ from nas.retrain import train_settings
 from nas.stages.run import Run
 from search_spaces import Architecture, FeedForward, Router, SearchSpace
 from search_spaces.files import write_json
-from supernet import Sandwich, TrainData, TrainSettings, Transformer, evaluate, train
+from supernet import SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
 from supernet.checkpoint import save_tensors
 from supernet.train import CHECKPOINT
 
@@ -34,8 +34,7 @@ def run_supernet(run: Run) -> None:
         with run.task("supernet") as task:
 
             def on_step(step: int, record: dict[str, float]) -> None:
-                slices = f"  random slice {record['loss_random']:.3f}" if "loss_random" in record else ""
-                task.update(step, config.steps, f"loss {record['loss']:.3f}{slices}")
+                task.update(step, config.steps, f"loss {record['loss']:.3f}")
 
             train(model, data, settings, stage.path, stage.fingerprint, on_step, run.should_stop)
         model.eval()
@@ -58,22 +57,11 @@ def supernet_training(
     """What ``train`` needs for the supernet of ``config``: initial weights, slices and batches, settings."""
     chosen, seed = config.supernet, config.seed
     torch.manual_seed(seed)
-    model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing, frozenset(chosen.own), space.widths)
+    model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing).to(device.torch_device)
     largest_first = round(chosen.largest_first * chosen.steps)
-    sandwich = Sandwich(
-        space,
-        seed,
-        chosen.random_slices,
-        chosen.sampling,
-        largest_first,
-        chosen.steps,
-        chosen.always,
-        chosen.anneal,
-        chosen.staged,
-    )
-    data = TrainData(lambda step: corpus.batch("train", chosen.batch_size, seed, step), sandwich.slices)
-    settings = replace(train_settings(chosen, device.bfloat16, chosen.distill), final_rate=chosen.final_rate)
-    return model.to(device.torch_device), data, settings
+    sampler = SliceSampler(space, seed, chosen.random_slices, chosen.sampling, largest_first)
+    data = TrainData(lambda step: corpus.batch("train", chosen.batch_size, seed, step), sampler.slices)
+    return model, data, train_settings(chosen, device.bfloat16)
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:

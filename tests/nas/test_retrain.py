@@ -170,13 +170,13 @@ def test_a_run_stopped_in_its_second_seed_ends_as_one_that_was_not(two_seeds, qu
 
 
 def test_a_second_seed_over_the_budget_is_flagged(quick_run, micro_config, tmp_path, monkeypatch):
-    """Its routers send every token to every expert; the first seed's model is inside."""
+    """Its experts get more tokens than any router sends; the first seed's model is inside."""
 
     def overloaded(architecture, config, corpus, device, seed, *arguments):
         trained = retrain(architecture, config, corpus, device, seed, *arguments)
         if seed == 0:
             return trained
-        everything = [load and LayerLoad((1.0,) * len(load.pairs_per_token)) for load in trained.evaluation.loads]
+        everything = [load and LayerLoad((4.0,) * len(load.pairs_per_token)) for load in trained.evaluation.loads]
         return replace(trained, evaluation=replace(trained.evaluation, loads=tuple(everything)))
 
     monkeypatch.setattr("nas.stages.retrain.retrain", overloaded)
