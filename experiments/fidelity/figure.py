@@ -32,12 +32,12 @@ def draw(variant: str, change: str) -> None:
     rows = [row for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
     inherited = np.mean([row["losses"] for row in rows], axis=0)
     chosen = next(row for row in result["changes"] if row["change"] == change)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 5.2), layout="constrained", width_ratios=(1, 1, 1.3))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5.6), layout="constrained", width_ratios=(1, 1, 0.9))
     ceiling = result["ceiling"]
     first, second = truth.losses[:2]
     scatter(axes[0], first, second, truth.band, f"ceiling: tau {ceiling['all']['tau']:.2f}, {_near(ceiling)} near")
     axes[0].set(xlabel="stand-alone loss, seed 0", ylabel="stand-alone loss, seed 1")
-    title = f"{change}: tau {chosen['tau']:.2f}, {chosen['near']:.2f} over pairs of nearly equal FLOPs"
+    title = f"{change}: tau {chosen['tau']:.2f}, {chosen['near']:.2f} near"
     scatter(axes[1], inherited, truth.loss, truth.band, title)
     axes[1].set(xlabel="inherited loss, mean of the seeds", ylabel="stand-alone loss, mean of the seeds")
     changes = sorted(result["changes"], key=lambda row: row["near"])
@@ -52,8 +52,10 @@ def draw(variant: str, change: str) -> None:
         (result["proxies"]["FLOPs and parameters"]["near"]["tau"], "costs"),
     ):
         axes[2].axvline(value, color=GREY, linestyle="--", lw=1)
-        axes[2].text(value, len(changes) - 0.3, label, fontsize=8, ha="center")
-    axes[2].set_xlabel("tau over pairs of nearly equal FLOPs; 95 % of the difference to base")
+        axes[2].text(value, -1.6, label, fontsize=8, ha="center")
+    axes[2].set_ylim(-2, len(changes))
+    axes[2].set_xlabel("tau over pairs of nearly equal FLOPs")
+    axes[2].set_title("bars: 95 % of the difference to base", fontsize=9)
     figure.suptitle(f"{result['device']}, {result['date']}", fontsize=8, color=GREY)
     figure.savefig(FIGURE / f"fidelity_{variant}.png", dpi=130)
 
