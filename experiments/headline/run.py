@@ -229,7 +229,7 @@ def main() -> int:
     parser.add_argument("what", choices=("stdlib", "wikitext-2", "summary"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the data set's YAML")
     parser.add_argument("--lanes", type=int, default=2, help="processes at a time, each with the threads of the YAML")
-    parser.add_argument("--work", type=Path, help="folder of runs and weights (default experiments/headline/work/WHAT)")
+    parser.add_argument("--work", type=Path, help="folder of runs and weights (default experiments/headline/runs/WHAT)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="where `summary` draws")
     chosen = parser.parse_intermixed_args()
@@ -237,7 +237,7 @@ def main() -> int:
         if chosen.what == "summary":
             summarise(chosen.out, chosen.figure)
             return 0
-        work = (chosen.work or HERE / "work" / chosen.what).resolve()
+        work = (chosen.work or HERE / "runs" / chosen.what).resolve()
         chosen.out.mkdir(parents=True, exist_ok=True)
         with RunDirectory(work).locked():
             experiment(Setting(chosen.what, tuple(chosen.overrides), work), chosen.out, chosen.lanes)
