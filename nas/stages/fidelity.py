@@ -180,10 +180,11 @@ def load_rivals(run: Run) -> list[dict[str, Any]]:
 def _train(
     run: Run, stage: StageDirectory, trial: Trial, on_step: Callable[[int, dict[str, float]], None]
 ) -> Evaluation | None:
-    """The evaluation of ``trial`` trained from scratch, on the test split; None where it diverged."""
+    """The evaluation of ``trial`` trained from scratch; None where it diverged. It is on the validation split, since a
+    correction learnt from it chooses what is compared on the test split in the end."""
     architecture = trial.architecture
     try:
-        evaluation = retrain(
+        model = retrain(
             architecture,
             run.config.retrain.model_copy(update={"steps": run.config.fidelity.steps}),
             run.corpus,
@@ -193,10 +194,12 @@ def _train(
             fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint}),
             on_step=on_step,
             should_stop=run.should_stop,
-        ).evaluation
+        ).model
     except StageFailed as error:
         run.reporter.say(f"fidelity: trial {trial.number} is left out: {error.problem}")
         return None
+    with autocast(run.device):
+        evaluation = evaluate(model, run.windows("validation", run.config.retrain.evaluation_windows))
     return evaluation if math.isfinite(evaluation.loss) else None
 
 
