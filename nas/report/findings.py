@@ -61,7 +61,7 @@ def gather(run: Run, summary: dict[str, Any]) -> Findings:
     exports = {row["trial"]: row["name"] for row in rows}
     chosen = summary["chosen"]
     rivals = [
-        Point("rival", rival["kind"].replace(" ", "-"), architecture, run.pricer.expected(architecture), rival["loss"])
+        Point("rival", rival["kind"], architecture, run.pricer.expected(architecture), rival["loss"])
         for rival in load_rivals(run)
         for architecture in (Architecture.from_dict(rival["architecture"]),)
     ]

@@ -60,7 +60,7 @@ def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
     judged = read_json(run.stages["search"].path / "rivals.json")
     rivals = _best_of_kind(judged, [rival["loss"] for rival in judged])
     models = {f"trial {trial.number}": trial.architecture for trial in result.front}
-    models |= {rival["kind"].replace(" ", "-"): Architecture.from_dict(rival["architecture"]) for rival in rivals}
+    models |= {rival["kind"]: Architecture.from_dict(rival["architecture"]) for rival in rivals}
     inherited_loss = InheritedLoss(run)
     evaluations: list[Evaluation] = []
     with run.task("front") as task:

@@ -151,7 +151,7 @@ def contestants(run: Run) -> dict[str, tuple[Architecture, float]]:
     models = {SEARCHED: (best, figures["validation_loss"])}
     if run.config.retrain.rivals:
         for rival in load_rivals(run):
-            models[rival["kind"].replace(" ", "-")] = (Architecture.from_dict(rival["architecture"]), rival["loss"])
+            models[rival["kind"]] = (Architecture.from_dict(rival["architecture"]), rival["loss"])
     return models
 
 

@@ -57,9 +57,9 @@ class Run:
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
     calibration: Path | None = None
+    """Folder of the latency calibration that this process uses, once it has one."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
     """Seconds of a stage's work that were needed, and spent, before its turn."""
-    """Folder of the latency calibration that this process uses, once it has one."""
 
     @property
     def config(self) -> Config:
