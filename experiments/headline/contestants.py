@@ -14,7 +14,7 @@ from nas.judges import correction_of, judged_trial
 from nas.search.rivals import uniform_layouts
 from nas.stages.fidelity import run_fidelity
 from nas.stages.run import Run
-from nas.stages.search import InheritedLoss, load_search, run_search_stage
+from nas.stages.search import inherited_loss, load_search, run_search_stage
 from nas.trust import corrects
 from search_spaces import Architecture, MoesaicError
 from search_spaces.files import read_json
@@ -50,8 +50,8 @@ def candidates(run: Run, kind: str, searched: Run) -> list[Candidate]:
         run.reporter.say(f"{run.path.parent.name}: {len(layouts)} {kind} layouts inside the budget")
         few = run.windows("validation", SCREEN_WINDOWS)
         finalists = screened(layouts, lambda layout: evaluate(run.supernet, few, layout).loss)
-        inherited_loss = InheritedLoss(run)
-        judged = [judged_layout(run, layout, inherited_loss(layout)) for layout in finalists]
+        judge = inherited_loss(run)
+        judged = [judged_layout(run, layout, judge(layout)) for layout in finalists]
     return distinct(ranked(judged, correction_by(searched)))[:TRIES]
 
 

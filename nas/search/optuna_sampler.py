@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import chain
 from random import Random
 
@@ -15,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nas.config import SearchConfig
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
-from nas.search.proposal import UNSEEN_TRIES, Proposal, Skipped
+from nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Skipped
 from nas.search.trials import Trial
 from search_spaces import Architecture
 
@@ -41,21 +42,22 @@ class OptunaSampler:
     propose trial 0 again).
     """
 
-    def __init__(self, feasible: FeasibleSampler, seed: int, config: SearchConfig):
+    def __init__(self, feasible: FeasibleSampler, seed: int, config: SearchConfig, history: Sequence[Trial]):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.feasible, self.seed, self.config = feasible, seed, config
         self.genome = Genome(feasible.space)
         self.study = optuna.create_study(directions=[StudyDirection.MINIMIZE] * len(config.objectives))
-        self._asked: optuna.Trial | None = None
+        self.study.add_trials([frozen_trial(self.genome, trial) for trial in history])
+        self._asked: dict[Architecture, optuna.Trial] = {}
 
-    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
+    def propose(self, progress: Progress) -> Proposal | None:
         skipped: list[Skipped] = []
         refusals = duplicates = 0
         while True:
             trial, architecture = self._ask()
             engine = {"params": trial.params, "system_attrs": dict(self._trials()[trial.number].system_attrs)}
             excess = self.feasible.budget.excess(architecture)
-            known = seen.get(architecture.fingerprint)
+            known = progress.seen.get(architecture.fingerprint)
             if max(excess.values()) > 0:
                 skipped.append(Skipped("refused", architecture, engine))
                 self._tell(trial, (), excess)
@@ -64,30 +66,33 @@ class OptunaSampler:
                 skipped.append(Skipped("duplicate", architecture, engine))
                 self._tell(trial, known.values, known.excess)
                 duplicates += 1
+            elif not progress.unknown(architecture):
+                skipped.append(Skipped("duplicate", architecture, engine))  # of one whose values nobody knows yet
+                self._tell(trial, (), excess)
+                duplicates += 1
             else:
-                self._asked = trial
+                self._asked[architecture] = trial
                 return Proposal(architecture, tuple(skipped), engine)
             if refusals == _REFUSALS or duplicates == _DUPLICATES:
-                found = self._instead(architecture, seen)
+                found = self._instead(architecture, progress)
                 # It takes the last trial's place in its generation, with the genome it really has.
                 return found and Proposal(found, tuple(skipped), {**engine, "params": self.genome.encode(found)})
 
-    def _instead(self, architecture: Architecture, seen: dict[str, Trial]) -> Architecture | None:
+    def _instead(self, architecture: Architecture, progress: Progress) -> Architecture | None:
         """A new architecture inside the budget when the sampler offers none: the last one repaired, else a random
         one; None when the space seems exhausted."""
         rng = Random(f"{self.seed}/instead/{len(self._trials())}")
         candidates = chain(
             [self.feasible.repair(architecture, rng)], (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES))
         )
-        return next((a for a in candidates if a.fingerprint not in seen), None)
+        return next((a for a in candidates if progress.unknown(a)), None)
 
-    def observe(self, trials: list[Trial]) -> None:
-        for trial in trials:
-            if self._asked is not None and trial.state in ("evaluated", "failed"):
-                self._tell(self._asked, trial.values, trial.excess)
-                self._asked = None
-            elif len(self._trials()) <= trial.number:
-                self.study.add_trial(frozen_trial(self.genome, trial))
+    def observe(self, trial: Trial) -> None:
+        asked = self._asked.pop(trial.architecture, None)
+        if asked is None:  # it stood in for what the study had asked for
+            self.study.add_trial(frozen_trial(self.genome, trial))
+        else:
+            self._tell(asked, trial.values, trial.excess)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -112,7 +117,8 @@ class OptunaSampler:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self.config.sampler == "nsga2":
                 return _OrderedNSGAII(population_size=self.config.population, seed=seed)
-            return TPESampler(multivariate=True, n_startup_trials=self.config.population, seed=seed)
+            # What other lanes are evaluating counts as bad, so that no two look at the same place.
+            return TPESampler(multivariate=True, n_startup_trials=self.config.population, seed=seed, constant_liar=True)
 
     def _tell(self, trial: optuna.Trial, values: tuple[float, ...], excess: dict[str, float]) -> None:
         for name, value in excess.items():

@@ -30,11 +30,30 @@ class Proposal:
     engine: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a sampler may know when it proposes: all finished trials in the order of the log, those that were evaluated
+    or failed by fingerprint (``seen``), and the fingerprints of the proposals that are ``running`` in other lanes."""
+
+    trials: list[Trial]
+    seen: dict[str, Trial]
+    running: frozenset[str] = frozenset()
+
+    @property
+    def asked(self) -> int:
+        """Evaluations finished or running: with one lane, what the next one's number follows from."""
+        return len(self.seen) + len(self.running)
+
+    def unknown(self, architecture: Architecture) -> bool:
+        """Neither evaluated nor running."""
+        return architecture.fingerprint not in self.seen and architecture.fingerprint not in self.running
+
+
 class Sampler(Protocol):
-    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
-        """The next unseen architecture inside the budget; None when none is found."""
+    def propose(self, progress: Progress) -> Proposal | None:
+        """The next unknown architecture inside the budget; None when none is found."""
         ...
 
-    def observe(self, trials: list[Trial]) -> None:
-        """Trials that were just finished, in the order of the log."""
+    def observe(self, trial: Trial) -> None:
+        """A proposal of this sampler was evaluated or failed."""
         ...

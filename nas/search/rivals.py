@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 from nas.costs.price import Costs
+from nas.executors import Executor, evaluate_all
 from nas.search.budget import Budget
 from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
-from supernet import Evaluation
 
 JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
@@ -26,11 +26,9 @@ class Rival:
     costs: Costs
 
 
-def judge_rivals(
-    space: SearchSpace, budget: Budget, evaluate: Callable[[Architecture], Evaluation]
-) -> dict[str, list[Rival]]:
+def judge_rivals(space: SearchSpace, budget: Budget, executor: Executor) -> dict[str, list[Rival]]:
     """Uniform and dense layouts inside the budget by rising inherited loss: the same judge, weights and budget as the
-    search had. A kind of which nothing fits is left out."""
+    search had. A kind of which nothing fits, or nothing can be evaluated, is left out."""
     rivals = {}
     kinds: tuple[tuple[Literal["uniform", "dense"], list[Architecture]], ...] = (
         ("uniform", uniform_layouts(space, sparse=True)),
@@ -40,10 +38,11 @@ def judge_rivals(
         inside = [a for a in layouts if budget.fits(a)]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
         judged = []
-        for architecture in inside[:JUDGED]:
-            evaluation = evaluate(architecture)
-            costs = budget.pricer.measured(architecture, evaluation.loads)
-            judged.append(Rival(kind, architecture, evaluation.loss, costs))
+        for outcome in evaluate_all(executor, inside[:JUDGED]):
+            architecture, evaluation = outcome.architecture, outcome.evaluation
+            if evaluation is not None and math.isfinite(evaluation.loss):
+                costs = budget.pricer.measured(architecture, evaluation.loads)
+                judged.append(Rival(kind, architecture, evaluation.loss, costs))
         if judged:
             rivals[kind] = sorted(judged, key=lambda rival: rival.loss)
     return rivals

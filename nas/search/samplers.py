@@ -1,11 +1,12 @@
 """Who proposes the next architecture: random, evolution over architectures, or Optuna's NSGA-II and TPE.
 
-Every sampler is a function of the seed and the trials so far, with no other state: rebuilt from the trial log it
-goes on exactly as it would have.
+Every sampler is a function of the seed, the trials so far and what is running, with no other state: rebuilt from the
+trial log it goes on exactly as it would have. With several lanes, which trial ends first is up to the machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -14,7 +15,7 @@ import numpy as np
 from nas.config import SearchConfig
 from nas.search.feasible import FeasibleSampler
 from nas.search.pareto import crowding, ranks
-from nas.search.proposal import UNSEEN_TRIES, Proposal, Sampler, Skipped
+from nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Sampler, Skipped
 from nas.search.rivals import uniform_layouts
 from nas.search.trials import Trial
 from search_spaces import Architecture, Router, crossover, mutate
@@ -27,15 +28,15 @@ class RandomSampler:
     feasible: FeasibleSampler
     seed: int
 
-    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
-        rng = Random(f"{self.seed}/search/{len(seen)}")
+    def propose(self, progress: Progress) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{progress.asked}")
         for _ in range(UNSEEN_TRIES):
             architecture = self.feasible.sample(rng)
-            if architecture.fingerprint not in seen:
+            if progress.unknown(architecture):
                 return Proposal(architecture)
         return None
 
-    def observe(self, trials: list[Trial]) -> None:
+    def observe(self, trial: Trial) -> None:
         pass
 
 
@@ -57,13 +58,14 @@ class EvolutionSampler:
     population: int
     seeds: tuple[Architecture, ...] = ()
 
-    def propose(self, trials: list[Trial], seen: dict[str, Trial]) -> Proposal | None:
-        rng = Random(f"{self.seed}/search/{len(seen)}")
-        if len(seen) < len(self.seeds):
-            return Proposal(self.seeds[len(seen)])
-        archive = [trial for trial in trials if trial.feasible]
-        if len(seen) < self.population or len(archive) < 2:
-            return RandomSampler(self.feasible, self.seed).propose(trials, seen)
+    def propose(self, progress: Progress) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{progress.asked}")
+        for seed in self.seeds:
+            if progress.unknown(seed):
+                return Proposal(seed)
+        archive = [trial for trial in progress.trials if trial.feasible]
+        if progress.asked < self.population or len(archive) < 2:
+            return RandomSampler(self.feasible, self.seed).propose(progress)
         points = np.array([trial.values for trial in archive])
         losses = np.array([trial.loss for trial in archive])
         orders = (_preference(points), losses.argsort(kind="stable").argsort())
@@ -77,11 +79,11 @@ class EvolutionSampler:
             if not self.feasible.budget.fits(child):
                 refused.append(Skipped("refused", child))
                 child = self.feasible.repair(child, rng)
-            if child.fingerprint not in seen:
+            if progress.unknown(child):
                 return Proposal(child, tuple(refused))
-        return RandomSampler(self.feasible, self.seed).propose(trials, seen)
+        return RandomSampler(self.feasible, self.seed).propose(progress)
 
-    def observe(self, trials: list[Trial]) -> None:
+    def observe(self, trial: Trial) -> None:
         pass
 
     @staticmethod
@@ -117,12 +119,12 @@ def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, .
     return tuple(found)
 
 
-def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int) -> Sampler:
-    """The sampler that ``config`` names."""
+def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int, history: Sequence[Trial]) -> Sampler:
+    """The sampler that ``config`` names, as it is after the trials of ``history``, in the order of their log."""
     if config.sampler == "random":
         return RandomSampler(feasible, seed)
     if config.sampler == "evolution":
         return EvolutionSampler(feasible, seed, config.population, seed_layouts(feasible, config.population // 2))
     from nas.search.optuna_sampler import OptunaSampler
 
-    return OptunaSampler(feasible, seed, config)
+    return OptunaSampler(feasible, seed, config, history)

@@ -21,9 +21,10 @@ class Trial:
     """One proposal and what became of it.
 
     ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was evaluated
-    before and the values are that trial's. ``failed``: its loss is not finite. ``excess`` is relative to each budget
-    line, negative inside, and under the measured load once there is one. ``engine`` is what the sampler needs to know
-    about the trial after a restart.
+    before and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why. ``excess`` is
+    relative to each budget line, negative inside, and under the measured load once there is one. ``seconds``,
+    ``lane`` and ``attempts`` are of the evaluation, ``seed`` is the search's. ``engine`` is what the sampler needs to
+    know about the trial after a restart.
     """
 
     number: int
@@ -36,6 +37,10 @@ class Trial:
     loads: tuple[LayerLoad | None, ...] = ()
     values: tuple[float, ...] = ()
     seconds: float = 0.0
+    seed: int = 0
+    lane: int | None = None
+    attempts: int = 1
+    reason: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property

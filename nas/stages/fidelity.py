@@ -19,7 +19,7 @@ from nas.search.loop import SearchResult
 from nas.search.trials import Trial
 from nas.significance import adjusted_p_values, levels
 from nas.stages.run import Run
-from nas.stages.search import InheritedLoss, load_search
+from nas.stages.search import inherited_loss, load_search
 from nas.trust import corrects
 from search_spaces import Architecture, StageFailed
 from search_spaces.files import read_json, write_atomically, write_json, write_text
@@ -61,12 +61,12 @@ def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
     rivals = _best_of_kind(judged, [rival["loss"] for rival in judged])
     models = {f"trial {trial.number}": trial.architecture for trial in result.front}
     models |= {rival["kind"]: Architecture.from_dict(rival["architecture"]) for rival in rivals}
-    inherited_loss = InheritedLoss(run)
+    judge = inherited_loss(run)
     evaluations: list[Evaluation] = []
     with run.task("front") as task:
         for name, architecture in models.items():
             task.update(len(evaluations), len(models), name)
-            evaluations.append(inherited_loss(architecture))
+            evaluations.append(judge(architecture))
         task.update(len(models), len(models))
     p_values = adjusted_p_values(np.array([evaluation.sequence_losses for evaluation in evaluations]))
     rows: list[dict[str, Any]] = [

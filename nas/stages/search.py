@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
-from nas.costs.probe import autocast
+from nas.executors import Executor, LocalExecutor
+from nas.executors.inherited import InheritedLoss
 from nas.run_directory import fingerprint
 from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
@@ -17,9 +19,8 @@ from nas.search.rivals import judge_rivals
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog, read_trials
 from nas.stages.run import Run
-from search_spaces import Architecture, StageFailed
+from search_spaces import MoesaicError, StageFailed
 from search_spaces.files import write_atomically, write_json, write_text
-from supernet import Evaluation, evaluate
 
 _ACCEPTANCE_DRAWS = 2000
 
@@ -35,13 +36,12 @@ def run_search_stage(run: Run) -> None:
         run.reporter.say(
             f"search: {' and '.join(map(str, budget.lines))}; {acceptance:.1%} of random architectures fit"
         )
-        sampler = make_sampler(config, feasible, seed)
         log = TrialLog(stage.path / "trials.jsonl")
+        sampler = make_sampler(config, feasible, seed, log.trials)
         mirror = JournalMirror(
             stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
         )
-        evaluator = InheritedLoss(run)
-        try:
+        with closing(log), closing(open_executor(run)) as executor:
             with run.task("search") as task:
 
                 def on_trial(finished: list[Trial]) -> None:
@@ -52,18 +52,16 @@ def run_search_stage(run: Run) -> None:
                     best = f"best loss {min(losses):.4f}" if losses else "none inside the budget yet"
                     task.update(done, config.trials, f"{best}  refused {refused}")
 
-                run_search(config, budget, sampler, evaluator, log, on_trial, run.should_stop)
-        finally:
-            log.close()
-        result = result_of(log.trials)
-        if result is None:
-            raise StageFailed(
-                "no evaluated architecture is inside the budget: measured routing costs more than was expected",
-                where=str(log.path),
-                allowed="a larger budget, or more trials",
-            )
-        with run.task("rivals"):
-            rivals = judge_rivals(run.space, budget, evaluator)
+                run_search(config, budget, sampler, executor, log, seed, on_trial, run.should_stop)
+            result = result_of(log.trials)
+            if result is None:
+                raise StageFailed(
+                    "no evaluated architecture is inside the budget: measured routing costs more than was expected",
+                    where=str(log.path),
+                    allowed="a larger budget, or more trials",
+                )
+            with run.task("rivals"):
+                rivals = judge_rivals(run.space, budget, executor)
         rows = [
             {"kind": r.kind, "loss": r.loss, "costs": dict(r.costs), "architecture": r.architecture.to_dict()}
             for judged in rivals.values()
@@ -88,16 +86,24 @@ def run_search_stage(run: Run) -> None:
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
 
 
-class InheritedLoss:
-    """Evaluates with the supernet's weights on the search's held-out windows."""
+def inherited_loss(run: Run) -> InheritedLoss:
+    """The judge of the search, on its held-out windows."""
+    windows = run.windows("validation", run.config.search.evaluation_windows)
+    return InheritedLoss(run.supernet, windows, run.device)
 
-    def __init__(self, run: Run):
-        self.model, self.device = run.supernet, run.device
-        self.windows = run.windows("validation", run.config.search.evaluation_windows)
 
-    def __call__(self, architecture: Architecture) -> Evaluation:
-        with autocast(self.device):
-            return evaluate(self.model, self.windows, architecture)
+def open_executor(run: Run) -> Executor:
+    """The executor that the configuration names."""
+    config = run.config.executor
+    if config.kind == "local":
+        return LocalExecutor(inherited_loss(run))
+    try:
+        from nas.executors.ray_lanes import RayExecutor
+    except ImportError:
+        raise MoesaicError(
+            "Ray is not installed", where="executor.kind", found="ray", nearest="pip install 'moesaic[cluster]'"
+        ) from None
+    return RayExecutor(config, inherited_loss(run), run.config.device, run.reporter.say)
 
 
 def load_search(run: Run) -> tuple[list[Trial], SearchResult]:

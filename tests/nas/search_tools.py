@@ -5,6 +5,7 @@ from __future__ import annotations
 from nas.config import Config, SearchConfig
 from nas.costs.context import Context
 from nas.costs.price import Pricer
+from nas.executors import LocalExecutor
 from nas.search.budget import Budget, a_member_inside, resolve_budget
 from nas.search.feasible import FeasibleSampler
 from nas.search.loop import run_search
@@ -68,7 +69,8 @@ def search(space, budget, log_path, config: SearchConfig, evaluate=formula, shou
     feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
     log = TrialLog(log_path)
     try:
-        run_search(config, budget, make_sampler(config, feasible, seed), evaluate, log, should_stop=should_stop)
+        sampler = make_sampler(config, feasible, seed, log.trials)
+        run_search(config, budget, sampler, LocalExecutor(evaluate), log, seed, should_stop=should_stop)
     finally:
         log.close()
     return log.trials

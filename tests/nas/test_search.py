@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nas.config import SearchConfig
+from nas.executors import LocalExecutor
 from nas.search.genome import Genome
 from nas.search.loop import hypervolume_history, result_of
 from nas.search.mirror import JournalMirror
@@ -203,7 +204,7 @@ def test_the_dashboard_sees_every_trial_and_the_journal_is_made_again_when_it_la
 def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
     space = tiny_space()
     budget = budget_of(space, flops="60%")
-    judged = judge_rivals(space, budget, formula)
+    judged = judge_rivals(space, budget, LocalExecutor(formula))
     assert all(few == sorted(few, key=lambda r: r.loss) for few in judged.values())
     rivals = {kind: few[0] for kind, few in judged.items()}
     assert set(rivals) == {"uniform", "dense"}

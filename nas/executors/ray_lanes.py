@@ -1,0 +1,260 @@
+"""The executor of a Ray cluster: each lane is a long-lived actor that evaluates slices of one supernet.
+
+Ray places the lanes, carries proposals and results, and tells of deaths; a lane that died is started anew, on whatever
+node has room. Lanes are actors and not Tune trials: Tune's controller needs 0.1 s and more for each result, a call of
+an actor about a millisecond (docs/reliability.md has both).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from nas import __version__
+from nas.config import DeviceConfig, ExecutorConfig
+from nas.device import choose_device, usable_processors
+from nas.executors.executor import Outcome
+from nas.executors.inherited import InheritedLoss
+from nas.executors.local import attempt
+from search_spaces import Architecture, MoesaicError, StageFailed
+from supernet import Transformer
+from supernet.sharing import Sharing
+
+_POLL = 1.0
+"""Seconds between looks at time limits while nothing ends."""
+_PATIENCE = 20.0
+"""Seconds without a single lane, after which the user is told what is waited for."""
+_STARTS = 3
+"""Lanes that may fail to start in a row."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a lane builds its supernet from beside the weights; small, and sent to each lane."""
+
+    architecture: Architecture
+    vocab_size: int
+    sharing: Sharing
+    device: DeviceConfig
+
+
+class Lane:
+    """The actor. Its weights are views of the object store's memory, which all lanes of a node share."""
+
+    def __init__(self, number: int, envelope: Envelope, weights: dict[str, np.ndarray], windows: np.ndarray):
+        device = choose_device(envelope.device)
+        with torch.device("meta"):
+            model = Transformer(envelope.architecture, envelope.vocab_size, envelope.sharing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
+            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+            self.windows = torch.from_numpy(windows)
+        model.load_state_dict(tensors, assign=True)
+        self.number = number
+        self.inherited_loss = InheritedLoss(model.to(device.torch_device).eval(), self.windows, device)
+
+    def version(self) -> str:
+        return __version__
+
+    def evaluate(self, architecture: Architecture) -> Outcome:
+        return attempt(self.inherited_loss, architecture, self.number)
+
+
+@dataclass(frozen=True)
+class _Job:
+    architecture: Architecture
+    attempts: int = 0
+    last_lane: int | None = None
+
+
+@dataclass
+class _Slot:
+    """A lane as the driver sees it: its actor, what is waited for from it, and since when."""
+
+    number: int
+    actor: Any
+    reference: Any
+    job: _Job | None = None
+    idle: bool = False
+    since: float = 0.0
+
+
+class RayExecutor:
+    """Lanes on the cluster at ``config.address``, or on a Ray of this machine's own, which ends with the executor.
+
+    Raises
+    ------
+    MoesaicError : no cluster is there, or this machine has fewer processors than its own lanes need.
+    """
+
+    def __init__(
+        self,
+        config: ExecutorConfig,
+        judge: InheritedLoss,
+        device: DeviceConfig,
+        say: Callable[[str], None] = lambda text: None,
+        lane: type[Lane] = Lane,
+    ):
+        self.lanes, self.config, self._say = config.lanes, config, say
+        self._owner = connect(config)
+        model = judge.model
+        self._arguments = (
+            Envelope(model.architecture, model.vocab_size, model.sharing, device),
+            ray.put({name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}),
+            ray.put(judge.windows.numpy()),
+        )
+        threads = device.threads or max(1, int(config.resources.cpu))
+        self._actor = ray.remote(lane).options(
+            num_cpus=config.resources.cpu,
+            num_gpus=config.resources.gpu,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        )
+        self._waiting: deque[_Job] = deque()
+        self._failed_starts = 0
+        self._started = time.monotonic()
+        self._told = False
+        self._slots = [self._start(number) for number in range(config.lanes)]
+
+    @property
+    def free(self) -> int:
+        return self.lanes - len(self._waiting) - sum(slot.job is not None for slot in self._slots)
+
+    def submit(self, architecture: Architecture) -> None:
+        assert self.free, "all lanes are taken"
+        self._waiting.append(_Job(architecture))
+        self._dispatch()
+
+    def next(self) -> Outcome:
+        while True:
+            self._dispatch()
+            done, _ = ray.wait([slot.reference for slot in self._slots if not slot.idle], timeout=_POLL)
+            for slot in self._slots:
+                if slot.reference in done and (outcome := self._ended(slot)) is not None:
+                    return outcome
+                if slot.job is not None and time.monotonic() - slot.since > self.config.time_limit:
+                    return self._timed_out(slot)
+            self._tell_what_is_missing()
+
+    def close(self) -> None:
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        if self._owner:
+            ray.shutdown()
+
+    def _start(self, number: int) -> _Slot:
+        actor: Any = self._actor.remote(number, *self._arguments)
+        return _Slot(number, actor, actor.version.remote(), since=time.monotonic())
+
+    def _restart(self, slot: _Slot) -> None:
+        self._slots[slot.number] = self._start(slot.number)
+
+    def _dispatch(self) -> None:
+        """Give waiting jobs to idle lanes; one under which a lane died goes to another lane, if there is one."""
+        idle = [slot for slot in self._slots if slot.idle]
+        while idle and self._waiting:
+            job = self._waiting.popleft()
+            slot = next((one for one in idle if one.number != job.last_lane), idle[0])
+            idle.remove(slot)
+            slot.job, slot.idle, slot.since = job, False, time.monotonic()
+            slot.reference = slot.actor.evaluate.remote(job.architecture)
+
+    def _ended(self, slot: _Slot) -> Outcome | None:
+        """What the lane had to say: that it is there, or an outcome; None where nothing ended for good."""
+        job = slot.job
+        try:
+            answer: Any = ray.get(slot.reference)
+        except RayTaskError:
+            raise  # a defect of this program, not of the cluster
+        except RayError as error:
+            self._restart(slot)
+            return self._died(slot, str(error))
+        slot.job, slot.idle = None, True
+        if job is not None:
+            return replace(answer, attempts=job.attempts + 1)
+        self._failed_starts = 0
+        if answer != __version__:
+            raise MoesaicError(
+                "a node of the cluster has another version of moesaic", found=answer, allowed=__version__
+            )
+        return None
+
+    def _died(self, slot: _Slot, why: str) -> Outcome | None:
+        job, why = slot.job, _first_sentence(why)
+        if job is None:
+            self._failed_starts += 1
+            if self._failed_starts == _STARTS:
+                raise StageFailed(f"{_STARTS} lanes in a row could not start", where="executor", found=why)
+            return None
+        attempts = job.attempts + 1
+        if attempts <= self.config.retries:
+            self._say(f"executor: lane {slot.number} died ({why}); its architecture is evaluated again")
+            self._waiting.appendleft(_Job(job.architecture, attempts, slot.number))
+            return None
+        seconds = time.monotonic() - slot.since
+        reason = f"its lane died {attempts} times: {why}"
+        return Outcome(job.architecture, None, slot.number, seconds, attempts, reason)
+
+    def _timed_out(self, slot: _Slot) -> Outcome:
+        assert slot.job is not None
+        ray.kill(slot.actor)
+        self._restart(slot)
+        limit = self.config.time_limit
+        reason = f"took longer than executor.time_limit of {limit:g} s"
+        return Outcome(slot.job.architecture, None, slot.number, limit, slot.job.attempts + 1, reason)
+
+    def _tell_what_is_missing(self) -> None:
+        alive = any(slot.idle or slot.job is not None for slot in self._slots)
+        if self._told or alive or time.monotonic() - self._started < _PATIENCE:
+            return
+        self._told = True
+        wanted, free = self.config.resources, ray.available_resources()
+        self._say(
+            f"executor: waiting for a node with {wanted.cpu:g} CPUs and {wanted.gpu:g} GPUs for a lane; "
+            f"free in the cluster: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+        )
+
+
+def connect(config: ExecutorConfig) -> bool:
+    """Be connected to the cluster of ``config``; True where this started a Ray of its own, or this connection, which
+    ``ray.shutdown`` ends."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent from a user's machine
+    if config.address is None:
+        processors, needed = usable_processors(), config.lanes * config.resources.cpu
+        if needed > processors:
+            raise MoesaicError(
+                f"{config.lanes} lanes need {needed:g} processors and this machine has {processors}",
+                where="executor.lanes",
+                allowed="fewer lanes, a smaller executor.resources.cpu, or the address of a cluster",
+                nearest=max(1, int(processors / config.resources.cpu)),
+            )
+    own: dict[str, Any] = {"include_dashboard": False} if config.address is None else {}
+    try:
+        ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, ValueError) as error:
+        raise MoesaicError(
+            "no Ray cluster answers",
+            where="executor.address",
+            found=f"{config.address} ({_first_sentence(str(error))})",
+            allowed="the address of a cluster that `ray start --head` began; without one, Ray starts on this machine",
+        ) from None
+    return True
+
+
+def _first_sentence(text: str) -> str:
+    """The part of Ray's long messages that says what happened, at most 200 characters of it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "memory" in line.lower() or "Error:" in line]
+    return (telling or lines or ["no reason was given"])[-1 if telling else 0][:200]
