@@ -125,6 +125,40 @@ class SearchConfig(_Section):
         return objectives
 
 
+class LaneResources(_Section):
+    """What a lane takes of its node; a fraction of a GPU lets several lanes share one."""
+
+    cpu: Positive = 1.0
+    gpu: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ExecutorConfig(_Section):
+    """Where the search evaluates: in this process (``local``), or in ``lanes`` lanes of a Ray cluster.
+
+    ``address``: a cluster's, or ``auto`` for the one this machine belongs to; without it Ray starts on this machine
+    alone. An evaluation is retried ``retries`` times when its lane dies, and fails after ``time_limit`` seconds.
+    """
+
+    kind: Literal["local", "ray"] = "local"
+    address: str | None = None
+    lanes: Count = 1
+    resources: LaneResources = LaneResources()
+    retries: Annotated[int, Field(ge=0)] = 2
+    time_limit: Positive = 600.0
+
+    @model_validator(mode="after")
+    def _only_ray_has_lanes(self) -> ExecutorConfig:
+        fields = type(self).model_fields
+        ignored = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
+        if self.kind == "local" and ignored:
+            raise MoesaicError(
+                f"{ignored[0]} is a setting of lanes, and the executor of this process has none",
+                found="kind: local",
+                nearest="kind: ray",
+            )
+        return self
+
+
 class FidelityConfig(_Section):
     """``check``: how many of the evaluated architectures are trained from scratch, for ``steps`` each and otherwise as
     ``retrain`` says, to see how well inherited losses rank them."""
@@ -173,6 +207,7 @@ class Config(_Section):
     supernet: SupernetConfig = SupernetConfig()
     latency: LatencyConfig = LatencyConfig()
     search: SearchConfig = SearchConfig()
+    executor: ExecutorConfig = ExecutorConfig()
     fidelity: FidelityConfig = FidelityConfig()
     export: ExportConfig = ExportConfig()
     retrain: RetrainConfig = RetrainConfig()
