@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
+import socket
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,7 +109,6 @@ class RayExecutor:
         judge: InheritedLoss,
         device: DeviceConfig,
         say: Callable[[str], None] = lambda text: None,
-        lane: type[Lane] = Lane,
     ):
         self.lanes, self.config, self._say = config.lanes, config, say
         self._owner = connect(config)
@@ -115,7 +119,7 @@ class RayExecutor:
             ray.put(judge.windows.numpy()),
         )
         threads = device.threads or max(1, int(config.resources.cpu))
-        self._actor = ray.remote(lane).options(
+        self._actor = ray.remote(Lane).options(
             num_cpus=config.resources.cpu,
             num_gpus=config.resources.gpu,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
@@ -190,7 +194,7 @@ class RayExecutor:
         return None
 
     def _died(self, slot: _Slot, why: str) -> Outcome | None:
-        job, why = slot.job, _first_sentence(why)
+        job, why = slot.job, _in_short(why)
         if job is None:
             self._failed_starts += 1
             if self._failed_starts == _STARTS:
@@ -241,20 +245,42 @@ def connect(config: ExecutorConfig) -> bool:
                 nearest=max(1, int(processors / config.resources.cpu)),
             )
     own: dict[str, Any] = {"include_dashboard": False} if config.address is None else {}
-    try:
-        ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError) as error:
-        raise MoesaicError(
-            "no Ray cluster answers",
-            where="executor.address",
-            found=f"{config.address} ({_first_sentence(str(error))})",
-            allowed="the address of a cluster that `ray start --head` began; without one, Ray starts on this machine",
-        ) from None
+    with _signals_kept():
+        try:
+            if config.address not in (None, "auto"):
+                _look_for(config.address)
+            ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+            raise MoesaicError(
+                "no Ray cluster answers",
+                where="executor.address",
+                found=f"{config.address} ({_in_short(str(error))})",
+                allowed="auto, or HOST:PORT as `ray start --head` prints it; without one, Ray starts on this machine",
+            ) from None
     return True
 
 
-def _first_sentence(text: str) -> str:
-    """The part of Ray's long messages that says what happened, at most 200 characters of it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "memory" in line.lower() or "Error:" in line]
-    return (telling or lines or ["no reason was given"])[-1 if telling else 0][:200]
+def _look_for(address: str) -> None:
+    """Raises OSError or ValueError where nothing answers; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """``ray.init`` takes SIGTERM for itself; a search that is asked to stop has to drain first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _in_short(message: str) -> str:
+    """What happened, out of Ray's long messages: the exception that was raised, or the cause of a death."""
+    raised = re.findall(r"^\S*(?:Error|Exception): .*$", message, re.MULTILINE)
+    cause = re.findall(r"because (.+?)(?:\.\s|\n|$)", message)
+    return (raised[-1] if raised else cause[-1] if cause else message.strip().partition("\n")[0])[:200]
