@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 import numpy as np
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
-    """[n] True where no other point is at least as good in everything and better in something."""
-    at_least = (points[:, None, :] <= points[None, :, :]).all(-1)
-    better = (points[:, None, :] < points[None, :, :]).any(-1)
-    return np.logical_not((at_least & better).any(0))
+    """[n] True where no other point is at least as good in everything and better in something.
+
+    In lexicographic order no point is dominated by a later one, so each is compared with the front so far alone.
+    """
+    kept = np.zeros(len(points), dtype=bool)
+    front = np.empty_like(points)
+    size = 0
+    for i in np.lexsort(points.T[::-1]):
+        rivals, point = front[:size], points[i]
+        if not ((rivals <= point).all(1) & (rivals < point).any(1)).any():
+            kept[i], front[size] = True, point
+            size += 1
+    return kept
 
 
 def ranks(points: np.ndarray) -> np.ndarray:
     """[n] 0 for the front, 1 for the front of the rest, and so on (NSGA-II, Deb et al. 2002)."""
-    result = np.full(len(points), -1)
+    unique, inverse = np.unique(points, axis=0, return_inverse=True)
+    if points.shape[1] == 2:
+        return _ranks_of_pairs(unique)[inverse.ravel()]
+    result = np.full(len(unique), -1)
     rank = 0
     while (left := result < 0).any():
         index = np.flatnonzero(left)
-        result[index[non_dominated(points[index])]] = rank
+        result[index[non_dominated(unique[index])]] = rank
         rank += 1
+    return result[inverse.ravel()]
+
+
+def _ranks_of_pairs(pairs: np.ndarray) -> np.ndarray:
+    """``ranks`` of different points with two coordinates in lexicographic order, in n log n (Jensen 2003): a front
+    dominates a point exactly if its last one does."""
+    last: list[float] = []
+    result = np.empty(len(pairs), dtype=int)
+    for i, value in enumerate(pairs[:, 1].tolist()):
+        rank = bisect_right(last, value)
+        result[i] = rank
+        last[rank : rank + 1] = [value]
     return result
 
 

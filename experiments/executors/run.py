@@ -1,0 +1,164 @@
+"""What the search's engine costs beside the evaluations themselves: this process, one lane of Ray, two, four nodes.
+
+python experiments/executors/run.py lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
+python experiments/executors/run.py length [--trials 10000]               does a trial get dearer the more there are?
+
+Searches are whole ones (proposals, budget, log on the disk, Optuna's journal) over the preset `small`. `lanes`
+evaluates with the supernet's random weights, which take as long as trained ones; `length` with a formula, so that the
+engine is all there is. Let nothing else run beside `lanes`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from nas.config import Config, DeviceConfig, ExecutorConfig, SearchConfig
+from nas.costs.context import Context
+from nas.costs.price import Pricer
+from nas.device import choose_device
+from nas.executors import Executor, LocalExecutor
+from nas.executors.inherited import InheritedLoss
+from nas.executors.ray_lanes import RayExecutor
+from nas.search.budget import a_member_inside, resolve_budget
+from nas.search.feasible import FeasibleSampler
+from nas.search.genome import Genome
+from nas.search.loop import run_search
+from nas.search.mirror import JournalMirror
+from nas.search.samplers import make_sampler
+from nas.search.trials import Trial, TrialLog
+from nas.summary import versions
+from search_spaces import Architecture, load_space, preset_source
+from search_spaces.files import write_json
+from supernet import Evaluation, Transformer
+
+HERE = Path(__file__).parent
+SEED, VOCABULARY, WINDOWS, LENGTH = 0, 1024, 64, 128
+SPACE = load_space(preset_source("small"))
+DEVICE = DeviceConfig(device="cpu", threads=1)
+
+
+def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None):
+    """Seconds of a whole search, and its trials."""
+    config = SearchConfig(sampler=sampler, trials=trials)  # type: ignore[arg-type]
+    pricer = Pricer(Context(VOCABULARY, LENGTH, 8))
+    budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}), SPACE, pricer)
+    feasible = FeasibleSampler(SPACE, budget, a_member_inside(SPACE, budget))
+    with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
+        made = make_sampler(config, feasible, SEED, log.trials)
+        mirror = JournalMirror(Path(folder) / "journal.log", "bench", ["loss", "flops"], Genome(SPACE), log.trials)
+
+        def mirrored(finished: list[Trial]) -> None:
+            mirror.append(finished)
+            on_trial()
+
+        started = time.perf_counter()
+        run_search(config, budget, made, executor, log, SEED, mirrored)
+        return time.perf_counter() - started, log.trials
+
+
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[str]:
+    """The address of a cluster on this machine: a head without processors, and nodes of one each."""
+    cluster = Cluster()
+    cluster.add_node(num_cpus=0)
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1)
+    try:
+        yield str(cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def timed(executor: Executor, trials: int) -> dict:
+    """Figures of one search, after a first evaluation in every lane."""
+    search(executor, 2 * executor.lanes)
+    seconds, found = search(executor, trials)
+    evaluated = [trial for trial in found if trial.state == "evaluated"]
+    inside = sum(trial.seconds for trial in evaluated)
+    return {
+        "lanes": executor.lanes,
+        "seconds": round(seconds, 3),
+        "evaluations_per_second": round(len(evaluated) / seconds, 3),
+        "evaluation_ms": round(1e3 * inside / len(evaluated), 2),
+        "engine_ms_per_evaluation": round(1e3 * (seconds * executor.lanes - inside) / len(evaluated), 2),
+    }
+
+
+def measure_lanes(trials: int, rounds: int) -> dict:
+    """Rounds of all ways, one after another, so that a slow minute of the machine meets all of them."""
+    torch.manual_seed(SEED)
+    model = Transformer(SPACE.envelope, VOCABULARY).eval()
+    judge = InheritedLoss(model, torch.randint(0, VOCABULARY, (WINDOWS, LENGTH + 1)), choose_device(DEVICE))
+    rows: list[dict] = []
+
+    def note(way: str, executor: Executor) -> None:
+        with closing(executor):
+            rows.append({"way": way, **timed(executor, trials)})
+        print(rows[-1], flush=True)
+
+    for _ in range(rounds):
+        note("this process", LocalExecutor(judge))
+        for lanes in (1, 2):
+            note(f"Ray, lanes {lanes}", RayExecutor(ExecutorConfig(kind="ray", lanes=lanes), judge, DEVICE))
+    with cluster_of(4) as address:
+        config = ExecutorConfig(kind="ray", lanes=4, address=address)
+        note("Ray, cluster of 4 nodes on these 2 processors", RayExecutor(config, judge, DEVICE))
+
+    def median(way: str, key: str) -> float:
+        return statistics.median(row[key] for row in rows if row["way"] == way)
+
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    one, two = (median(f"Ray, lanes {lanes}", "evaluations_per_second") for lanes in (1, 2))
+    keys = ("evaluations_per_second", "engine_ms_per_evaluation")
+    medians = {way: {key: median(way, key) for key in keys} for way in ways}
+    return {"trials": trials, "medians": medians, "efficiency_of_two_lanes": round(two / (2 * one), 3), "rounds": rows}
+
+
+def formula(architecture: Architecture) -> Evaluation:
+    """More active neurons are better, with falling returns."""
+    active = sum(layer.feed_forward.worst_active_neurons for layer in architecture.decoder.layers)
+    loads = tuple(None for _ in architecture.decoder.layers)
+    return Evaluation(3 + 20 / architecture.decoder.width + 100 / (100 + active), 0.01, 1000, loads)
+
+
+def measure_length(trials: int) -> dict:
+    """Milliseconds of the engine per trial in the last tenth before so many trials."""
+    found = {}
+    for sampler in ("random", "evolution", "nsga2"):
+        ends: list[float] = []
+        search(LocalExecutor(formula), trials, sampler, lambda ends=ends: ends.append(time.perf_counter()))
+        marks = [n for n in (100, 300, 1000, 3000, 10000) if n <= trials]
+        found[sampler] = {n: round(1e3 * (ends[n - 1] - ends[n - n // 10 - 1]) / (n // 10), 2) for n in marks}
+        print(sampler, found[sampler], flush=True)
+    return {"trials": trials, "ms_per_trial_at": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lanes", "length"])
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    if chosen.what == "lanes":
+        result = measure_lanes(chosen.trials or 200, chosen.rounds)
+    else:
+        result = measure_length(chosen.trials or 10_000)
+    device = choose_device(DEVICE)
+    facts = {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions(), "seed": SEED}
+    write_json(HERE / f"{chosen.what}.json", {**facts, **result})
+
+
+if __name__ == "__main__":
+    main()
