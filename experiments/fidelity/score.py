@@ -100,18 +100,33 @@ def columns(truth: Truth, inherited: np.ndarray) -> np.ndarray:
 
 
 def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
-    """Mean tau, over random splits, of the tool's correction learnt from ``runs`` stand-alone losses of one seed, on
-    the members that it did not see, overall and over near pairs."""
+    """Means, over random splits, of the tool's correction learnt from ``runs`` stand-alone losses of one seed, on the
+    members that it did not see: tau overall and over near pairs; regret of its first of them all and of the band."""
     rng, found = np.random.default_rng(0), []
     for _ in range(SPLITS):
         order = rng.permutation(len(truth.loss))
         train, test = order[:runs], order[runs:]
         seed = rng.integers(len(truth.losses))
-        predicted = Correction(x[train], truth.losses[seed, train]).predict(x[test])
-        tau = kendall_tau(predicted, truth.loss[test])
-        found.append((tau, near_tau(predicted, truth.loss[test], truth.flops[test])))
-    overall, near = np.nanmean(np.array(found), 0)
-    return {"tau": float(overall), "near": float(near)}
+        predicted, loss, band = (
+            Correction(x[train], truth.losses[seed, train]).predict(x[test]),
+            truth.loss[test],
+            truth.band[test],
+        )
+        near = near_tau(predicted, loss, truth.flops[test])
+        found.append(
+            (
+                kendall_tau(predicted, loss),
+                near,
+                first_regret(predicted, loss),
+                first_regret(predicted[band], loss[band]),
+            )
+        )
+    return dict(zip(("tau", "near", "regret", "band_regret"), np.nanmean(np.array(found), 0).tolist(), strict=True))
+
+
+def first_regret(judged: np.ndarray, truth: np.ndarray) -> float:
+    """How far the true loss of the judge's first is above the best there is, relative to that."""
+    return float(truth[judged.argmin()] / truth.min() - 1)
 
 
 def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarray], truth: Truth) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def correction_rows(folder: Path, truth: Truth, change: str) -> list[dict[str, A
                 "runs": runs,
                 "costs": corrected(every[0][:, 1:3], truth, runs),
                 "shape": corrected(every[0][:, 1:], truth, runs),
-                "inherited": {key: float(np.mean([row[key] for row in both])) for key in ("tau", "near")},
+                "inherited": {key: float(np.mean([row[key] for row in both])) for key in both[0]},
             }
         )
     return rows
@@ -222,11 +237,13 @@ def tables(result: dict[str, Any]) -> str:
         )
         + "\n"
         + markdown(
-            "stand-alone trainings|costs, tau|near pairs|and shape, tau|near pairs|and inherited loss, tau|near pairs",
+            "stand-alone trainings|costs, tau|near pairs|and shape, tau|near pairs|and inherited loss, tau|near pairs|"
+            "regret, all|regret, band",
             [
                 [
                     str(row["runs"]),
                     *(f"{row[judge][key]:.2f}" for judge in ("costs", "shape", "inherited") for key in ("tau", "near")),
+                    *(f"{row['inherited'][key]:.1%}" for key in ("regret", "band_regret")),
                 ]
                 for row in result["corrections"]
             ],
