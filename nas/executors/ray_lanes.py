@@ -218,15 +218,18 @@ class RayExecutor:
         return Outcome(slot.job.architecture, None, slot.number, limit, slot.job.attempts + 1, reason)
 
     def _tell_what_is_missing(self) -> None:
+        """Once, when no lane could start for long and the cluster has no room for one."""
         alive = any(slot.idle or slot.job is not None for slot in self._slots)
         if self._told or alive or time.monotonic() - self._started < _PATIENCE:
             return
-        self._told = True
         wanted, free = self.config.resources, ray.available_resources()
-        self._say(
-            f"executor: waiting for a node with {wanted.cpu:g} CPUs and {wanted.gpu:g} GPUs for a lane; "
-            f"free in the cluster: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
-        )
+        processors, gpus = free.get("CPU", 0), free.get("GPU", 0)
+        if processors < wanted.cpu or gpus < wanted.gpu:
+            self._told = True
+            self._say(
+                f"executor: waiting for a node with {wanted.cpu:g} CPUs and {wanted.gpu:g} GPUs for a lane; "
+                f"free in the cluster: {processors:g} CPUs, {gpus:g} GPUs"
+            )
 
 
 def connect(config: ExecutorConfig) -> bool:

@@ -209,6 +209,20 @@ def test_more_lanes_than_processors_and_a_cluster_that_is_not_there(own_ray, jud
             RayExecutor(ExecutorConfig(kind="ray", address=nowhere), judge, DEVICE)
 
 
+def test_a_cluster_without_room_is_said_once(own_ray, judge, monkeypatch):
+    monkeypatch.setattr(ray_lanes, "_PATIENCE", 0.0)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    said: list[str] = []
+    config = ExecutorConfig(kind="ray", lanes=1, resources=LaneResources(cpu=2), time_limit=100)
+    executor = RayExecutor(config, judge, DEVICE, said.append)
+    for _ in range(2):
+        executor._tell_what_is_missing()
+    executor.close()
+    assert said == [
+        "executor: waiting for a node with 2 CPUs and 0 GPUs for a lane; free in the cluster: 1 CPUs, 0 GPUs"
+    ]
+
+
 def test_lanes_are_of_ray_alone():
     with pytest.raises(ValueError, match="lanes is a setting of lanes"):
         ExecutorConfig(lanes=2)
