@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 FEWEST_MEMBERS = 4
 """Fewest architectures whose order by two judges is worth comparing."""
+BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters", "memory"]
 
 
@@ -83,6 +85,22 @@ class TrainingConfig(_Section):
     checkpoint_every: Count = 100
 
 
+class TrainConfig(_Section):
+    """``workers`` processes of this machine train together, each a part of every batch and, with ``shard``, each a part
+    of weights and optimiser state. On GPUs each has its own. When one dies all are started again, ``restarts`` times.
+    """
+
+    workers: Count = 1
+    restarts: Annotated[int, Field(ge=0)] = 3
+    shard: bool = False
+
+    @model_validator(mode="after")
+    def _several_to_shard(self) -> TrainConfig:
+        if self.shard and self.workers == 1:
+            raise MoesaicError("shard divides a model between workers, and there is one", nearest="workers: 2")
+        return self
+
+
 class SupernetConfig(TrainingConfig):
     """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
 
@@ -109,7 +127,7 @@ class LatencyConfig(_Section):
 class SearchConfig(_Section):
     """``trials`` architectures are evaluated on ``evaluation_windows`` windows of held-out text."""
 
-    sampler: Literal["random", "nsga2", "tpe", "evolution"] = "evolution"
+    sampler: Literal["random", "nsga2", "tpe", "puzzle", "evolution"] = "evolution"
     trials: Count = 300
     objectives: Annotated[list[Objective], Field(min_length=1)] = ["loss", "flops"]
     population: Annotated[int, Field(ge=4)] = 40
@@ -196,14 +214,20 @@ class RetrainConfig(TrainingConfig):
 
 
 class Config(_Section):
-    """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``."""
+    """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``.
+
+    There is one ``budget``, or several under names of their own in ``budgets``: these share one supernet and one
+    search, and each gets its own models and report.
+    """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     space: Any = "small"
     budget: dict[str, BudgetLine]
+    budgets: dict[BudgetName, dict[str, BudgetLine]] = {}
     device: DeviceConfig = DeviceConfig()
+    train: TrainConfig = TrainConfig()
     supernet: SupernetConfig = SupernetConfig()
     latency: LatencyConfig = LatencyConfig()
     search: SearchConfig = SearchConfig()
@@ -212,15 +236,38 @@ class Config(_Section):
     export: ExportConfig = ExportConfig()
     retrain: RetrainConfig = RetrainConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("budgets") and not data.get("budget"):
+            return {**data, "budget": None}
+        return data
+
     @field_validator("budget", mode="before")
     @classmethod
-    def _lines(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not value:
-            raise MoesaicError("budget needs at least one line", allowed=", ".join(DIMENSIONS))
-        return {name: {"limit": line} if not isinstance(line, dict) else line for name, line in value.items()}
+    def _lines_of_one(cls, value: Any) -> Any:
+        return {} if value is None else _lines(value)
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _lines_of_several(cls, value: Any) -> Any:
+        return {name: _lines(lines) for name, lines in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _not_both(self) -> Config:
+        if bool(self.budget) == bool(self.budgets):
+            raise MoesaicError("there is one budget, or several in budgets", allowed="one of the two keys")
+        return self
 
     def limits(self) -> dict[str, Limit]:
         return {name: parse_limit(line.limit, name) for name, line in self.budget.items()}
+
+
+def _lines(value: Any) -> Any:
+    """The lines of a budget, of which a plain value is the limit."""
+    if not isinstance(value, dict) or not value:
+        raise MoesaicError("budget needs at least one line", allowed=", ".join(DIMENSIONS))
+    return {name: {"limit": line} if not isinstance(line, dict) else line for name, line in value.items()}
 
 
 class RetrainFile(_Section):
@@ -230,6 +277,7 @@ class RetrainFile(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig
     device: DeviceConfig = DeviceConfig()
+    train: TrainConfig = TrainConfig()
     retrain: RetrainConfig = RetrainConfig()
 
 
@@ -240,6 +288,11 @@ class Loaded:
     config: Config
     space: SearchSpace
     source: YamlSource
+
+    def under(self, name: str) -> Loaded:
+        """The configuration with that one of its ``budgets`` alone."""
+        config = self.config.model_copy(update={"budget": self.config.budgets[name], "budgets": {}})
+        return replace(self, config=config)
 
     def resolved_yaml(self) -> str:
         """The whole configuration, defaults written out, ready to be read again."""
@@ -255,15 +308,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """
     source = _read(path, overrides)
     config = validate(Config, source)
-    for name, line in config.budget.items():
-        _check_budget(name, line, source)
+    _check_workers(config.train, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
+    budgets = {("budgets", name): lines for name, lines in config.budgets.items()}
+    for keys, lines in {("budget",): config.budget, **budgets}.items():
+        for name, line in lines.items():
+            _check_budget((*keys, name), line, source)
     space_source = source.at("space", data=config.space)
     return Loaded(config, load_space(space_source), source)
 
 
 def load_retrain_file(path: Path, overrides: Sequence[str] = ()) -> RetrainFile:
     """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
-    return validate(RetrainFile, _read(path, overrides))
+    source = _read(path, overrides)
+    file = validate(RetrainFile, source)
+    _check_workers(file.train, file.retrain.batch_size, source)
+    return file
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> YamlSource:
@@ -277,11 +336,24 @@ def _read(path: str | Path, overrides: Sequence[str]) -> YamlSource:
     return _overridden(source, overrides)
 
 
-def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
+def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
+    """Raises MoesaicError unless every worker gets as many of ``rows`` rows of each batch."""
+    if rows % train.workers:
+        raise MoesaicError(
+            "batches cannot be dealt evenly to the workers",
+            where=source.where(("train", "workers")),
+            found=train.workers,
+            allowed=f"a divisor of batch_size: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
+            nearest=max(n for n in range(1, min(train.workers, rows) + 1) if rows % n == 0),
+        )
+
+
+def _check_budget(path: tuple[str, ...], line: BudgetLine, source: YamlSource) -> None:
+    name = path[-1]
     if name not in DIMENSIONS:
         raise MoesaicError(
             "unknown cost",
-            where=source.where(("budget", name)),
+            where=source.where(path),
             found=name,
             allowed=", ".join(DIMENSIONS),
             nearest=nearest_name(name, DIMENSIONS),
@@ -289,7 +361,7 @@ def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
     if line.confidence is not None and name != "latency":
         raise MoesaicError(
             f"{name} is computed without error and takes no confidence",
-            where=source.where(("budget", name, "confidence")),
+            where=source.where((*path, "confidence")),
             found=line.confidence,
             allowed="confidence of latency alone",
         )
@@ -298,7 +370,7 @@ def _check_budget(name: str, line: BudgetLine, source: YamlSource) -> None:
     except MoesaicError as error:
         raise MoesaicError(
             error.problem,
-            where=source.where(("budget", name)),
+            where=source.where(path),
             found=error.found,
             allowed=error.allowed,
             nearest=error.nearest,

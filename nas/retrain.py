@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from nas.config import RetrainConfig, TrainingConfig
+from nas.config import RetrainConfig
 from nas.costs.probe import autocast
 from nas.data import Corpus
 from nas.device import Device
+from nas.launch import ONE, Workers
 from nas.ranking import mean_interval
+from nas.training import single_job, single_training
 from search_spaces import Architecture
-from supernet import Evaluation, TrainData, TrainSettings, Transformer, evaluate, train
+from supernet import Evaluation, Transformer, evaluate
 from supernet.checkpoint import load_tensors, load_weights, save_tensors
 from supernet.train import CHECKPOINT
 
@@ -40,6 +41,7 @@ def retrain(
     inherited: Transformer | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    workers: Workers = ONE,
 ) -> Retrained:
     """Train ``architecture`` in ``directory``, which receives metrics, a checkpoint, and ``model.safetensors``.
 
@@ -48,40 +50,25 @@ def retrain(
 
     Raises
     ------
-    StageFailed, Interrupted, MoesaicError : as ``supernet.train``.
+    StageFailed, Interrupted, MoesaicError : as ``Workers.train``.
     """
-    torch.manual_seed(seed)
-    model = Transformer(architecture, corpus.vocab_size)
+    training = single_training(architecture, config, corpus, device, seed)
+    model = training[0]
     if inherited is not None:
         model.load_state_dict(inherited.state_dict())
-    model = model.to(device.torch_device)
     weights = directory / "model.safetensors"
     tensors, metadata = load_tensors(weights) if weights.exists() else ({}, {})
     if metadata.get("identity") == identity:
         load_weights(model, tensors, str(weights))
     else:
-        data = TrainData(lambda step: corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture])
-        settings = train_settings(config, device.bfloat16)
-        train(model, data, settings, directory, identity, on_step, should_stop)
+        job = single_job(architecture, config, seed)
+        workers.train(training, job, corpus, device, directory, identity, on_step, should_stop)
         save_tensors(weights, dict(model.named_parameters()), {"identity": identity})
         (directory / CHECKPOINT).unlink(missing_ok=True)
     model.eval()
     with autocast(device):
         evaluation = evaluate(model, corpus.windows("test", config.evaluation_windows))
     return Retrained(model, evaluation)
-
-
-def train_settings(config: TrainingConfig, bfloat16: bool) -> TrainSettings:
-    return TrainSettings(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, config.steps // 2),
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        balance_weight=config.balance_weight,
-        bfloat16=bfloat16,
-        checkpoint_every=config.checkpoint_every,
-    )
 
 
 def loss_figures(corpus: Corpus, evaluation: Evaluation) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Training, of a supernet and of a single model alike: slices per step, checkpoints, exact resume.
 
 Everything random is a pure function of the seed and the step number, so weights, optimiser state and the step are
-all a checkpoint needs: a run that was stopped and resumed has the same loss curve, bit for bit on a CPU.
+all a checkpoint needs: a run that was stopped and resumed has the same loss curve, bit for bit on a CPU. Any number
+of processes can continue it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
 from supernet.checkpoint import load_tensors, load_weights, save_tensors
+from supernet.distributed import ALONE, Ranks
 from supernet.metrics import MetricLog
 from supernet.model import Transformer
 
@@ -64,6 +66,7 @@ def train(
     identity: str,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train ``model`` in place to ``settings.steps``, from the checkpoint in ``directory`` if there is one.
 
@@ -73,6 +76,8 @@ def train(
     identity : fingerprint of everything that decides the result; a checkpoint with another one is refused.
     on_step : called after each step with its figures (``loss`` of the first slice, nats per token, and others).
     should_stop : asked before each step; True saves a checkpoint and raises Interrupted.
+    ranks : the processes that train together, each of which calls this with the same arguments. The first one writes
+        and reports; all stop, and fail, at the same step. Load-balance losses are those of each process's rows.
 
     Raises
     ------
@@ -80,25 +85,38 @@ def train(
     Interrupted : after ``should_stop``.
     MoesaicError : the checkpoint is damaged or foreign, or the directory cannot be written.
     """
-    optimizer = _optimizer(model, settings)
-    step = _resume(model, optimizer, directory / CHECKPOINT, identity)
-    log = MetricLog(directory, step)
+    checkpoint = directory / CHECKPOINT
+    optimizer, step = _resume(model, settings, checkpoint, identity, ranks)
+    log = MetricLog(directory, step) if ranks.leads else None
     started, first_step = time.perf_counter(), step
     try:
         while step < settings.steps:
-            if should_stop():
-                _save(model, optimizer, directory / CHECKPOINT, identity, step)
+            if ranks.any(should_stop()):
+                _save(model, optimizer, checkpoint, identity, step, ranks)
                 raise Interrupted(f"stopped at step {step} of {settings.steps}; the same command continues from there")
-            record = {"step": step, **_train_step(model, optimizer, data, settings, step, directory / CHECKPOINT)}
+            record = {"step": step, **_train_step(model, optimizer, data, settings, step, checkpoint, ranks)}
             step += 1
-            if record["step"] % settings.log_every == 0 or step == settings.steps:
-                record["seconds_per_step"] = (time.perf_counter() - started) / (step - first_step)
-                log.write(record)
-            on_step(step, record)
+            if log is not None:
+                if record["step"] % settings.log_every == 0 or step == settings.steps:
+                    record["seconds_per_step"] = (time.perf_counter() - started) / (step - first_step)
+                    log.write(record)
+                on_step(step, record)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
-                _save(model, optimizer, directory / CHECKPOINT, identity, step)
+                _save(model, optimizer, checkpoint, identity, step, ranks)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
+
+
+def save_initial(model: Transformer, directory: Path, identity: str) -> None:
+    """Leave ``model`` in ``directory`` as a checkpoint of step 0, for other processes to begin with."""
+    weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    save_tensors(directory / CHECKPOINT, weights, {"step": "0", "identity": identity})
+
+
+def load_trained(model: Transformer, path: Path) -> None:
+    """Copy the weights of a checkpoint into ``model``. Raises MoesaicError when they are damaged or another model's."""
+    load_weights(model, _weights(load_tensors(path)[0]), str(path))
 
 
 def _train_step(
@@ -108,9 +126,10 @@ def _train_step(
     settings: TrainSettings,
     step: int,
     checkpoint: Path,
+    ranks: Ranks,
 ) -> dict[str, float]:
     device = model.embedding.weight.device
-    windows = data.batch(step).to(device)
+    windows = ranks.rows(data.batch(step)).to(device)
     rate = settings.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -126,7 +145,10 @@ def _train_step(
         ((loss + settings.balance_weight * balance) / len(slices)).backward()
         losses.append(loss.item())
         balances.append(balance.item())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm).item()
+    ranks.average_gradients(model, slices)
+    figures = ranks.mean([*losses, *balances])
+    losses, balances = figures[: len(slices)], figures[len(slices) :]
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)).item()
     if not all(map(math.isfinite, (*losses, norm))):
         kept = f"the last good one is {checkpoint}" if checkpoint.exists() else "none was written yet"
         raise StageFailed(
@@ -147,29 +169,40 @@ def _optimizer(model: Transformer, settings: TrainSettings) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
 
 
-def _save(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str, step: int) -> None:
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+def _save(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str, step: int, ranks: Ranks) -> None:
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    save_tensors(path, tensors, {"step": str(step), "identity": identity})
+        state = {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        for key, value in {f"model.{name}": parameter, **state}.items():
+            whole = ranks.whole(value)
+            if ranks.leads:
+                tensors[key] = whole
+    if ranks.leads:
+        save_tensors(path, tensors, {"step": str(step), "identity": identity})
 
 
-def _resume(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity: str) -> int:
-    """Load a checkpoint if there is one; returns the step to continue with."""
-    if not path.exists():
-        return 0
-    tensors, metadata = load_tensors(path)
+def _resume(
+    model: Transformer, settings: TrainSettings, path: Path, identity: str, ranks: Ranks
+) -> tuple[torch.optim.AdamW, int]:
+    """The optimiser and the step to continue with, those of a checkpoint if there is one."""
+    tensors, metadata = load_tensors(path) if path.exists() else ({}, {"step": "0", "identity": identity})
     if metadata.get("identity") != identity:
         raise MoesaicError(
             "is a checkpoint of another run", where=str(path), found=metadata.get("identity"), allowed=identity
         )
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    load_weights(model, weights, str(path))
+    if tensors:
+        load_weights(model, _weights(tensors), str(path))
+    ranks.shard(model)
+    optimizer = _optimizer(model, settings)
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.{key}.{name}" in tensors
-        }
-    return int(metadata["step"])
+        if f"optimizer.step.{name}" in tensors:
+            optimizer.state[parameter] = {
+                "step": tensors[f"optimizer.step.{name}"],
+                "exp_avg": ranks.part(tensors[f"optimizer.exp_avg.{name}"], parameter),
+                "exp_avg_sq": ranks.part(tensors[f"optimizer.exp_avg_sq.{name}"], parameter),
+            }
+    return optimizer, int(metadata["step"])
+
+
+def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}

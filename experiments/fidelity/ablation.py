@@ -24,7 +24,7 @@ from truth import HERE, append_row, read_rows
 from nas.config import load_config
 from nas.costs.price import Pricer
 from nas.stages.run import Run
-from nas.stages.supernet import supernet_training
+from nas.training import supernet_training
 from search_spaces import Architecture
 from supernet import TrainData, TrainSettings, Transformer, evaluate, train
 from supernet.checkpoint import save_tensors

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from truth import HERE, open_run, read_rows
 
-from nas.retrain import train_settings
 from nas.stages.run import Run
+from nas.training import train_settings
 from search_spaces import Architecture
 from supernet import TrainData, Transformer, evaluate, train
 

@@ -98,6 +98,16 @@ def load_corpus(
     directory = cache_directory() / "corpora" / fingerprint
     if not (directory / "corpus.json").exists():
         _build(config, files, directory, where, on_stage, tokenizer)
+    return open_corpus(directory, config.sequence_length, where)
+
+
+def open_corpus(directory: Path, sequence_length: int, where: str) -> Corpus:
+    """The corpus in a folder of the cache, which is its ``tokenizer_path.parent``.
+
+    Raises
+    ------
+    MoesaicError : the folder is absent or damaged; a split is shorter than the context.
+    """
     facts = read_json(directory / "corpus.json")
     splits = {}
     for name in SPLITS:
@@ -106,15 +116,15 @@ def load_corpus(
             raise MoesaicError("is damaged", where=str(path), allowed="delete this folder; it is made again")
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         splits[name] = Split(tokens, facts["splits"][name]["bytes"])
-        if len(tokens) < config.sequence_length + 1:
+        if len(tokens) < sequence_length + 1:
             raise MoesaicError(
                 f"the {name} split is shorter than the context",
                 where=where,
                 found=f"{len(tokens)} tokens",
-                allowed=f"at least sequence_length + 1 = {config.sequence_length + 1}",
+                allowed=f"at least sequence_length + 1 = {sequence_length + 1}",
                 nearest=f"data.sequence_length={max(8, len(tokens) - 1)}" if len(tokens) > 8 else None,
             )
-    return Corpus(fingerprint, directory / "tokenizer.json", facts["vocab_size"], config.sequence_length, splits)
+    return Corpus(directory.name, directory / "tokenizer.json", facts["vocab_size"], sequence_length, splits)
 
 
 def _build(

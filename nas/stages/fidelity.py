@@ -13,13 +13,14 @@ import numpy as np
 from nas.correction import Judged
 from nas.costs.probe import autocast
 from nas.judges import compare_judges, correction_of, judged_trial
+from nas.launch import Workers
 from nas.retrain import paired_difference, retrain
 from nas.run_directory import StageDirectory, fingerprint
 from nas.search.loop import SearchResult
 from nas.search.trials import Trial
 from nas.significance import adjusted_p_values, levels
 from nas.stages.run import Run
-from nas.stages.search import inherited_loss, load_search
+from nas.stages.search import inherited_loss, load_search, search_folder
 from nas.trust import corrects
 from search_spaces import Architecture, StageFailed
 from search_spaces.files import read_json, write_atomically, write_json, write_text
@@ -37,7 +38,7 @@ def run_fidelity(run: Run) -> None:
         trials, result = load_search(run)
         found = _tell_apart(run, result)
         found["flops"] = _flops_errors(run, trials)
-        rivals = read_json(run.stages["search"].path / "rivals.json")
+        rivals = read_json(search_folder(run) / "rivals.json")
         found |= {"check": None, "corrected": {}}
         marks = [rival["loss"] for rival in rivals]
         if run.config.fidelity.check:
@@ -57,7 +58,7 @@ def run_fidelity(run: Run) -> None:
 
 def _tell_apart(run: Run, result: SearchResult) -> dict[str, Any]:
     """The front by rising loss and the search's rivals, each with its loss and whether it differs from the best one."""
-    judged = read_json(run.stages["search"].path / "rivals.json")
+    judged = read_json(search_folder(run) / "rivals.json")
     rivals = _best_of_kind(judged, [rival["loss"] for rival in judged])
     models = {f"trial {trial.number}": trial.architecture for trial in result.front}
     models |= {rival["kind"]: Architecture.from_dict(rival["architecture"]) for rival in rivals}
@@ -194,6 +195,7 @@ def _train(
             fingerprint({"stage": stage.fingerprint, "architecture": architecture.fingerprint}),
             on_step=on_step,
             should_stop=run.should_stop,
+            workers=Workers(run.config.train, run.reporter.say),
         ).model
     except StageFailed as error:
         run.reporter.say(f"fidelity: trial {trial.number} is left out: {error.problem}")

@@ -13,6 +13,7 @@ from nas.costs.probe import autocast
 from nas.data import load_corpus
 from nas.device import choose_device
 from nas.export import BEST, load_exported
+from nas.launch import Workers
 from nas.progress import Reporter
 from nas.retrain import difference_over_seeds, loss_figures, over_seeds, retrain, seed_directory
 from nas.run_directory import RunDirectory, StageDirectory, fingerprint, stopwatch
@@ -112,6 +113,7 @@ def _train_seeds(
                 inherited,
                 lambda step, record: on_step(len(runs), step, record["loss"]),
                 run.should_stop,
+                Workers(run.config.train, run.reporter.say),
             )
         model, evaluation = trained.model, trained.evaluation
         with autocast(run.device):
@@ -184,7 +186,9 @@ def retrain_export(
         for seed in range(file.seed, file.seed + file.retrain.seeds):
             identity = fingerprint(
                 {
-                    "file": file.model_dump(mode="json", exclude={"name": True, "seed": True, "retrain": {"seeds"}}),
+                    "file": file.model_dump(
+                        mode="json", exclude={"name": True, "seed": True, "train": True, "retrain": {"seeds"}}
+                    ),
                     "corpus": corpus.fingerprint,
                     "architecture": model.architecture.fingerprint,
                     "seed": seed,
@@ -203,6 +207,7 @@ def retrain_export(
                     len(runs) * steps + step, file.retrain.seeds * steps, f"loss {record['loss']:.3f}"
                 ),
                 should_stop,
+                Workers(file.train, reporter.say),
             )
             runs.append({"seed": seed, **loss_figures(corpus, trained.evaluation)})
         result = {

@@ -6,18 +6,15 @@ from dataclasses import replace
 from random import Random
 
 import numpy as np
-import torch
 
-from nas.config import Config
 from nas.costs.probe import autocast
 from nas.costs.use import Occupancy
-from nas.data import Corpus
-from nas.device import Device
-from nas.retrain import train_settings
+from nas.launch import Workers
 from nas.stages.run import Run
+from nas.training import supernet_job, supernet_training
 from search_spaces import Architecture, FeedForward, Router, SearchSpace
 from search_spaces.files import write_json
-from supernet import SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
+from supernet import Transformer, evaluate
 from supernet.checkpoint import save_tensors
 from supernet.train import CHECKPOINT
 
@@ -30,14 +27,23 @@ def run_supernet(run: Run) -> None:
         if stage is None:
             return
         config = run.config.supernet
-        model, data, settings = supernet_training(run.config, run.space, run.corpus, run.device)
+        training = supernet_training(run.config, run.space, run.corpus, run.device)
         with run.task("supernet") as task:
 
             def on_step(step: int, record: dict[str, float]) -> None:
                 task.update(step, config.steps, f"loss {record['loss']:.3f}")
 
-            train(model, data, settings, stage.path, stage.fingerprint, on_step, run.should_stop)
-        model.eval()
+            Workers(run.config.train, run.reporter.say).train(
+                training,
+                supernet_job(run.config),
+                run.corpus,
+                run.device,
+                stage.path,
+                stage.fingerprint,
+                on_step,
+                run.should_stop,
+            )
+        model = training[0].eval()
         occupancy = measure_occupancy(run, model)
         write_json(stage.path / "occupancy.json", occupancy.to_rows())
         windows = run.windows("validation", run.config.search.evaluation_windows)
@@ -49,19 +55,6 @@ def run_supernet(run: Run) -> None:
         write_json(stage.path / "evaluation.json", losses)
         save_tensors(stage.path / "model.safetensors", dict(model.named_parameters()), {"identity": stage.fingerprint})
         (stage.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size, and of no more use
-
-
-def supernet_training(
-    config: Config, space: SearchSpace, corpus: Corpus, device: Device
-) -> tuple[Transformer, TrainData, TrainSettings]:
-    """What ``train`` needs for the supernet of ``config``: initial weights, slices and batches, settings."""
-    chosen, seed = config.supernet, config.seed
-    torch.manual_seed(seed)
-    model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing).to(device.torch_device)
-    largest_first = round(chosen.largest_first * chosen.steps)
-    sampler = SliceSampler(space, seed, chosen.random_slices, chosen.sampling, largest_first)
-    data = TrainData(lambda step: corpus.batch("train", chosen.batch_size, seed, step), sampler.slices)
-    return model, data, train_settings(chosen, device.bfloat16)
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import kendalltau
 
-import nas.retrain
+import nas.launch
 import nas.stages.fidelity
 from nas.config import load_config
 from nas.correction import Correction
@@ -133,13 +133,13 @@ def test_stopped_after_a_member_it_continues_with_the_next(micro_config, fresh, 
         run_fidelity(stopped)
     assert not stopped.stages["fidelity"].complete
     trained: list[str] = []
-    train = nas.retrain.train
+    train = nas.launch.train
 
     def remember(*arguments, **settings) -> None:
         trained.append(arguments[3].name)
         train(*arguments, **settings)
 
-    monkeypatch.setattr(nas.retrain, "train", remember)
+    monkeypatch.setattr(nas.launch, "train", remember)
     run = open_run(micro_config, fresh)
     run_fidelity(run)
     assert trained == [row["fingerprint"] for row in found(whole)["check"]["members"][1:]]

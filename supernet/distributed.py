@@ -1,0 +1,164 @@
+"""Several processes that train one model: which rows each takes, and what they agree on in every step.
+
+Not ``DistributedDataParallel``: it wants the same parameters in every step, or scans the graph for those without a
+gradient. Here every process trains the same slices, so which parameters have one follows from the architectures; they
+are reduced after the last slice of a step, in buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from search_spaces import Architecture, MoesaicError
+from supernet.model import Transformer
+
+BUCKET_ELEMENTS = 2**23
+"""32 MiB of float32 in one reduction: few enough that none is waited for, small beside the gradients themselves."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one training, of which this is number ``rank``; by default there is no other.
+
+    ``flags`` is a group that reduces values on the CPU, wherever the gradients are. With a ``mesh`` each process keeps
+    a part of weights, gradients and optimiser state (FSDP2, arXiv 2304.11277), and FSDP averages the gradients.
+    """
+
+    rank: int = 0
+    size: int = 1
+    flags: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all have in common."""
+        return self.rank == 0
+
+    def rows(self, windows: Tensor) -> Tensor:
+        """This process's rows of a batch [B, ...]: every ``size``-th, so that each has as many.
+
+        Raises
+        ------
+        MoesaicError : ``size`` does not divide B.
+        """
+        if len(windows) % self.size:
+            raise MoesaicError(
+                "a batch cannot be dealt evenly",
+                where="train.workers",
+                found=f"{self.size} for {len(windows)} rows",
+                allowed="a divisor of batch_size",
+            )
+        return windows[self.rank :: self.size]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds in any process; all get the same answer."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, self.flags)
+        return bool(value)
+
+    def mean(self, figures: Sequence[float]) -> list[float]:
+        """Means over the processes, the same in all of them."""
+        if self.size == 1:
+            return list(figures)
+        values = torch.tensor(figures, dtype=torch.float64)
+        dist.all_reduce(values, group=self.flags)
+        return (values / self.size).tolist()
+
+    def average_gradients(self, model: Transformer, slices: Sequence[Architecture]) -> None:
+        """Replace the gradients of what ``slices`` use by their means over the processes.
+
+        A gradient that is missing here counts as zero: were it left out, one process would wait for ever.
+        """
+        if self.size == 1 or self.mesh is not None:
+            return
+        gradients = []
+        for parameter in used_parameters(model, slices):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def shard(self, model: Transformer) -> None:
+        """With a ``mesh``, leave of the weights of ``model`` this process's part, layer by layer."""
+        if self.mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=self.mesh)
+        register_fsdp_forward_method(model, "run")
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """``tensor`` with all its parts, on the CPU if it has any; every process must ask."""
+        if self.mesh is None:
+            return tensor
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+    def part(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """What this process keeps of a whole ``tensor`` that belongs to ``parameter``, beside it on its device."""
+        tensor = tensor.to(parameter.device)
+        if self.mesh is None:
+            return tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        return distribute_tensor(tensor, self.mesh, parameter.placements, src_data_rank=None)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: torch.device, shard: bool = False) -> Iterator[Ranks]:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or those that this
+    process has joined already; leave what was joined here."""
+    joins = not dist.is_initialized()
+    if joins:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        size = dist.get_world_size()
+        mesh = init_device_mesh(device.type, (size,)) if shard and size > 1 else None
+        flags = dist.new_group(backend="gloo")
+        assert isinstance(flags, dist.ProcessGroup)
+        yield Ranks(dist.get_rank(), size, flags, mesh)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def used_parameters(model: Transformer, slices: Sequence[Architecture]) -> list[Tensor]:
+    """The parameters of ``model`` that get a gradient when ``slices`` train, in an order that follows from them."""
+    layers = [list(architecture.decoder.layers) for architecture in slices]
+    routed = {i for stack in layers for i, layer in enumerate(stack) if layer.feed_forward.router is not None}
+    used: list[Tensor] = [model.embedding.weight, model.norm.weight]
+    for index in range(max(map(len, layers))):
+        parts = model.layers[index].named_parameters()
+        used += [part for name, part in parts if name != "feed_forward.router" or index in routed]
+    return used
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of ``tensors``; one begins where those before it reach the next multiple of ``BUCKET_ELEMENTS``."""
+    tensors = list(tensors)
+    before = accumulate((tensor.numel() for tensor in tensors), initial=0)
+    buckets: dict[int, list[Tensor]] = {}
+    for tensor, elements in zip(tensors, before, strict=False):
+        buckets.setdefault(elements // BUCKET_ELEMENTS, []).append(tensor)
+    yield from buckets.values()

@@ -1,0 +1,246 @@
+"""Two processes train as one: gradients, figures, checkpoints of any number of workers, and that all end alike.
+
+Both are started once and do every scenario in turn; each test looks at what one of them left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from search_spaces import Architecture, Interrupted, MoesaicError, SearchSpace, load_space
+from search_spaces.yaml_source import YamlSource
+from supernet import SliceSampler, TrainData, TrainSettings, Transformer, train
+from supernet.checkpoint import load_tensors
+from supernet.distributed import Ranks, joined, used_parameters
+from supernet.metrics import read_metrics
+from supernet.train import CHECKPOINT
+
+VOCABULARY, STEPS = 23, 8
+SETTINGS = TrainSettings(STEPS, learning_rate=1e-4, warmup_steps=2, balance_weight=0.0, checkpoint_every=4, log_every=1)
+SPACE = load_space(YamlSource("test", "tiny"))
+SLICES = SliceSampler(SPACE, seed=0, random_slices=2).slices
+CPU = torch.device("cpu")
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(step))
+
+
+def fresh_model(envelope: Architecture = SPACE.envelope) -> Transformer:
+    """With weights large enough for slices to differ."""
+    torch.manual_seed(0)
+    model = Transformer(envelope, VOCABULARY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def run(directory: Path, ranks: Ranks | None = None, until: int = STEPS, **options) -> None:
+    """Train a fresh model in ``directory`` up to a step of the whole training."""
+    data = options.pop("data", TrainData(batch, SLICES))
+    settings = options.pop("settings", SETTINGS)
+    if until < STEPS:
+        asked = iter(range(STEPS))
+        options["should_stop"] = lambda: next(asked) == until
+    train(fresh_model(), data, settings, directory, "run", ranks=ranks or Ranks(), **options)
+
+
+# ---------------------------------------------------------------- what both processes do
+
+
+def _plain(folder: Path, ranks: Ranks) -> None:
+    run(folder / "plain", ranks)
+
+
+def _continued(folder: Path, ranks: Ranks) -> None:
+    """From a checkpoint of one process to step 6; the test goes on from there."""
+    asked = iter(range(3, STEPS))
+    run(folder / "continued", ranks, should_stop=lambda: next(asked) == 6)
+
+
+def _stopped_by_the_second(folder: Path, ranks: Ranks) -> None:
+    asked = iter(range(STEPS))
+    run(folder / "stopped", ranks, should_stop=lambda: next(asked) == 3 and ranks.rank == 1)
+
+
+def _diverging_in_the_second(folder: Path, ranks: Ranks) -> None:
+    """Its rows alone give a loss that is not finite: tokens whose embedding is infinite."""
+    model = fresh_model()
+    with torch.no_grad():
+        model.embedding.weight[VOCABULARY - 1] = math.inf
+    safe, poisoned = torch.zeros(2, 9, dtype=torch.long), torch.full((2, 9), VOCABULARY - 1)
+    data = TrainData(lambda step: torch.stack([safe, poisoned], 1).flatten(0, 1), SLICES)
+    train(model, data, SETTINGS, folder / "diverged", "run", ranks=ranks)
+
+
+def _uneven(folder: Path, ranks: Ranks) -> None:
+    run(folder / "uneven", ranks, data=TrainData(lambda step: batch(step)[:3], SLICES))
+
+
+def _missing_gradient(folder: Path, ranks: Ranks) -> None:
+    model = fresh_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    if ranks.rank == 1:
+        model.layers[0].feed_forward.up.grad = None
+    ranks.average_gradients(model, [SPACE.largest])
+    assert all((p.grad == 3).all() for n, p in model.named_parameters() if n != "layers.0.feed_forward.up")
+    assert (model.layers[0].feed_forward.up.grad == 1.5).all()
+
+
+SCENARIOS = (_plain, _continued, _stopped_by_the_second, _diverging_in_the_second, _uneven, _missing_gradient)
+
+
+def _process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    with joined(CPU) as ranks:
+        for scenario in SCENARIOS:
+            try:
+                scenario(folder, ranks)
+                end = "done"
+            except MoesaicError as error:
+                end = f"{type(error).__name__} {error}"
+            (folder / f"{scenario.__name__}.{rank}").write_text(end)
+
+    with joined(CPU, shard=True) as ranks, suppress(Interrupted):
+        run(folder / "sharded", ranks, until=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both processes did everything."""
+    path = tmp_path_factory.mktemp("ranks")
+    with pytest.raises(Interrupted):
+        run(path / "continued", until=3)
+    torch.multiprocessing.spawn(_process, (path,), nprocs=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training by one process, with its checkpoint after 5 steps beside that at the end."""
+    path = tmp_path_factory.mktemp("alone")
+    run(path)
+    with pytest.raises(Interrupted):
+        run(path / "five", until=5)
+    return path
+
+
+def ends(folder: Path, scenario: Callable[[Path, Ranks], None]) -> list[str]:
+    return [(folder / f"{scenario.__name__}.{rank}").read_text() for rank in (0, 1)]
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Weights and the optimiser's means of gradients, which are sums over all steps, to what floats allow; and the same
+    parameters trained in as many steps."""
+    (tensors, facts), (expected, expected_facts) = (load_tensors(path / CHECKPOINT) for path in (one, other))
+    assert facts == expected_facts
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        difference = float((tensors[name] - tensor).abs().max())
+        assert difference <= 2e-5 * float(tensor.abs().max()), name
+    counts = {int(count) for name, count in expected.items() if name.startswith("optimizer.step.")}
+    assert len(counts) > 1, "every parameter was trained in every step: this shows nothing"
+
+
+def assert_same_figures(one: Path, other: Path, steps: int) -> None:
+    for name in ("loss", "gradient_norm"):
+        found, expected = ([r[name] for r in read_metrics(path / "metrics.jsonl")][:steps] for path in (one, other))
+        assert len(found) == steps
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_slices_are_of_every_kind() -> None:
+    slices = [architecture for step in range(STEPS) for architecture in SLICES(step)]
+    parts = [layer.feed_forward for architecture in slices for layer in architecture.decoder.layers]
+    assert {len(architecture.decoder.layers) for architecture in slices} == set(SPACE.depths)
+    assert {part.router and part.router.kind for part in parts} >= {None, "top_k"}
+    assert len({part.experts for part in parts}) > 1
+
+
+def test_two_processes_have_the_gradients_of_one(folder: Path, alone: Path) -> None:
+    assert ends(folder, _plain) == ["done", "done"]
+    assert_same_training(folder / "plain", alone)
+    assert_same_figures(folder / "plain", alone, STEPS)
+
+
+def test_two_processes_with_a_part_of_the_model_each_have_the_gradients_of_one(folder: Path, alone: Path) -> None:
+    assert_same_training(folder / "sharded", alone / "five")
+    assert_same_figures(folder / "sharded", alone, 5)
+
+
+def test_one_two_and_one_process_continue_each_other(folder: Path, alone: Path) -> None:
+    assert [end.split()[0] for end in ends(folder, _continued)] == ["Interrupted", "Interrupted"]
+    assert load_tensors(folder / "continued" / CHECKPOINT)[1]["step"] == "6"
+    run(folder / "continued")
+    assert_same_training(folder / "continued", alone)
+    assert_same_figures(folder / "continued", alone, STEPS)
+
+
+def test_all_stop_at_the_step_at_which_one_is_asked_to(folder: Path) -> None:
+    first, second = ends(folder, _stopped_by_the_second)
+    assert first == second
+    assert first.startswith(f"Interrupted stopped at step 3 of {STEPS}")
+    assert load_tensors(folder / "stopped" / CHECKPOINT)[1]["step"] == "3"
+    assert len(read_metrics(folder / "stopped" / "metrics.jsonl")) == 3
+
+
+def test_all_fail_when_one_diverges(folder: Path) -> None:
+    first, second = ends(folder, _diverging_in_the_second)
+    assert first == second
+    assert first.startswith("StageFailed training diverged at step 0")
+    assert not (folder / "diverged" / CHECKPOINT).exists()
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(folder: Path) -> None:
+    first, second = ends(folder, _uneven)
+    assert first == second
+    assert first.startswith("MoesaicError train.workers: a batch cannot be dealt evenly")
+    assert "2 for 3 rows" in first
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zero(folder: Path) -> None:
+    assert ends(folder, _missing_gradient) == ["done", "done"]
+
+
+def test_one_process_alone_leaves_everything_as_it_is() -> None:
+    ranks, model = Ranks(), fresh_model()
+    assert ranks.leads
+    assert ranks.rows(batch(0)).data_ptr() != 0
+    assert torch.equal(ranks.rows(batch(0)), batch(0))
+    assert (ranks.any(False), ranks.any(True), ranks.mean([0.1, 0.2])) == (False, True, [0.1, 0.2])
+    ranks.average_gradients(model, [SPACE.largest])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sharing", ["nested", "packed"])
+def test_architectures_say_which_parameters_get_gradients(preset_space: SearchSpace, sharing) -> None:
+    from random import Random
+
+    model = Transformer(preset_space.envelope, VOCABULARY, sharing)
+    for seed in range(6):
+        model.zero_grad(set_to_none=True)
+        slices = [preset_space.sample_balanced(Random(f"{seed}/{n}")) for n in range(1 + seed % 2)]
+        for architecture in slices:
+            model.run(batch(0)[:1, :-1], architecture).logits.square().sum().backward()
+        found = {id(parameter) for parameter in used_parameters(model, slices)}
+        assert found == {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
+
+
+def test_gradients_are_reduced_in_buckets_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from supernet import distributed
+
+    tensors = [torch.zeros(size) for size in (3, 1, 9, 2, 2, 2)]
+    for elements, sizes in ((4, [[3, 1], [9], [2, 2], [2]]), (100, [[3, 1, 9, 2, 2, 2]])):
+        monkeypatch.setattr(distributed, "BUCKET_ELEMENTS", elements)
+        assert [[len(t) for t in bucket] for bucket in distributed._buckets(tensors)] == sizes
