@@ -55,13 +55,14 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from nas.stages.run import Run
         from nas.tables import output_console
 
-        prepared = Run(load_config(config, overrides or ()), Path("runs"))
-        result = build_plan(prepared)
+        parts = Run(load_config(config, overrides or ()), Path("runs")).parts()
+        results = {part.name: build_plan(part) for part in parts}
         if as_json:
-            print(json.dumps(result, indent=2))
+            print(json.dumps(results if len(parts) > 1 else results[parts[0].name], indent=2))
         else:
-            print_plan(output_console(), result)
-        if result["problem"]:
+            for name, result in results.items():
+                print_plan(output_console(), result, name)
+        if any(result["problem"] for result in results.values()):
             raise typer.Exit(2)
 
 

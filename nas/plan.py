@@ -106,7 +106,8 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     }
 
 
-def print_plan(console: Console, plan: dict[str, Any]) -> None:
+def print_plan(console: Console, plan: dict[str, Any], budget: str = "") -> None:
+    """Print a plan; ``budget`` is the name of its budget where there are several."""
     console.print(Text(f"Space {plan['space']}", style="bold"))
     console.print(Text(f"  architectures        {plan['cardinality']:,} ({plan['cardinality']:.2e})"))
     console.print(Text(f"  as ordered experts   {plan['raw_cardinality']:.2e}"))
@@ -114,7 +115,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     console.print(Text(f"  supernet             {envelope} parameters"))
     limits = {line["name"]: line for line in plan["budget"]}
     columns = "cost|smallest|typical|largest|worst case|budget|met by|can be met"
-    table = plain_table("Costs of the space, and the budget", columns, "cost|can be met")
+    table = plain_table(f"Costs of the space, and the budget {budget}".rstrip(), columns, "cost|can be met")
     for name, costs in plan["costs"].items():
         form, line = DIMENSIONS[name].format, limits.get(name)
         row = [name, *(form(costs[k]) for k in ("smallest", "typical", "largest", "worst"))]

@@ -111,10 +111,12 @@ class RunDirectory:
     def prepare(self, stage: StageDirectory, extendable: Sequence[str] = ()) -> tuple[bool, list[str]]:
         """Make the stage's folder ready for work. Returns whether earlier work in it continues, and what changed.
 
-        Work with other inputs is moved to ``previous/``, not deleted, unless only ``extendable`` ones changed.
+        Work with other inputs is moved to ``previous/``, not deleted, unless only ``extendable`` ones, or parts of
+        them, changed.
         """
         changes = stage.changes()
-        kept = [change for change in changes if not change.startswith(tuple(f"{name} changed" for name in extendable))]
+        harmless = tuple(f"{name}{end}" for name in extendable for end in (" changed", "."))
+        kept = [change for change in changes if not change.startswith(harmless)]
         existing = (stage.path / "inputs.json").exists()
         try:
             if kept:

@@ -19,6 +19,7 @@ from nas.export import BEST
 from nas.progress import duration
 from nas.retrain import half_interval
 from nas.stages.run import STAGES, Run
+from nas.stages.search import search_folder
 from nas.tables import plain_table, what_costs_are_per
 from nas.trust import sentences
 from nas.units import DIMENSIONS
@@ -67,7 +68,7 @@ def build_summary(run: Run) -> dict[str, Any]:
             "retrained": searched,
         },
         "rivals": rivals,
-        "search": read_json(stages["search"].path / "search.json"),
+        "search": read_json(search_folder(run) / "search.json"),
         "supernet": read_json(stages["supernet"].path / "evaluation.json"),
         "latency_predictor": {**asdict(run.predictor.accuracy), "text": run.predictor.describe()},
         "trust": read_json(stages["fidelity"].path / "fidelity.json"),

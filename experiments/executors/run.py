@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -33,7 +34,7 @@ from nas.executors.ray_lanes import RayExecutor
 from nas.search.budget import a_member_inside, resolve_budget
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
-from nas.search.loop import run_search
+from nas.search.loop import Goal, run_search
 from nas.search.mirror import JournalMirror
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog
@@ -55,7 +56,7 @@ def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial
     budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}), SPACE, pricer)
     feasible = FeasibleSampler(SPACE, budget, a_member_inside(SPACE, budget))
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
-        made = make_sampler(config, feasible, SEED, log.trials)
+        goal = Goal("", budget, partial(make_sampler, config, feasible, SEED))
         mirror = JournalMirror(Path(folder) / "journal.log", "bench", ["loss", "flops"], Genome(SPACE), log.trials)
 
         def mirrored(finished: list[Trial]) -> None:
@@ -63,7 +64,7 @@ def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial
             on_trial()
 
         started = time.perf_counter()
-        run_search(config, budget, made, executor, log, SEED, mirrored)
+        run_search(config, [goal], executor, log, SEED, mirrored)
         return time.perf_counter() - started, log.trials
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,58 +32,116 @@ class SearchResult:
         return self.front[0]
 
 
+def trials_under(name: str, budget: Budget, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials as the budget of that name sees them, with their excess over it: all that were evaluated, for
+    whichever budget, and its own refusals and duplicates."""
+    seen = []
+    for trial in trials:
+        if trial.budget == name:
+            seen.append(trial)
+        elif trial.ended:
+            excess = budget.excess(trial.architecture)
+            if trial.state == "evaluated":
+                excess |= budget.measured_excess(trial.costs)
+            seen.append(replace(trial, excess=excess))
+    return seen
+
+
+class Goal:
+    """One budget, who proposes for it, and the trials so far as it sees them.
+
+    ``make_sampler`` gets those of ``log``. Where there is one budget, its name is empty.
+    """
+
+    def __init__(
+        self, name: str, budget: Budget, make_sampler: Callable[[list[Trial]], Sampler], log: Sequence[Trial] = ()
+    ):
+        self.name, self.budget = name, budget
+        self.trials = trials_under(name, budget, log)
+        self.seen = {t.architecture.fingerprint: t for t in self.trials if t.ended}
+        self.sampler = make_sampler(self.trials)
+
+    def take(self, trials: list[Trial]) -> None:
+        """Trials that just ended."""
+        for trial in trials_under(self.name, self.budget, trials):
+            self.trials.append(trial)
+            if trial.ended:
+                self.seen[trial.architecture.fingerprint] = trial
+                self.sampler.observe(trial)
+
+    def evaluated(self) -> int:
+        """Evaluations that were proposed for this budget."""
+        return sum(trial.ended and trial.budget == self.name for trial in self.trials)
+
+
 def run_search(
     config: SearchConfig,
-    budget: Budget,
-    sampler: Sampler,
+    goals: Sequence[Goal],
     executor: Executor,
     log: TrialLog,
     seed: int = 0,
     on_trial: Callable[[list[Trial]], None] = lambda trials: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Evaluate until ``log`` holds ``config.trials`` evaluations, or no new architecture is found inside the budget.
+    """Evaluate until ``log`` holds ``config.trials`` evaluations for each goal, or nothing new is found inside its
+    budget.
 
-    A lane that is free gets the next proposal at once; no generation is waited for. What ends is in the log before
-    anything else is done.
+    A lane that is free gets a proposal at once, for the goal that had the fewest; no generation is waited for. What
+    ends is in the log before anything else is done, and every goal learns from it.
 
     Raises
     ------
     Interrupted : after ``should_stop``, when what was running has ended; everything finished is in the log.
     StageFailed : no evaluation of the first ``_HOPELESS`` gave a loss.
     """
-    seen = {t.architecture.fingerprint: t for t in log.trials if t.state in ("evaluated", "failed")}
-    running: dict[str, Proposal] = {}
+    counts = {goal.name: goal.evaluated() for goal in goals}
+    running: dict[str, tuple[Goal, Proposal]] = {}
     while True:
-        while executor.free and len(seen) + len(running) < config.trials and not should_stop():
-            proposal = sampler.propose(Progress(log.trials, seen, frozenset(running)))
-            if proposal is None:
+        while executor.free and not should_stop():
+            found = _next_proposal(goals, counts, config.trials, frozenset(running))
+            if found is None:
                 break
-            running[proposal.architecture.fingerprint] = proposal
+            goal, proposal = found
+            counts[goal.name] += 1
+            running[proposal.architecture.fingerprint] = found
             executor.submit(proposal.architecture)
         if not running:
             break
         outcome = executor.next()
-        proposal = running.pop(outcome.architecture.fingerprint)
+        goal, proposal = running.pop(outcome.architecture.fingerprint)
         number = len(log.trials)
-        finished = [_skipped(number + i, one, seen, budget, seed) for i, one in enumerate(proposal.skipped)]
-        trial = _judge(config, budget, outcome, number + len(finished), seed, proposal.engine)
+        finished = [_skipped(number + i, one, goal, seed) for i, one in enumerate(proposal.skipped)]
+        trial = _judge(config, goal, outcome, number + len(finished), seed, proposal.engine)
         finished.append(trial)
         log.append(finished)
-        seen[trial.architecture.fingerprint] = trial
-        sampler.observe(trial)
+        for each in goals:
+            each.take(finished)
         on_trial(finished)
-        if len(seen) == _HOPELESS and all(one.state == "failed" for one in seen.values()):
+        if len(goal.seen) == _HOPELESS and all(one.state == "failed" for one in goal.seen.values()):
             problem = f"none of the first {_HOPELESS} architectures could be evaluated"
             raise StageFailed(problem, where=str(log.path), found=trial.reason)
-    if len(seen) < config.trials and should_stop():
-        raise Interrupted(f"stopped after {len(seen)} of {config.trials} trials; the same command continues")
+    left = sum(config.trials - count for count in counts.values())
+    if left and should_stop():
+        done = sum(counts.values())
+        raise Interrupted(f"stopped after {done} of {done + left} trials; the same command continues")
 
 
-def _skipped(number: int, skipped: Skipped, seen: dict[str, Trial], budget: Budget, seed: int) -> Trial:
+def _next_proposal(
+    goals: Sequence[Goal], counts: dict[str, int], trials: int, running: frozenset[str]
+) -> tuple[Goal, Proposal] | None:
+    """Of the goals that want more, the proposal of the one with the fewest that still has one."""
+    for goal in sorted(goals, key=lambda goal: counts[goal.name]):
+        if counts[goal.name] < trials:
+            proposal = goal.sampler.propose(Progress(goal.trials, goal.seen, running))
+            if proposal is not None:
+                return goal, proposal
+    return None
+
+
+def _skipped(number: int, skipped: Skipped, goal: Goal, seed: int) -> Trial:
     """The trial of a proposal that was not evaluated; one known before has that one's values."""
-    architecture = skipped.architecture
-    known = seen.get(architecture.fingerprint)
+    architecture, budget = skipped.architecture, goal.budget
+    known = goal.seen.get(architecture.fingerprint)
     return Trial(
         number,
         skipped.state,
@@ -93,17 +151,19 @@ def _skipped(number: int, skipped: Skipped, seen: dict[str, Trial], budget: Budg
         loss=known.loss if known else None,
         values=known.values if known else (),
         seed=seed,
+        budget=goal.name,
         engine=skipped.engine,
     )
 
 
-def _judge(config: SearchConfig, budget: Budget, outcome: Outcome, number: int, seed: int, engine: dict) -> Trial:
+def _judge(config: SearchConfig, goal: Goal, outcome: Outcome, number: int, seed: int, engine: dict) -> Trial:
     """A trial from what an evaluation gave: measured costs, objectives, and the budget under the load that was
     measured; or why there are none."""
-    architecture, evaluation = outcome.architecture, outcome.evaluation
+    architecture, evaluation, budget = outcome.architecture, outcome.evaluation, goal.budget
     ran: dict[str, Any] = {
         "seconds": round(outcome.seconds, 4),
         "seed": seed,
+        "budget": goal.name,
         "lane": outcome.lane,
         "attempts": outcome.attempts,
         "engine": engine,
@@ -158,7 +218,7 @@ def hypervolume_history(trials: list[Trial]) -> list[tuple[int, float]]:
     points: list[np.ndarray] = []
     evaluations = 0
     for trial in trials:
-        if trial.state not in ("evaluated", "failed"):
+        if not trial.ended:
             continue
         evaluations += 1
         if trial.feasible:

@@ -23,8 +23,9 @@ class Trial:
     ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was evaluated
     before and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why. ``excess`` is
     relative to each budget line, negative inside, and under the measured load once there is one. ``seconds``,
-    ``lane`` and ``attempts`` are of the evaluation, ``seed`` is the search's. ``engine`` is what the sampler needs to
-    know about the trial after a restart.
+    ``lane`` and ``attempts`` are of the evaluation, ``seed`` is the search's. ``budget`` is the name of the one that it
+    was proposed for and that ``excess`` is of, where there are several. ``engine`` is what the sampler needs to know
+    about the trial after a restart.
     """
 
     number: int
@@ -38,10 +39,16 @@ class Trial:
     values: tuple[float, ...] = ()
     seconds: float = 0.0
     seed: int = 0
+    budget: str = ""
     lane: int | None = None
     attempts: int = 1
     reason: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """It was evaluated, whether with success or not."""
+        return self.state in ("evaluated", "failed")
 
     @property
     def feasible(self) -> bool:
@@ -122,7 +129,7 @@ def _read(path: Path) -> tuple[list[Trial], int]:
             break
         trial = Trial.from_json(line, f"{path}:{number}")
         waiting.append(trial)
-        if trial.state in ("evaluated", "failed"):
+        if trial.ended:
             trials += waiting
             waiting, good = [], at
     return trials, good

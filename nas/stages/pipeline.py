@@ -17,7 +17,7 @@ from nas.stages.fidelity import run_fidelity
 from nas.stages.latency import calibrated, run_latency
 from nas.stages.report import run_report
 from nas.stages.retrain import run_retrain
-from nas.stages.run import STAGES, Run
+from nas.stages.run import SHARED_STAGES, STAGES, Run
 from nas.stages.search import run_search_stage
 from nas.stages.supernet import routers, run_supernet
 from nas.summary import build_summary, print_summary, versions
@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, Callable[[Run], None]] = {
 
 
 def check_budget(run: Run) -> None:
-    """Raises MoesaicError when no architecture can meet the budget, before hours of training are spent on it.
+    """Raises MoesaicError when no architecture can meet a budget, before hours of training are spent on it.
 
     Threshold routers are priced as if each token needed one expert: what training will make of them is not known
     yet, and a budget that may turn out possible is not refused.
@@ -49,30 +49,52 @@ def check_budget(run: Run) -> None:
         }
     )
     predictor = None
-    if "latency" in run.config.budget:
+    if any("latency" in part.config.budget for part in run.parts()):
         with stopwatch() as seconds:
             folder = calibrated(run)
         run.spent_ahead["latency"] = seconds[0]
         predictor = LatencyPredictor.load(folder / "predictor.json", run.device.fingerprint, str(run.device))
     pricer = Pricer(run.context, one_expert, predictor)
-    a_member_inside(run.space, resolve_budget(run.config, run.space, pricer))
+    for part in run.parts():
+        a_member_inside(run.space, resolve_budget(part.config, run.space, pricer))
 
 
 def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool = False) -> None:
-    """Run stage ``only``, or all stages, and print the result after the last one."""
+    """Run stage ``only``, or all stages, and print the results after the last one.
+
+    Of several budgets, stages after the search run for each in turn.
+    """
     with run.directory.locked():
-        write_text(run.path / "config.yaml", run.loaded.resolved_yaml())
-        write_json(run.path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})
+        describe(run)
         if only in (None, "supernet", "search") and not run.stages["search"].complete:
             check_budget(run)
-        for name in (only,) if only else STAGES:
-            if run.should_stop():
-                raise Interrupted(f"stopped before stage {name}; the same command continues there")
-            if name == "latency":
-                run_latency(run, fresh)
-            else:
-                _FUNCTIONS[name](run)
-        if only in (None, "report"):
-            if not (run.path / "summary.json").exists():
-                write_json(run.path / "summary.json", build_summary(run))
-            print_summary(console, read_json(run.path / "summary.json"), run)
+        chosen = (only,) if only else STAGES
+        for name in chosen:
+            if name in SHARED_STAGES:
+                _run_stage(name, run, fresh)
+        for part in run.parts():
+            if part.name and set(chosen) - set(SHARED_STAGES):
+                run.reporter.say(f"budget {part.name}: in {part.path}")
+                describe(part)
+            for name in chosen:
+                if name not in SHARED_STAGES:
+                    _run_stage(name, part, fresh)
+            if only in (None, "report"):
+                if not (part.path / "summary.json").exists():
+                    write_json(part.path / "summary.json", build_summary(part))
+                print_summary(console, read_json(part.path / "summary.json"), part)
+
+
+def describe(run: Run) -> None:
+    """Leaves in the run's folder what it was asked, and with which versions on which device."""
+    write_text(run.path / "config.yaml", run.loaded.resolved_yaml())
+    write_json(run.path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})
+
+
+def _run_stage(name: str, run: Run, fresh: bool) -> None:
+    if run.should_stop():
+        raise Interrupted(f"stopped before stage {name}; the same command continues there")
+    if name == "latency":
+        run_latency(run, fresh)
+    else:
+        _FUNCTIONS[name](run)

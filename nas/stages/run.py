@@ -31,6 +31,8 @@ from supernet import Transformer
 from supernet.checkpoint import load_tensors, load_weights
 
 STAGES = ("supernet", "latency", "search", "fidelity", "export", "retrain", "report")
+SHARED_STAGES = ("supernet", "latency", "search")
+"""Stages that several budgets have in common."""
 _UPSTREAM = {
     "search": ("supernet", "latency"),
     "fidelity": ("search",),
@@ -60,6 +62,27 @@ class Run:
     """Folder of the latency calibration that this process uses, once it has one."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
     """Seconds of a stage's work that were needed, and spent, before its turn."""
+    name: str = ""
+    """Of the budget, where the configuration has several."""
+    whole: Run | None = None
+    """The run of all budgets, of which this is the part for one; the stages up to the search are the whole one's."""
+
+    def parts(self) -> list[Run]:
+        """A run for each of several budgets in a folder of its own; this one itself where there is one budget."""
+        if not self.config.budgets:
+            return [self]
+        return [
+            Run(
+                self.loaded.under(name),
+                self.path / "budgets" / name,
+                self.reporter,
+                self.should_stop,
+                self.calibration,
+                name=name,
+                whole=self,
+            )
+            for name in self.config.budgets
+        ]
 
     @property
     def config(self) -> Config:
@@ -75,10 +98,14 @@ class Run:
 
     @cached_property
     def device(self) -> Device:
+        if self.whole:
+            return self.whole.device
         return choose_device(self.config.device)
 
     @cached_property
     def corpus(self) -> Corpus:
+        if self.whole:
+            return self.whole.corpus
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
         return load_corpus(self.config.data, where, lambda text: self.reporter.say(f"data: {text}"))
 
@@ -117,9 +144,15 @@ class Run:
                 "sequence_length": self.context.sequence_length,
                 "device": {**device, "name": self.device.name, "torch": self.device.torch},
             },
-            "search": {"seed": config["seed"], "budget": config["budget"], "search": config["search"]},
+            "search": {
+                "seed": config["seed"],
+                "budget": config["budget"],
+                "budgets": config["budgets"],
+                "search": config["search"],
+            },
             "fidelity": {
                 "seed": config["seed"],
+                "budget": config["budget"],
                 "fidelity": config["fidelity"],
                 "training": {
                     name: config["retrain"][name]
@@ -133,6 +166,9 @@ class Run:
         }
         found: dict[str, StageDirectory] = {}
         for name in STAGES:
+            if self.whole and name in SHARED_STAGES:
+                found[name] = self.whole.stages[name]
+                continue
             for before in _UPSTREAM.get(name, ()):
                 inputs[name][before] = self._result_id(found[before])
             found[name] = self.directory.stage("exports" if name == "export" else name, inputs[name])
@@ -186,6 +222,8 @@ class Run:
     @cached_property
     def supernet(self) -> Transformer:
         """The trained supernet on the device, in evaluation mode."""
+        if self.whole:
+            return self.whole.supernet
         path = self.stages["supernet"].path / "model.safetensors"
         tensors, _ = load_tensors(path)
         model = Transformer(self.space.envelope, self.corpus.vocab_size, self.config.supernet.sharing)
@@ -195,6 +233,8 @@ class Run:
     @cached_property
     def pricer(self) -> Pricer:
         """Costs with the measured occupancy and the calibrated latency."""
+        if self.whole:
+            return self.whole.pricer
         occupancy = Occupancy.from_rows(read_json(self.stages["supernet"].path / "occupancy.json"))
         return Pricer(self.context, occupancy, self.predictor)
 

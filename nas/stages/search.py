@@ -13,7 +13,7 @@ from nas.run_directory import fingerprint
 from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
-from nas.search.loop import SearchResult, hypervolume_history, result_of, run_search
+from nas.search.loop import Goal, SearchResult, hypervolume_history, result_of, run_search, trials_under
 from nas.search.mirror import JournalMirror
 from nas.search.rivals import judge_rivals
 from nas.search.samplers import make_sampler
@@ -26,64 +26,96 @@ _ACCEPTANCE_DRAWS = 2000
 
 
 def run_search_stage(run: Run) -> None:
-    """Leaves ``trials.jsonl``, ``journal.log``, ``pareto.csv``, ``rivals.json`` and ``search.json``."""
-    with run.work("search", extendable=("search.trials",)) as stage:
+    """Leaves ``trials.jsonl``, ``journal.log``, and of each budget ``pareto.csv``, ``rivals.json``, ``search.json``."""
+    with run.work("search", extendable=("search.trials", "budgets")) as stage:
         if stage is None:
             return
-        config, budget, seed = run.config.search, run.budget, run.config.seed
-        feasible = FeasibleSampler(run.space, budget, a_member_inside(run.space, budget))
-        acceptance = feasible.acceptance(_ACCEPTANCE_DRAWS, Random(f"{seed}/acceptance"))
-        run.reporter.say(
-            f"search: {' and '.join(map(str, budget.lines))}; {acceptance:.1%} of random architectures fit"
-        )
-        log = TrialLog(stage.path / "trials.jsonl")
-        sampler = make_sampler(config, feasible, seed, log.trials)
-        mirror = JournalMirror(
-            stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
-        )
-        with closing(log), closing(open_executor(run)) as executor:
-            with run.task("search") as task:
+        config, seed = run.config.search, run.config.seed
+        with closing(TrialLog(stage.path / "trials.jsonl")) as log:
+            parts = run.parts()
+            acceptances = [_acceptance(part) for part in parts]
+            goals = [_goal(part, log.trials) for part in parts]
+            mirror = JournalMirror(
+                stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
+            )
+            with closing(open_executor(run)) as executor:
+                with run.task("search") as task:
 
-                def on_trial(finished: list[Trial]) -> None:
-                    mirror.append(finished)
-                    done = sum(trial.state in ("evaluated", "failed") for trial in log.trials)
-                    losses = [trial.loss for trial in log.trials if trial.feasible and trial.loss is not None]
-                    refused = sum(trial.state == "refused" for trial in log.trials)
-                    best = f"best loss {min(losses):.4f}" if losses else "none inside the budget yet"
-                    task.update(done, config.trials, f"{best}  refused {refused}")
+                    def on_trial(finished: list[Trial]) -> None:
+                        mirror.append(finished)
+                        done = sum(trial.ended for trial in log.trials)
+                        losses = [trial.loss for trial in log.trials if trial.feasible and trial.loss is not None]
+                        refused = sum(trial.state == "refused" for trial in log.trials)
+                        best = f"best loss {min(losses):.4f}" if losses else "none inside the budget yet"
+                        task.update(done, config.trials * len(goals), f"{best}  refused {refused}")
 
-                run_search(config, budget, sampler, executor, log, seed, on_trial, run.should_stop)
-            result = result_of(log.trials)
-            if result is None:
-                raise StageFailed(
-                    "no evaluated architecture is inside the budget: measured routing costs more than was expected",
-                    where=str(log.path),
-                    allowed="a larger budget, or more trials",
-                )
-            with run.task("rivals"):
-                rivals = judge_rivals(run.space, budget, executor)
-        rows = [
-            {"kind": r.kind, "loss": r.loss, "costs": dict(r.costs), "architecture": r.architecture.to_dict()}
-            for judged in rivals.values()
-            for r in judged
-        ]
-        write_json(stage.path / "rivals.json", rows)
-        write_front(stage.path / "pareto.csv", result)
-        states = [trial.state for trial in log.trials]
-        write_json(
-            stage.path / "search.json",
-            {
-                "sampler": config.sampler,
-                "objectives": config.objectives,
-                "acceptance": acceptance,
-                "counts": {state: states.count(state) for state in ("evaluated", "refused", "duplicate", "failed")},
-                "over_budget_when_measured": sum(t.state == "evaluated" and not t.feasible for t in log.trials),
-                "front": [trial.number for trial in result.front],
-                "best": result.best.number,
-                "hypervolume": hypervolume_history(log.trials)[-1][1],
-            },
-        )
+                    run_search(config, goals, executor, log, seed, on_trial, run.should_stop)
+                with run.task("rivals"):
+                    for part, goal, acceptance in zip(parts, goals, acceptances, strict=True):
+                        _write_result(part, goal, acceptance, executor)
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
+
+
+def _acceptance(part: Run) -> float:
+    """The share of random architectures inside the budget."""
+    rng = Random(f"{part.config.seed}/acceptance")
+    acceptance = _feasible(part).acceptance(_ACCEPTANCE_DRAWS, rng)
+    named = f"{part.name}: " if part.name else ""
+    lines = " and ".join(map(str, part.budget.lines))
+    part.reporter.say(f"search: {named}{lines}; {acceptance:.1%} of random architectures fit")
+    return acceptance
+
+
+def _goal(part: Run, log: list[Trial]) -> Goal:
+    config, feasible = part.config, _feasible(part)
+    return Goal(
+        part.name, part.budget, lambda history: make_sampler(config.search, feasible, config.seed, history), log
+    )
+
+
+def _feasible(part: Run) -> FeasibleSampler:
+    return FeasibleSampler(part.space, part.budget, a_member_inside(part.space, part.budget))
+
+
+def _write_result(part: Run, goal: Goal, acceptance: float, executor: Executor) -> None:
+    """Front, rivals and figures of one budget."""
+    folder, trials = search_folder(part), goal.trials
+    result = result_of(trials)
+    if result is None:
+        raise StageFailed(
+            "no evaluated architecture is inside the budget: measured routing costs more than was expected",
+            where=str(part.stages["search"].path / "trials.jsonl"),
+            found=part.name or None,
+            allowed="a larger budget, or more trials",
+        )
+    rivals = judge_rivals(part.space, goal.budget, executor)
+    rows = [
+        {"kind": r.kind, "loss": r.loss, "costs": dict(r.costs), "architecture": r.architecture.to_dict()}
+        for judged in rivals.values()
+        for r in judged
+    ]
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "rivals.json", rows)
+    write_front(folder / "pareto.csv", result)
+    states = [trial.state for trial in trials]
+    write_json(
+        folder / "search.json",
+        {
+            "sampler": part.config.search.sampler,
+            "objectives": part.config.search.objectives,
+            "acceptance": acceptance,
+            "counts": {state: states.count(state) for state in ("evaluated", "refused", "duplicate", "failed")},
+            "over_budget_when_measured": sum(t.state == "evaluated" and not t.feasible for t in trials),
+            "front": [trial.number for trial in result.front],
+            "best": result.best.number,
+            "hypervolume": hypervolume_history(trials)[-1][1],
+        },
+    )
+
+
+def search_folder(run: Run) -> Path:
+    """Where what the search found for this run's budget is."""
+    return run.stages["search"].path / run.name
 
 
 def inherited_loss(run: Run) -> InheritedLoss:
@@ -107,9 +139,9 @@ def open_executor(run: Run) -> Executor:
 
 
 def load_search(run: Run) -> tuple[list[Trial], SearchResult]:
-    """The trials and the front of the finished search."""
+    """The trials, as this run's budget sees them, and the front of the finished search."""
     run.require("search", for_stage="export")
-    trials = read_trials(run.stages["search"].path / "trials.jsonl")
+    trials = trials_under(run.name, run.budget, read_trials(run.stages["search"].path / "trials.jsonl"))
     result = result_of(trials)
     assert result is not None, "a finished search has a front"
     return trials, result

@@ -8,7 +8,7 @@ from nas.costs.price import Pricer
 from nas.executors import LocalExecutor
 from nas.search.budget import Budget, a_member_inside, resolve_budget
 from nas.search.feasible import FeasibleSampler
-from nas.search.loop import run_search
+from nas.search.loop import Goal, run_search
 from nas.search.samplers import make_sampler
 from nas.search.trials import TrialLog
 from search_spaces import Architecture, SearchSpace, load_space, preset_source
@@ -69,8 +69,8 @@ def search(space, budget, log_path, config: SearchConfig, evaluate=formula, shou
     feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
     log = TrialLog(log_path)
     try:
-        sampler = make_sampler(config, feasible, seed, log.trials)
-        run_search(config, budget, sampler, LocalExecutor(evaluate), log, seed, should_stop=should_stop)
+        goal = Goal("", budget, lambda history: make_sampler(config, feasible, seed, history), log.trials)
+        run_search(config, [goal], LocalExecutor(evaluate), log, seed, should_stop=should_stop)
     finally:
         log.close()
     return log.trials

@@ -19,7 +19,7 @@ from nas.executors.inherited import InheritedLoss
 from nas.executors.local import attempt
 from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
-from nas.search.loop import run_search
+from nas.search.loop import Goal, run_search
 from nas.search.samplers import make_sampler
 from nas.search.trials import TrialLog, read_trials
 from search_spaces import MoesaicError, StageFailed
@@ -63,8 +63,9 @@ def run(executor, path: Path, trials: int = 30, should_stop=lambda: False):
     config = SearchConfig(sampler="evolution", trials=trials, population=8)
     log = TrialLog(path)
     try:
-        sampler = make_sampler(config, FeasibleSampler(space, budget, a_member_inside(space, budget)), 0, log.trials)
-        run_search(config, budget, sampler, executor, log, should_stop=should_stop)
+        feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
+        goal = Goal("", budget, lambda history: make_sampler(config, feasible, 0, history), log.trials)
+        run_search(config, [goal], executor, log, should_stop=should_stop)
     finally:
         log.close()
         executor.close()

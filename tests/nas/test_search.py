@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from contextlib import closing
+from functools import partial
 from itertools import pairwise, zip_longest
 from random import Random
 
@@ -10,15 +12,19 @@ import pytest
 
 from nas.config import SearchConfig
 from nas.executors import LocalExecutor
+from nas.search.budget import a_member_inside
+from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
-from nas.search.loop import hypervolume_history, result_of
+from nas.search.loop import Goal, hypervolume_history, result_of, run_search
 from nas.search.mirror import JournalMirror
 from nas.search.rivals import judge_rivals, uniform_layouts
+from nas.search.samplers import make_sampler
+from nas.search.trials import TrialLog
 from search_spaces import Interrupted, load_space, preset_source
 from supernet import Evaluation
 from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
 
-SAMPLERS = ["random", "evolution", "nsga2", "tpe"]
+SAMPLERS = ["random", "evolution", "nsga2", "tpe", "puzzle"]
 
 
 def config(sampler: str, trials: int = 40, **changes) -> SearchConfig:
@@ -73,7 +79,7 @@ def test_the_same_seed_gives_the_same_search_and_another_one_another(sampler, tm
     assert key(search(space, budget, tmp_path / "3", config(sampler, 12), seed=2)) != key(first)
 
 
-@pytest.mark.parametrize("sampler", ["random", "evolution", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "evolution", "nsga2", "puzzle"])
 def test_an_exhausted_space_ends_the_search(sampler, tmp_path):
     space = small_space()
     budget = budget_of(space, flops="40%")
@@ -114,7 +120,7 @@ def test_a_poisoned_architecture_does_not_end_a_search(sampler, tmp_path):
 def test_measured_routing_over_budget_is_never_chosen(tmp_path):
     space = tiny_space()
     budget = budget_of(space, flops="45%")
-    trials = search(space, budget, tmp_path / "t.jsonl", config("evolution", 80))
+    trials = search(space, budget, tmp_path / "t.jsonl", config("random", 80))
     over = [t for t in trials if t.state == "evaluated" and not t.feasible]
     assert over, "lopsided loads cost more than the even ones that were expected"
     result = result_of(trials)
@@ -224,3 +230,43 @@ def test_uniform_layouts_are_swept_over_every_router_of_the_space_and_top_2():
     found = {a.decoder.layers[0].feed_forward.router for a in uniform_layouts(space, sparse=True)}
     assert found == {router for group in space.layers[0].groups for router in group.routers} - {None}
     assert any(a not in small_space() for a in uniform_layouts(small_space(), sparse=True))
+
+
+def test_several_budgets_share_their_evaluations_and_each_keeps_its_own_limit(tmp_path):
+    """A search that is stopped and continued, too."""
+    space = tiny_space()
+    budgets = {"small": budget_of(space, flops="45%"), "large": budget_of(space, flops="80%")}
+    asked = []
+
+    def evaluate(architecture):
+        asked.append(architecture)
+        return formula(architecture)
+
+    def searched(path, should_stop=lambda: False):
+        log = TrialLog(path)
+        goals = []
+        for name, budget in budgets.items():
+            feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
+            make = partial(make_sampler, config("evolution"), feasible, 0)
+            goals.append(Goal(name, budget, make, log.trials))
+        with closing(log):
+            run_search(config("evolution"), goals, LocalExecutor(evaluate), log, should_stop=should_stop)
+        return goals, log.trials
+
+    goals, trials = searched(tmp_path / "whole.jsonl")
+    assert len(asked) == len(set(asked)) == 80
+    assert Counter(t.budget for t in trials if t.ended) == {"small": 40, "large": 40}
+    for trial in trials:
+        assert budgets[trial.budget].fits(trial.architecture) == (trial.state != "refused")
+    for goal in goals:
+        inside = {a for a in asked if goal.budget.fits(a)}
+        assert {t.architecture for t in goal.trials if t.feasible} <= inside
+        assert {t.architecture for t in goal.trials if t.ended} == set(asked)
+        result = result_of(goal.trials)
+        assert result is not None
+        assert all(t.costs["flops"] <= goal.budget.lines[0].limit for t in result.front)
+    small, large = (result_of(goal.trials).best.loss for goal in goals)
+    assert large <= small, "what fits the small budget fits the large one"
+    with pytest.raises(Interrupted):
+        searched(tmp_path / "parts.jsonl", Stop(30))
+    assert key(searched(tmp_path / "parts.jsonl")[1]) == key(trials)
