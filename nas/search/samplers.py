@@ -1,4 +1,5 @@
-"""Who proposes the next architecture: random, evolution over architectures, or Optuna's NSGA-II and TPE.
+"""Who proposes the next architecture: random, evolution over architectures, integer programming over scores
+of parts (``puzzle``), or Optuna's NSGA-II and TPE.
 
 Every sampler is a function of the seed, the trials so far and what is running, with no other state: rebuilt from the
 trial log it goes on exactly as it would have. With several lanes, which trial ends first is up to the machine.
@@ -7,18 +8,27 @@ trial log it goes on exactly as it would have. With several lanes, which trial e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
 
 from nas.config import SearchConfig
+from nas.search.budget import cheapest
 from nas.search.feasible import FeasibleSampler
-from nas.search.pareto import crowding, ranks
-from nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Sampler, Skipped
+from nas.search.pareto import ranks
+from nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Sampler
 from nas.search.rivals import uniform_layouts
+from nas.search.surrogate import GaussianProcess, expected_gain, features
 from nas.search.trials import Trial
 from search_spaces import Architecture, Router, crossover, mutate
+
+_CHILDREN = 32
+"""Candidates for one evaluation."""
+_LIMITS = 64
+"""Random cost limits under which the growth of the front is averaged."""
+_REMEMBERED = 500
+"""Latest evaluations that the surrogate is fitted to: a proposal stays at some milliseconds."""
 
 
 @dataclass
@@ -42,21 +52,24 @@ class RandomSampler:
 
 @dataclass
 class EvolutionSampler:
-    """Evolution over architectures themselves.
+    """Evolution over architectures themselves, with a surrogate that chooses which child is worth an evaluation.
 
-    The first ``population`` are the ``seeds`` and random ones. Then tournaments over everything feasible so far choose
-    parents: half of them by non-dominated rank and crowding, which widens the front, and half by loss, since what the
-    budget is spent on in the end is the member of least loss. Half of the children are crossed layer by layer, all
-    are mutated by one to three structural steps; a child over budget is repaired, and none is evaluated twice.
+    The first ``population`` are the ``seeds`` and random ones. After them, members of the front are crossed layer by
+    layer and mutated by one to three structural steps; of some such children inside the budget, the one is evaluated
+    that a Gaussian process of all losses so far expects to widen the front most.
 
-    AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, re-evaluate parents in each generation, and
-    change parents in place; here an architecture is a value and the archive is the population.
+    AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, evaluate every child, parents again in each
+    generation, and change parents in place; here an architecture is a value and the archive is the population.
     """
 
     feasible: FeasibleSampler
     seed: int
     population: int
+    costs: tuple[str, ...]
+    """Objectives beside the loss."""
     seeds: tuple[Architecture, ...] = ()
+    _rows: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
+    """Features by fingerprint: a function of the architecture, kept because every proposal needs them all."""
 
     def propose(self, progress: Progress) -> Proposal | None:
         rng = Random(f"{self.seed}/search/{progress.asked}")
@@ -64,44 +77,60 @@ class EvolutionSampler:
             if progress.unknown(seed):
                 return Proposal(seed)
         archive = [trial for trial in progress.trials if trial.feasible]
-        if progress.asked < self.population or len(archive) < 2:
-            return RandomSampler(self.feasible, self.seed).propose(progress)
-        points = np.array([trial.values for trial in archive])
-        losses = np.array([trial.loss for trial in archive])
-        orders = (_preference(points), losses.argsort(kind="stable").argsort())
-        space = self.feasible.space
-        refused: list[Skipped] = []
-        for _ in range(UNSEEN_TRIES):
-            order = rng.choice(orders)
-            first, second = (archive[self._tournament(order, rng)].architecture for _ in range(2))
-            child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
-            child = mutate(space, child, rng, steps=rng.randint(1, 3))
-            if not self.feasible.budget.fits(child):
-                refused.append(Skipped("refused", child))
-                child = self.feasible.repair(child, rng)
-            if progress.unknown(child):
-                return Proposal(child, tuple(refused))
+        if progress.asked >= self.population and len(archive) > 1:
+            points = np.array([[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in archive])
+            best = np.flatnonzero(ranks(points) == 0)
+            children = self._children([archive[i].architecture for i in best], rng)
+            gains = self._gains(children, progress.trials, points[best], rng) if children else np.zeros(0)
+            for index in np.argsort(-gains, kind="stable"):
+                if progress.unknown(children[index]):
+                    return Proposal(children[index])
         return RandomSampler(self.feasible, self.seed).propose(progress)
 
     def observe(self, trial: Trial) -> None:
         pass
 
-    @staticmethod
-    def _tournament(order: np.ndarray, rng: Random) -> int:
-        """The most preferred of four random members; ``order[i]`` is the place of member i."""
-        return min((rng.randrange(len(order)) for _ in range(4)), key=lambda i: order[i])
+    def _children(self, parents: Sequence[Architecture], rng: Random) -> list[Architecture]:
+        """Different ones inside the budget, as many as some tries give."""
+        space, fits = self.feasible.space, self.feasible.budget.fits
+        children: dict[Architecture, None] = {}
+        for _ in range(4 * _CHILDREN):
+            first, second = rng.choice(parents), rng.choice(parents)
+            child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
+            child = mutate(space, child, rng, steps=rng.randint(1, 3))
+            if child not in children and fits(child):
+                children[child] = None
+            if len(children) == _CHILDREN:
+                break
+        return list(children)
+
+    def _gains(
+        self, children: Sequence[Architecture], trials: Sequence[Trial], front: np.ndarray, rng: Random
+    ) -> np.ndarray:
+        """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs]."""
+        pricer, judged = self.feasible.budget.pricer, [t for t in trials if t.state == "evaluated"][-_REMEMBERED:]
+        process = GaussianProcess(
+            np.array([self._features(trial.architecture) for trial in judged]),
+            np.array([trial.loss for trial in judged]),
+        )
+        x = np.array([features(pricer, child, self.feasible.space.depths[-1]) for child in children])
+        costs = np.array([[pricer.expected(child)[name] for name in self.costs] for child in children])
+        shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
+        return expected_gain(*process.predict(x), costs, front, shares)
+
+    def _features(self, architecture: Architecture) -> list[float]:
+        row = self._rows.get(architecture.fingerprint)
+        if row is None:
+            row = features(self.feasible.budget.pricer, architecture, self.feasible.space.depths[-1])
+            self._rows[architecture.fingerprint] = row
+        return row
 
 
-def _preference(points: np.ndarray) -> np.ndarray:
-    """[n] place of each point: by rank, then by falling crowding distance within its rank."""
-    rank = ranks(points)
-    distance = np.zeros(len(points))
-    for value in np.unique(rank):
-        members = np.flatnonzero(rank == value)
-        distance[members] = crowding(points[members])
-    places = np.empty(len(points), dtype=int)
-    places[np.lexsort((-distance, rank))] = np.arange(len(points))
-    return places
+def corners(feasible: FeasibleSampler, costs: Sequence[str]) -> tuple[Architecture, ...]:
+    """The cheapest member by each of ``costs``, where it is inside the budget: the ends of the front."""
+    budget = feasible.budget
+    found = [cheapest(feasible.space, budget.pricer, cost) for cost in costs]
+    return tuple(a for a in dict.fromkeys(found) if budget.fits(a))
 
 
 def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
@@ -121,10 +150,16 @@ def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, .
 
 def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int, history: Sequence[Trial]) -> Sampler:
     """The sampler that ``config`` names, as it is after the trials of ``history``, in the order of their log."""
+    costs = tuple(name for name in config.objectives if name != "loss")
     if config.sampler == "random":
         return RandomSampler(feasible, seed)
     if config.sampler == "evolution":
-        return EvolutionSampler(feasible, seed, config.population, seed_layouts(feasible, config.population // 2))
+        seeds = dict.fromkeys((*corners(feasible, costs), *seed_layouts(feasible, config.population // 2)))
+        return EvolutionSampler(feasible, seed, config.population, costs, tuple(seeds))
+    if config.sampler == "puzzle":
+        from nas.search.puzzle import PuzzleSampler
+
+        return PuzzleSampler(feasible, seed, costs, config.population // 2)
     from nas.search.optuna_sampler import OptunaSampler
 
     return OptunaSampler(feasible, seed, config, history)
