@@ -128,11 +128,10 @@ def difference_text(row: Row, reference: str) -> str:
 
 def tables(result: Row) -> str:
     """The result as Markdown."""
-    seeds = max((len(row["seeds"]) for one in result["results"] for row in one["contestants"]), default=0)
     lines = [
-        f"| text, budget | model | test loss, {seeds} seeds | bits/byte | above searched | did the search pay? "
+        "| text, budget | model | seeds | test loss | bits/byte | above searched | did the search pay? "
         "| above searched, best of several | FLOPs | latency |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in result["results"]:
         limit = f"{one['dataset']}, {one['budget']} ≤ {DIMENSIONS[one['budget']].format(one['limit'])}"
@@ -144,6 +143,7 @@ def tables(result: Row) -> str:
             cells = [
                 limit if index == 0 else "",
                 row["name"],
+                str(len(row["seeds"])),
                 f"{row['mean']:.3f}{half}",
                 f"{row['bits_per_byte']:.3f}",
                 difference_text(row, SEARCHED),
