@@ -125,7 +125,10 @@ class LatencyConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """``trials`` architectures are evaluated on ``evaluation_windows`` windows of held-out text."""
+    """``trials`` architectures are evaluated on ``evaluation_windows`` windows of held-out text.
+
+    A sampler learns from ``population`` of them before it proposes; ``puzzle`` scores half as many parts per layer.
+    """
 
     sampler: Literal["random", "nsga2", "tpe", "puzzle", "evolution"] = "evolution"
     trials: Count = 300

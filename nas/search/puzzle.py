@@ -13,6 +13,7 @@ part that does not fit there is not chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -345,9 +346,9 @@ def radical_inverse(index: int, base: int) -> float:
     return value
 
 
-def additivity(trials: Iterable[Trial]) -> dict[str, float] | None:
+def additivity(trials: Iterable[Trial]) -> dict[str, float | None] | None:
     """How far predicted losses of solutions were from the evaluated ones: number, mean absolute error and mean error in
-    nats, Kendall's tau; None for a log with fewer than two solutions."""
+    nats, Kendall's tau (None where it is not defined); None for a log with fewer than two solutions."""
     pairs = [
         (trial.engine["puzzle"]["predicted"], trial.loss)
         for trial in trials
@@ -356,10 +357,10 @@ def additivity(trials: Iterable[Trial]) -> dict[str, float] | None:
     if len(pairs) < 2:
         return None
     predicted, loss = np.array(pairs).T
-    error = predicted - loss
+    error, tau = predicted - loss, kendall_tau(predicted, loss)
     return {
         "solutions": len(pairs),
         "mean_absolute_error": float(np.abs(error).mean()),
         "mean_error": float(error.mean()),
-        "tau": kendall_tau(predicted, loss),
+        "tau": None if math.isnan(tau) else tau,
     }

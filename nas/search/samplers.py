@@ -23,8 +23,9 @@ from nas.search.surrogate import GaussianProcess, expected_gain, features
 from nas.search.trials import Trial
 from search_spaces import Architecture, Router, crossover, mutate
 
-_CHILDREN = 32
-"""Candidates for one evaluation."""
+_CHILDREN, _RANDOM = 32, 8
+"""Candidates for one evaluation, and how many of them are no children of the front but random: where the best networks
+of one width stop, those of the next are several steps away."""
 _LIMITS = 64
 """Random cost limits under which the growth of the front is averaged."""
 _REMEMBERED = 500
@@ -55,8 +56,8 @@ class EvolutionSampler:
     """Evolution over architectures themselves, with a surrogate that chooses which child is worth an evaluation.
 
     The first ``population`` are the ``seeds`` and random ones. After them, members of the front are crossed layer by
-    layer and mutated by one to three structural steps; of some such children inside the budget, the one is evaluated
-    that a Gaussian process of all losses so far expects to widen the front most.
+    layer and mutated by one to three structural steps; of some such children inside the budget, and a few random ones,
+    the one is evaluated that a Gaussian process of all losses so far expects to widen the front most.
 
     AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, evaluate every child, parents again in each
     generation, and change parents in place; here an architecture is a value and the archive is the population.
@@ -81,7 +82,8 @@ class EvolutionSampler:
             points = np.array([[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in archive])
             best = np.flatnonzero(ranks(points) == 0)
             children = self._children([archive[i].architecture for i in best], rng)
-            gains = self._gains(children, progress.trials, points[best], rng) if children else np.zeros(0)
+            limits = self._limits(points, rng)
+            gains = self._gains(children, progress.trials, points[best], limits)
             for index in np.argsort(-gains, kind="stable"):
                 if progress.unknown(children[index]):
                     return Proposal(children[index])
@@ -93,7 +95,7 @@ class EvolutionSampler:
     def _children(self, parents: Sequence[Architecture], rng: Random) -> list[Architecture]:
         """Different ones inside the budget, as many as some tries give."""
         space, fits = self.feasible.space, self.feasible.budget.fits
-        children: dict[Architecture, None] = {}
+        children = dict.fromkeys(self.feasible.sample(rng) for _ in range(_RANDOM))
         for _ in range(4 * _CHILDREN):
             first, second = rng.choice(parents), rng.choice(parents)
             child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
@@ -104,8 +106,15 @@ class EvolutionSampler:
                 break
         return list(children)
 
+    def _limits(self, points: np.ndarray, rng: Random) -> np.ndarray:
+        """[limits, costs] at random over the range of what was evaluated, and a tenth of it further: what has the least
+        loss of all counts by itself."""
+        low, high = points[:, 1:].min(0), points[:, 1:].max(0)
+        shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
+        return low + 1.1 * (high - low) * shares
+
     def _gains(
-        self, children: Sequence[Architecture], trials: Sequence[Trial], front: np.ndarray, rng: Random
+        self, children: Sequence[Architecture], trials: Sequence[Trial], front: np.ndarray, limits: np.ndarray
     ) -> np.ndarray:
         """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs]."""
         pricer, judged = self.feasible.budget.pricer, [t for t in trials if t.state == "evaluated"][-_REMEMBERED:]
@@ -115,8 +124,7 @@ class EvolutionSampler:
         )
         x = np.array([features(pricer, child, self.feasible.space.depths[-1]) for child in children])
         costs = np.array([[pricer.expected(child)[name] for name in self.costs] for child in children])
-        shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
-        return expected_gain(*process.predict(x), costs, front, shares)
+        return expected_gain(*process.predict(x), costs, front, limits)
 
     def _features(self, architecture: Architecture) -> list[float]:
         row = self._rows.get(architecture.fingerprint)

@@ -80,21 +80,19 @@ class GaussianProcess:
 
 
 def expected_gain(
-    mean: np.ndarray, deviation: np.ndarray, costs: np.ndarray, front: np.ndarray, shares: np.ndarray
+    mean: np.ndarray, deviation: np.ndarray, costs: np.ndarray, front: np.ndarray, limits: np.ndarray
 ) -> np.ndarray:
     """[m] expected growth of the hypervolume, up to a factor, by candidates whose loss is normal and whose costs [m, k]
     are known.
 
     Hypervolume is the integral over cost limits of how far the least loss inside them is below a reference, so its
-    growth is the integral of the expected improvement (Jones et al. 1998) under each limit; ``shares`` [limits, k] of
-    the range that ``front`` [n, 1 + k] (loss first) has are where it is sampled. Limits reach a tenth beyond the front,
-    so that the least loss of all counts for itself.
+    growth is the integral of the expected improvement (Jones et al. 1998) under each limit. ``limits`` [n, k] sample
+    it; ``front`` [f, 1 + k] has the loss first.
     """
-    low, high = front.min(0), front.max(0)
-    limits = low[1:] + 1.1 * (high - low)[1:] * shares
+    losses = front[:, 0]
+    reference = losses.max() + 0.1 * np.ptp(losses)
     inside = (front[None, :, 1:] <= limits[:, None, :]).all(-1)
-    reference = high[0] + 0.1 * (high - low)[0]
-    level = np.where(inside, front[:, 0], reference).min(1)
+    level = np.where(inside, losses, reference).min(1)
     z = (level - mean[:, None]) / deviation[:, None]
     improvement = deviation[:, None] * (z * ndtr(z) + np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
     return (improvement * (costs[:, None, :] <= limits).all(-1)).mean(1)

@@ -15,6 +15,7 @@ from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
 from nas.search.loop import Goal, SearchResult, hypervolume_history, result_of, run_search, trials_under
 from nas.search.mirror import JournalMirror
+from nas.search.puzzle import additivity
 from nas.search.rivals import judge_rivals
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog, read_trials
@@ -109,6 +110,7 @@ def _write_result(part: Run, goal: Goal, acceptance: float, executor: Executor) 
             "front": [trial.number for trial in result.front],
             "best": result.best.number,
             "hypervolume": hypervolume_history(trials)[-1][1],
+            "additivity": additivity(trials),
         },
     )
 

@@ -1,0 +1,56 @@
+"""What a search has found after each evaluation, as a share of what there is to find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nas.search.budget import Budget
+from nas.search.pareto import hypervolume, non_dominated
+from search_spaces import Architecture
+from supernet import Evaluation
+
+MARGIN = 0.1
+"""The reference point is the front's worst value of each objective, this share of its range further out."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The front [n, (loss, FLOPs)] of all that is inside the budget, expected and measured, and its hypervolume."""
+
+    front: np.ndarray
+    reference: np.ndarray
+    volume: float
+
+    @staticmethod
+    def of(points: np.ndarray) -> Truth:
+        front = points[non_dominated(points)]
+        reference = front.max(0) + MARGIN * np.ptp(front, axis=0)
+        return Truth(front, reference, hypervolume(front, reference))
+
+
+def point(budget: Budget, architecture: Architecture, evaluation: Evaluation) -> np.ndarray | None:
+    """(loss, measured FLOPs), or None outside the budget."""
+    measured = budget.pricer.measured(architecture, evaluation.loads)
+    inside = budget.fits(architecture) and max(budget.measured_excess(measured).values(), default=-1.0) <= 0
+    return np.array([evaluation.loss, measured["flops"]]) if inside else None
+
+
+def shares(points: Sequence[np.ndarray | None], truth: Truth) -> np.ndarray:
+    """[len(points)] share of the true hypervolume after each evaluation; None is an evaluation outside the budget."""
+    front = np.zeros((0, 2))
+    history, volume = [], 0.0
+    for found in points:
+        if found is not None and not (front <= found).all(1).any():
+            front = np.vstack([front[~(found <= front).all(1)], found])
+            volume = hypervolume(front, truth.reference) / truth.volume
+        history.append(volume)
+    return np.array(history)
+
+
+def needed(history: np.ndarray, share: float) -> float:
+    """Evaluations until ``share`` is reached; infinite where it is not."""
+    reached = np.flatnonzero(history >= share)
+    return float(reached[0] + 1) if len(reached) else float("inf")

@@ -1,0 +1,161 @@
+"""The searches that are compared: each gives the architectures that it had evaluated, in order."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+
+from nas.config import SearchConfig
+from nas.executors import LocalExecutor
+from nas.search.budget import Budget, a_member_inside
+from nas.search.feasible import FeasibleSampler
+from nas.search.genome import Genome
+from nas.search.loop import Goal, run_search
+from nas.search.samplers import make_sampler
+from nas.search.trials import Trial, TrialLog
+from search_spaces import Architecture, Attention, FeedForward, Layer, SearchSpace
+from supernet import Evaluation
+
+Evaluate = Callable[[Architecture], Evaluation]
+Search = Callable[[SearchSpace, Budget, Evaluate, int, int], list[Architecture]]
+"""(space, budget, evaluate, seed, number of evaluations) to what was evaluated."""
+
+
+def moesaic(
+    sampler: str, space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
+) -> list[Architecture]:
+    """A sampler of this tool in its own loop, as it is configured by default."""
+    return [trial.architecture for trial in trials_of(sampler, space, budget, evaluate, seed, count)]
+
+
+def trials_of(
+    sampler: str, space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
+) -> list[Trial]:
+    """The same as its log."""
+    config = SearchConfig.model_validate({"sampler": sampler, "trials": count})
+    feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
+    with tempfile.TemporaryDirectory() as folder:
+        log = TrialLog(Path(folder) / "trials.jsonl")
+        goal = Goal("", budget, partial(make_sampler, config, feasible, seed), log.trials)
+        run_search(config, [goal], LocalExecutor(evaluate), log, seed)
+        log.close()
+    return [trial for trial in log.trials if trial.ended]
+
+
+def plain(
+    make: Callable[[int], BaseSampler], space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
+) -> list[Architecture]:
+    """Optuna as its documentation shows it: parameters where they apply, budgets as constraints, and every proposal is
+    evaluated, over budget or known already or not."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=make(seed))
+    asked = []
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        architecture = suggest(trial, space)
+        asked.append(architecture)
+        evaluation = evaluate(architecture)
+        measured = budget.pricer.measured(architecture, evaluation.loads)
+        for name, excess in (budget.excess(architecture) | budget.measured_excess(measured)).items():
+            trial.set_constraint(name, excess)
+        return evaluation.loss, measured["flops"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experimental features
+        study.optimize(objective, n_trials=count)
+    return asked
+
+
+def suggest(trial: optuna.Trial, space: SearchSpace) -> Architecture:
+    """An architecture with a parameter for every choice that it has."""
+
+    def choose(name, values):
+        return values[trial.suggest_categorical(name, list(range(len(values))))]
+
+    layers = []
+    width, depth = choose("width", space.widths), choose("depth", space.depths)
+    for i, layer in enumerate(space.layers[:depth]):
+        attention: Attention = choose(f"{i}.attention", layer.attentions)
+        group = choose(f"{i}.experts", layer.groups)
+        sizes = tuple(choose(f"{i}.{group.experts}.size{j}", group.sizes) for j in range(group.experts))
+        router = choose(f"{i}.{group.experts}.router", group.routers)
+        shared = choose(f"{i}.{group.experts}.shared", group.shared_sizes)
+        layers.append(Layer(attention, FeedForward(sizes, router, shared)))
+    return space.build(width, tuple(layers))
+
+
+POPULATION, PARENTS, MUTATED, CROSSED, REDRAWN = 125, 25, 50, 50, 0.3
+"""AutoMoE, arXiv 2210.07535, and HAT, arXiv 2005.14187: ``fairseq/evolution.py``."""
+
+
+def automoe(space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int) -> list[Architecture]:
+    """AutoMoE's published evolution: fitness is the loss alone, the budget is kept by drawing again. A parent that is
+    evaluated again, as it is there in each generation, is not counted."""
+    return list(islice(_automoe(space, budget, evaluate, Random(f"{seed}/automoe")), count))
+
+
+def _automoe(space: SearchSpace, budget: Budget, evaluate: Evaluate, rng: Random) -> Iterator[Architecture]:
+    genome = Genome(space)
+    sizes = {name: _size(distribution) for name, distribution in genome.distributions.items()}
+
+    def inside(draw: Callable[[], dict[str, int]]) -> dict[str, int]:
+        while True:
+            genes = draw()
+            if budget.fits(_decode(genome, genes)):
+                return genes
+
+    def anything() -> dict[str, int]:
+        return {name: rng.randrange(size) for name, size in sizes.items()}
+
+    def mutated(parents: list[dict[str, int]]) -> dict[str, int]:
+        parent = rng.choice(parents)
+        return {name: rng.randrange(sizes[name]) if rng.random() < REDRAWN else gene for name, gene in parent.items()}
+
+    def crossed(parents: list[dict[str, int]]) -> dict[str, int]:
+        first, second = rng.choice(parents), rng.choice(parents)
+        return {name: rng.choice((first[name], second[name])) for name in sizes}
+
+    losses: dict[Architecture, float] = {}
+    population = [inside(anything) for _ in range(POPULATION)]
+    while True:
+        for genes in population:
+            architecture = _decode(genome, genes)
+            if architecture not in losses:
+                losses[architecture] = evaluate(architecture).loss
+                yield architecture
+        parents = sorted(population, key=lambda genes: losses[_decode(genome, genes)])[:PARENTS]
+        population = parents + [inside(partial(mutated, parents)) for _ in range(MUTATED)]
+        population += [inside(partial(crossed, parents)) for _ in range(CROSSED)]
+
+
+def _decode(genome: Genome, genes: dict[str, int]) -> Architecture:
+    return genome.decode(lambda name, _: genes[name])
+
+
+def _size(distribution: BaseDistribution) -> int:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, IntDistribution)
+    return distribution.high + 1
+
+
+METHODS: dict[str, Search] = {
+    "evolution": partial(moesaic, "evolution"),
+    "puzzle": partial(moesaic, "puzzle"),
+    "nsga2": partial(moesaic, "nsga2"),
+    "tpe": partial(moesaic, "tpe"),
+    "random": partial(moesaic, "random"),
+    "Optuna's NSGA-II, plain": partial(plain, lambda seed: NSGAIISampler(seed=seed)),
+    "Optuna's TPE, plain": partial(plain, lambda seed: TPESampler(seed=seed)),
+    "AutoMoE's evolution": automoe,
+}
+"""The first five inside the budget by construction, with the tool's own handling of duplicates."""

@@ -1,0 +1,173 @@
+"""Search the exhaustive tables with every method and say how many evaluations each needs.
+
+python experiments/search_bench/run.py [--seeds 10]     searches that are not in curves.jsonl yet, then result.json
+
+Searches are replayed from the tables of ``table.py``; no model is needed. A share is of the hypervolume of the table's
+true front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from curves import Truth, needed, point, shares
+from large import CHOSEN, COUNT, best_known, read_points
+from methods import METHODS
+from table import HERE, TABLES, Table, read_table
+
+from nas.config import DeviceConfig
+from nas.device import choose_device
+from nas.summary import versions
+from search_spaces.files import write_json
+
+CURVES = HERE / "curves.jsonl"
+LENGTHS = {"random": 2000, "AutoMoE's evolution": 1000, "nsga2": 684, "Optuna's NSGA-II, plain": 1000}
+"""Evaluations where they are not 342, a twentieth of the first table."""
+LENGTH = 342
+WITHOUT_CHANCE = ("puzzle",)
+"""In the tables every part of a layer is scored, and nothing is left to a seed."""
+SHARES = (0.95, 0.98, 0.99)
+
+
+def truth_of(table: Table) -> Truth:
+    found = [point(table.budget, *pair) for pair in table.evaluations.items()]
+    return Truth.of(np.array([one for one in found if one is not None]))
+
+
+def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> dict:
+    """One row of curves.jsonl: the share after those evaluations that changed it."""
+    started = time.process_time()
+    asked = METHODS[method](table.space, table.budget, table, seed, LENGTHS.get(method, LENGTH))
+    seconds = time.process_time() - started
+    points = [point(table.budget, architecture, table(architecture)) for architecture in asked]
+    history = shares(points, truth)
+    steps = np.flatnonzero(np.diff(history, prepend=0.0) > 0)
+    return {
+        "table": name,
+        "method": method,
+        "seed": seed,
+        "evaluations": len(asked),
+        "outside": sum(one is None for one in points),
+        "repeated": len(asked) - len(set(asked)),
+        "seconds": round(seconds, 2),
+        "curve": [[int(i) + 1, round(float(history[i]), 5)] for i in steps],
+    }
+
+
+def history_of(row: dict) -> np.ndarray:
+    """[evaluations] share after each."""
+    history = np.zeros(row["evaluations"])
+    for start, share in row["curve"]:
+        history[start - 1 :] = share
+    return history
+
+
+def read_rows(path: Path = CURVES) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """A row per table and method: mean share after some numbers of evaluations, and the median number needed."""
+    result = []
+    for table, method in dict.fromkeys((row["table"], row["method"]) for row in rows):
+        mine = [row for row in rows if (row["table"], row["method"]) == (table, method)]
+        histories = [history_of(row) for row in mine]
+        counts = {share: float(np.median([needed(h, share) for h in histories])) for share in SHARES}
+        at = [n for n in (100, 200, LENGTH) if n <= min(map(len, histories))]
+        result.append(
+            {
+                "table": table,
+                "method": method,
+                "seeds": len(mine),
+                "share": {n: float(np.mean([h[n - 1] for h in histories])) for n in at},
+                "least": {n: float(np.min([h[n - 1] for h in histories])) for n in at},
+                "needed": {f"{share:.0%}": None if np.isinf(n) else n for share, n in counts.items()},
+                "searched": max(row["evaluations"] for row in mine),
+                "outside": float(np.mean([row["outside"] / row["evaluations"] for row in mine])),
+                "repeated": float(np.mean([row["repeated"] / row["evaluations"] for row in mine])),
+                "milliseconds": float(np.median([row["seconds"] / row["evaluations"] for row in mine]) * 1e3),
+            }
+        )
+    return result
+
+
+def summary_large() -> list[dict]:
+    """Shares of the best known hypervolume on the space of ``large.py``."""
+    points = read_points()
+    if not points:
+        return []
+    truth, result = best_known(points), []
+    for method in CHOSEN:
+        histories = [shares(found, truth) for (name, _), found in points.items() if name == method]
+        if histories:
+            losses = [
+                min(one[0] for one in found if one is not None) for (m, _), found in points.items() if m == method
+            ]
+            at = {n: float(np.mean([h[n - 1] for h in histories])) for n in (100, 200, COUNT)}
+            row = {"method": method, "seeds": len(histories), "share": at, "loss": float(np.mean(losses))}
+            row["range"] = [float(f([h[-1] for h in histories])) for f in (np.min, np.max)]
+            result.append(row)
+    return result
+
+
+def markdown(result: list[dict]) -> str:
+    """A table of ``summary`` for one page; ratios are to ``evolution``."""
+    names = (
+        "table|method|share after 100|200|342|least of the seeds|evaluations to 95 %|98 %|99 %|ratio to 99 %|outside|ms"
+    )
+    columns = names.split("|")
+    lines = [columns, ["---"] * len(columns)]
+    for row in result:
+        ours = next(r for r in result if r["table"] == row["table"] and r["method"] == "evolution")["needed"]["99%"]
+        least, to_99 = row["least"].get(LENGTH), row["needed"]["99%"]
+        cells = [row["table"], row["method"]]
+        cells += [f"{row['share'][n]:.1%}" if n in row["share"] else "" for n in (100, 200, LENGTH)]
+        cells += ["" if least is None else f"{least:.1%}"]
+        cells += [f"{n:.0f}" if n else f"> {row['searched']}" for n in row["needed"].values()]
+        cells += ["" if ours is None else f"{to_99 / ours:.1f}" if to_99 else f"> {row['searched'] / ours:.1f}"]
+        lines.append([*cells, f"{row['outside']:.0%}", f"{row['milliseconds']:.0f}"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    arguments = parser.parse_args()
+    done = {(row["table"], row["method"], row["seed"]) for row in read_rows()}
+    tables = {name: read_table(name) for name in TABLES}
+    truths = {name: truth_of(table) for name, table in tables.items()}
+    for method in arguments.methods:
+        for name, table in tables.items():
+            for seed in range(1 if method in WITHOUT_CHANCE else arguments.seeds):
+                if (name, method, seed) not in done:
+                    row = search(table, truths[name], name, method, seed)
+                    with CURVES.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(f"{name} {method} seed {seed}: {row['curve'][-1]} {row['seconds']} s", flush=True)
+    found = summary(read_rows())
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": str(choose_device(DeviceConfig())),
+        "versions": versions(),
+        "tables": {
+            name: {
+                "architectures": len(table.evaluations),
+                "inside": sum(table.budget.fits(a) for a in table.evaluations),
+                "front": len(truths[name].front),
+                "reference": truths[name].reference.tolist(),
+                "hypervolume": truths[name].volume,
+            }
+            for name, table in tables.items()
+        },
+    }
+    write_json(HERE / "result.json", {**facts, "methods": found, "large": summary_large()})
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
