@@ -122,14 +122,16 @@ class EvolutionSampler:
             np.array([self._features(trial.architecture) for trial in judged]),
             np.array([trial.loss for trial in judged]),
         )
-        x = np.array([features(pricer, child, self.feasible.space.depths[-1]) for child in children])
-        costs = np.array([[pricer.expected(child)[name] for name in self.costs] for child in children])
+        priced, depth = [pricer.expected(child) for child in children], self.feasible.space.depths[-1]
+        x = np.array([features(pricer, child, costs, depth) for child, costs in zip(children, priced, strict=True)])
+        costs = np.array([[each[name] for name in self.costs] for each in priced])
         return expected_gain(*process.predict(x), costs, front, limits)
 
     def _features(self, architecture: Architecture) -> list[float]:
         row = self._rows.get(architecture.fingerprint)
         if row is None:
-            row = features(self.feasible.budget.pricer, architecture, self.feasible.space.depths[-1])
+            pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
+            row = features(pricer, architecture, pricer.expected(architecture), depth)
             self._rows[architecture.fingerprint] = row
         return row
 

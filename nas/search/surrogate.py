@@ -12,7 +12,7 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 from scipy.special import ndtr
 
-from nas.costs.price import Pricer
+from nas.costs.price import Costs, Pricer
 from search_spaces import Architecture, Layer
 
 _PER_LAYER = 10
@@ -21,9 +21,9 @@ _LENGTH, _NOISE = 2.0, 0.01
 Chosen by marginal likelihood on the tables of experiments/search_bench."""
 
 
-def features(pricer: Pricer, architecture: Architecture, depth: int) -> list[float]:
-    """[4 + 10 * depth] columns: costs and coarse shape, then each layer's, of which absent ones have zeros."""
-    costs, stack = pricer.expected(architecture), architecture.decoder
+def features(pricer: Pricer, architecture: Architecture, costs: Costs, depth: int) -> list[float]:
+    """[4 + 10 * depth] columns: expected costs and coarse shape, then each layer's, of which absent ones have zeros."""
+    stack = architecture.decoder
     row = [math.log(costs["flops"]), math.log(costs["parameters"]), math.log(stack.width), float(len(stack.layers))]
     for layer, use in zip(stack.layers, pricer.expected_uses(architecture), strict=True):
         row += _layer_features(layer, use.neurons + layer.feed_forward.shared_size)
