@@ -51,7 +51,7 @@ DEVICE = DeviceConfig(device="cpu", threads=1)
 
 def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None):
     """Seconds of a whole search, and its trials."""
-    config = SearchConfig(sampler=sampler, trials=trials)  # type: ignore[arg-type]
+    config = SearchConfig.model_validate({"sampler": sampler, "trials": trials})
     pricer = Pricer(Context(VOCABULARY, LENGTH, 8))
     budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}), SPACE, pricer)
     feasible = FeasibleSampler(SPACE, budget, a_member_inside(SPACE, budget))

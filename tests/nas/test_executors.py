@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray.cluster_utils import Cluster
 
 from nas.config import DeviceConfig, ExecutorConfig, LaneResources, SearchConfig
 from nas.device import choose_device
-from nas.executors import LocalExecutor, evaluate_all
+from nas.executors import LocalExecutor, evaluate_all, ray_lanes
 from nas.executors.inherited import InheritedLoss
 from nas.executors.local import attempt
+from nas.executors.ray_lanes import Lane, RayExecutor
 from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
 from nas.search.loop import Goal, run_search
@@ -28,10 +31,6 @@ from tests.nas.command import interrupt_when, lines_in, moesaic, start
 from tests.nas.run_tools import QUICK as SETTINGS
 from tests.nas.run_tools import without_stages
 from tests.nas.search_tools import budget_of, search, tiny_space
-
-ray = pytest.importorskip("ray", reason="Ray is an extra")
-from nas.executors import ray_lanes  # noqa: E402  (needs Ray)
-from nas.executors.ray_lanes import Lane, RayExecutor  # noqa: E402
 
 AFTER_SEARCH = ("search", "fidelity", "exports", "retrain", "report")
 DEVICE = DeviceConfig(device="cpu", threads=1)
@@ -156,7 +155,7 @@ def test_a_search_survives_everything_that_happens_in_its_lanes(faults, judge, t
 
 def test_a_node_may_die(faults, judge, tmp_path):
     """On a cluster of three nodes, of which the last two have a lane each: one of them is killed in mid-evaluation."""
-    cluster = pytest.importorskip("ray.cluster_utils").Cluster()
+    cluster = Cluster()
     cluster.add_node(num_cpus=0)
     nodes = [cluster.add_node(num_cpus=1, env_vars={"FAULTS": os.environ["FAULTS"]}) for _ in range(2)]
     faults({9: "hang"})
