@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -220,7 +221,8 @@ class Config(_Section):
     """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``.
 
     There is one ``budget``, or several under names of their own in ``budgets``: these share one supernet and one
-    search, and each gets its own models and report.
+    search, and each gets its own models and report. ``mirror`` is the URL of a database that gets the search's trials
+    as a study of Optuna; without it they are in a journal file.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -235,6 +237,7 @@ class Config(_Section):
     latency: LatencyConfig = LatencyConfig()
     search: SearchConfig = SearchConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    mirror: str | None = None
     fidelity: FidelityConfig = FidelityConfig()
     export: ExportConfig = ExportConfig()
     retrain: RetrainConfig = RetrainConfig()
@@ -255,6 +258,18 @@ class Config(_Section):
     @classmethod
     def _lines_of_several(cls, value: Any) -> Any:
         return {name: _lines(lines) for name, lines in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("mirror")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "")
+        if parts.password is not None or "passw" in parts.query:
+            raise MoesaicError(
+                "a password would be written into the run's folder",
+                found=f"{parts.scheme}://...",
+                allowed="a URL without one; PostgreSQL reads PGPASSWORD and ~/.pgpass",
+            )
+        return url
 
     @model_validator(mode="after")
     def _not_both(self) -> Config:

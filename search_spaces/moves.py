@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 from typing import TypeVar
@@ -11,6 +11,8 @@ from search_spaces.architecture import Architecture, FeedForward, Layer
 from search_spaces.space import LayerSpace, SearchSpace
 
 T = TypeVar("T")
+Moves = Callable[[SearchSpace, Architecture, Sequence[int]], Iterator[list[Architecture]]]
+"""What one kind of step makes of a network: a list for each of the given positions, or one of all of it."""
 
 
 def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architecture]:
@@ -20,17 +22,26 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
     another pair of head counts, one expert more or less (any size; the next number of experts that the space has),
     one expert's size to the next value, another router or shared size.
     """
-    found = [move for kind in _MOVES for move in kind(space, architecture)]
+    positions = range(len(architecture.decoder.layers))
+    found = [a for kind in _MOVES for moves in kind(space, architecture, positions) for a in moves]
     return [a for a in dict.fromkeys(found) if a != architecture]
 
 
 def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: int = 1) -> Architecture:
-    """``steps`` random steps; each first draws the kind of move, so rare kinds are not drowned by frequent ones."""
+    """``steps`` random steps; each first draws the kind of move, then the layer, so that neither rare kinds nor layers
+    with few choices are drowned."""
     for _ in range(steps):
-        for kind in rng.sample(_MOVES, len(_MOVES)):
-            if candidates := [a for a in kind(space, architecture) if a != architecture]:
-                architecture = rng.choice(candidates)
-                break
+        architecture = _step(space, architecture, rng)
+    return architecture
+
+
+def _step(space: SearchSpace, architecture: Architecture, rng: Random) -> Architecture:
+    depth = len(architecture.decoder.layers)
+    positions = rng.sample(range(depth), depth)
+    for kind in rng.sample(_MOVES, len(_MOVES)):
+        for moves in kind(space, architecture, positions):
+            if candidates := [a for a in moves if a != architecture]:
+                return rng.choice(candidates)
     return architecture
 
 
@@ -68,16 +79,19 @@ def _depth_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
     return moves
 
 
-def _layer_moves(kind: Callable[[LayerSpace, Layer], list[Layer]]):
-    """Lift a move of one layer to moves of a network, over all of its layers."""
+def _of_network(kind: Callable[[SearchSpace, Architecture], list[Architecture]]) -> Moves:
+    def moves(space: SearchSpace, a: Architecture, positions: Sequence[int]) -> Iterator[list[Architecture]]:
+        yield kind(space, a)
 
-    def moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
+    return moves
+
+
+def _of_layers(kind: Callable[[LayerSpace, Layer], list[Layer]]) -> Moves:
+    def moves(space: SearchSpace, a: Architecture, positions: Sequence[int]) -> Iterator[list[Architecture]]:
         layers = a.decoder.layers
-        return [
-            space.build(a.decoder.width, (*layers[:i], changed, *layers[i + 1 :]))
-            for i, layer in enumerate(layers)
-            for changed in kind(space.layers[i], layer)
-        ]
+        for i in positions:
+            changes = kind(space.layers[i], layers[i])
+            yield [space.build(a.decoder.width, (*layers[:i], changed, *layers[i + 1 :])) for changed in changes]
 
     return moves
 
@@ -129,8 +143,7 @@ def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     return [replace(layer, feed_forward=replace(part, shared_size=size)) for size in group.shared_sizes]
 
 
-_MOVES: list[Callable[[SearchSpace, Architecture], list[Architecture]]] = [
-    _width_moves,
-    _depth_moves,
-    *(_layer_moves(k) for k in (_attention_moves, _count_moves, _size_moves, _router_moves, _shared_moves)),
+_MOVES: list[Moves] = [
+    *(_of_network(kind) for kind in (_width_moves, _depth_moves)),
+    *(_of_layers(k) for k in (_attention_moves, _count_moves, _size_moves, _router_moves, _shared_moves)),
 ]

@@ -35,7 +35,7 @@ from nas.search.budget import a_member_inside, resolve_budget
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
 from nas.search.loop import Goal, run_search
-from nas.search.mirror import JournalMirror
+from nas.search.mirror import Mirror, journal
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog
 from nas.summary import versions
@@ -57,14 +57,15 @@ def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial
     feasible = FeasibleSampler(SPACE, budget, a_member_inside(SPACE, budget))
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
         goal = Goal("", budget, partial(make_sampler, config, feasible, SEED))
-        mirror = JournalMirror(Path(folder) / "journal.log", "bench", ["loss", "flops"], Genome(SPACE), log.trials)
-
-        def mirrored(finished: list[Trial]) -> None:
-            mirror.append(finished)
-            on_trial()
-
         started = time.perf_counter()
-        run_search(config, [goal], executor, log, SEED, mirrored)
+        storage = journal(Path(folder) / "journal.log")
+        with Mirror(storage, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
+
+            def mirrored(finished: list[Trial]) -> None:
+                mirror.append(finished)
+                on_trial()
+
+            run_search(config, [goal], executor, log, SEED, mirrored)
         return time.perf_counter() - started, log.trials
 
 

@@ -33,7 +33,7 @@ class Executor(Protocol):
 
     @property
     def free(self) -> int:
-        """How many architectures can be submitted now without one waiting behind another."""
+        """How many architectures are wanted now."""
         ...
 
     def submit(self, architecture: Architecture) -> None:

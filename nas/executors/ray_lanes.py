@@ -111,6 +111,8 @@ class RayExecutor:
         say: Callable[[str], None] = lambda text: None,
     ):
         self.lanes, self.config, self._say = config.lanes, config, say
+        # With one more at hand no lane waits for the sampler. One lane does: it searches as this process would.
+        self._ahead = int(config.lanes > 1)
         self._owner = connect(config)
         model = judge.model
         self._arguments = (
@@ -132,10 +134,10 @@ class RayExecutor:
 
     @property
     def free(self) -> int:
-        return self.lanes - len(self._waiting) - sum(slot.job is not None for slot in self._slots)
+        return self.lanes + self._ahead - len(self._waiting) - sum(slot.job is not None for slot in self._slots)
 
     def submit(self, architecture: Architecture) -> None:
-        assert self.free, "all lanes are taken"
+        assert self.free, "enough is under way"
         self._waiting.append(_Job(architecture))
         self._dispatch()
 
@@ -145,6 +147,7 @@ class RayExecutor:
             done, _ = ray.wait([slot.reference for slot in self._slots if not slot.idle], timeout=_POLL)
             for slot in self._slots:
                 if slot.reference in done and (outcome := self._ended(slot)) is not None:
+                    self._dispatch()
                     return outcome
                 if slot.job is not None and time.monotonic() - slot.since > self.config.time_limit:
                     return self._timed_out(slot)

@@ -1,48 +1,111 @@
-"""The trial log as an Optuna journal, so that ``optuna-dashboard`` opens a search while it runs."""
+"""The trial log as an Optuna study, in a journal file or a database, so that ``optuna-dashboard`` opens a search while
+it runs."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
+from sqlalchemy.exc import SQLAlchemyError
 
 from nas.search.genome import Genome
 from nas.search.optuna_sampler import frozen_trial
 from nas.search.trials import Trial
+from search_spaces import MoesaicError
 
 
-class JournalMirror:
-    """Writes finished trials to ``path``; the journal is made again from the log when they differ."""
+class Mirror:
+    """Writes trials in a thread of its own: a search waits for no storage (a database needs 0.1 s a trial and more).
 
-    def __init__(self, path: Path, name: str, objectives: list[str], genome: Genome, trials: list[Trial]):
+    A study that lacks some of ``trials`` gets them, and one with others is made again. Where the storage fails later,
+    that is said once and the rest is left to the next opening: the log has everything.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        objectives: list[str],
+        genome: Genome,
+        trials: list[Trial],
+        say: Callable[[str], None],
+    ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.genome = genome
-        # A killed writer leaves its lock behind, which would block for 30 seconds; the run directory has one writer.
-        Path(f"{path}.lock").unlink(missing_ok=True)
-        study = self._open(path, name, objectives)
-        if len(study.get_trials(deepcopy=False)) != len(trials):
-            path.unlink()
-            study = self._open(path, name, objectives)
-            study.add_trials([frozen_trial(genome, trial) for trial in trials])
-        self.study = study
+        self.genome, self._say = genome, say
+        self._failure: str | None = None
+        self.study = _study(storage, name, objectives)
+        known = [trial.user_attrs["fingerprint"] for trial in self.study.get_trials(deepcopy=False)]
+        if known != [trial.architecture.fingerprint for trial in trials[: len(known)]]:
+            optuna.delete_study(study_name=name, storage=storage)
+            self.study, known = _study(storage, name, objectives), []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
+        self.append(trials[len(known) :])
 
     def append(self, trials: list[Trial]) -> None:
-        self.study.add_trials([frozen_trial(self.genome, trial) for trial in trials])
+        for trial in trials:
+            self._thread.submit(self._write, trial)
+        self._tell()
 
-    @staticmethod
-    def _open(path: Path, name: str, objectives: list[str]) -> optuna.Study:
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=[StudyDirection.MINIMIZE] * len(objectives),
-            load_if_exists=True,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(objectives)
-        return study
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        """Wait until all is written; not when the search ends early."""
+        try:
+            self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
+        except KeyboardInterrupt:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            raise
+        self._tell()
+
+    def _write(self, trial: Trial) -> None:
+        if self._failure is None:
+            try:
+                self.study.add_trial(frozen_trial(self.genome, trial))
+            except (OSError, StorageInternalError, SQLAlchemyError) as error:
+                self._failure = str(error.__cause__ or error).partition("\n")[0]
+
+    def _tell(self) -> None:
+        if self._failure:
+            self._say(f"search: the study for optuna-dashboard ends here ({self._failure}); trials.jsonl goes on")
+            self._failure = ""  # said, and nothing more is written
+
+
+def journal(path: Path) -> BaseStorage:
+    # A killed writer leaves its lock behind, which would block for 30 seconds; the run directory has one writer.
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def database(url: str) -> BaseStorage:
+    """The one at ``url``, for any number of runs. Raises MoesaicError where none answers or its driver is missing."""
+    try:
+        return RDBStorage(url)
+    except (ImportError, StorageInternalError, SQLAlchemyError) as error:
+        why = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise MoesaicError(
+            "no database opens there",
+            where="mirror",
+            found=f"{url} ({why})",
+            allowed="a URL such as postgresql://USER@HOST/NAME or sqlite:///FILE, and the driver that it needs",
+        ) from None
+
+
+def _study(storage: BaseStorage, name: str, objectives: list[str]) -> optuna.Study:
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        directions=[StudyDirection.MINIMIZE] * len(objectives),
+        load_if_exists=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(objectives)
+    return study

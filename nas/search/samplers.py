@@ -28,7 +28,7 @@ _CHILDREN, _RANDOM = 32, 8
 of one width stop, those of the next are several steps away."""
 _LIMITS = 64
 """Random cost limits under which the growth of the front is averaged."""
-_REMEMBERED = 500
+_REMEMBERED = 300
 """Latest evaluations that the surrogate is fitted to: a proposal stays at some milliseconds."""
 
 
@@ -69,7 +69,7 @@ class EvolutionSampler:
     costs: tuple[str, ...]
     """Objectives beside the loss."""
     seeds: tuple[Architecture, ...] = ()
-    _rows: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False)
+    _rows: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
     """Features by fingerprint: a function of the architecture, kept because every proposal needs them all."""
 
     def propose(self, progress: Progress) -> Proposal | None:
@@ -119,7 +119,7 @@ class EvolutionSampler:
         """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs]."""
         pricer, judged = self.feasible.budget.pricer, [t for t in trials if t.state == "evaluated"][-_REMEMBERED:]
         process = GaussianProcess(
-            np.array([self._features(trial.architecture) for trial in judged]),
+            np.stack([self._features(trial.architecture) for trial in judged]),
             np.array([trial.loss for trial in judged]),
         )
         priced, depth = [pricer.expected(child) for child in children], self.feasible.space.depths[-1]
@@ -127,11 +127,11 @@ class EvolutionSampler:
         costs = np.array([[each[name] for name in self.costs] for each in priced])
         return expected_gain(*process.predict(x), costs, front, limits)
 
-    def _features(self, architecture: Architecture) -> list[float]:
+    def _features(self, architecture: Architecture) -> np.ndarray:
         row = self._rows.get(architecture.fingerprint)
         if row is None:
             pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
-            row = features(pricer, architecture, pricer.expected(architecture), depth)
+            row = np.array(features(pricer, architecture, pricer.expected(architecture), depth))
             self._rows[architecture.fingerprint] = row
         return row
 

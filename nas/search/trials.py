@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class Trial:
 
     def to_json(self) -> str:
         data = {
-            **{k: v for k, v in asdict(self).items() if k not in ("architecture", "loads")},
+            **{k: v for k, v in vars(self).items() if k not in ("architecture", "loads")},
             "fingerprint": self.architecture.fingerprint,
             "architecture": self.architecture.to_dict(),
             "loads": [load and [round(p, 6) for p in load.pairs_per_token] for load in self.loads],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import secrets
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -14,14 +15,14 @@ from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
 from nas.search.loop import Goal, SearchResult, hypervolume_history, result_of, run_search, trials_under
-from nas.search.mirror import JournalMirror
+from nas.search.mirror import Mirror, database, journal
 from nas.search.puzzle import additivity
 from nas.search.rivals import judge_rivals
 from nas.search.samplers import make_sampler
 from nas.search.trials import Trial, TrialLog, read_trials
 from nas.stages.run import Run
 from search_spaces import MoesaicError, StageFailed
-from search_spaces.files import write_atomically, write_json, write_text
+from search_spaces.files import read_json, write_atomically, write_json, write_text
 
 _ACCEPTANCE_DRAWS = 2000
 
@@ -36,10 +37,7 @@ def run_search_stage(run: Run) -> None:
             parts = run.parts()
             acceptances = [_acceptance(part) for part in parts]
             goals = [_goal(part, log.trials) for part in parts]
-            mirror = JournalMirror(
-                stage.path / "journal.log", run.config.name, list(config.objectives), Genome(run.space), log.trials
-            )
-            with closing(open_executor(run)) as executor:
+            with _mirror(run, stage.path, log.trials) as mirror, closing(open_executor(run)) as executor:
                 with run.task("search") as task:
 
                     def on_trial(finished: list[Trial]) -> None:
@@ -55,6 +53,16 @@ def run_search_stage(run: Run) -> None:
                     for part, goal, acceptance in zip(parts, goals, acceptances, strict=True):
                         _write_result(part, goal, acceptance, executor)
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
+
+
+def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
+    """The study keeps its name as long as its folder is there: runs of one name may share a database."""
+    names = folder / "study.json"
+    if not names.exists():
+        write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
+    storage = database(run.config.mirror) if run.config.mirror else journal(folder / "journal.log")
+    objectives = list(run.config.search.objectives)
+    return Mirror(storage, read_json(names), objectives, Genome(run.space), trials, run.reporter.say)
 
 
 def _acceptance(part: Run) -> float:

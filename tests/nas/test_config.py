@@ -135,3 +135,10 @@ def test_a_binary_file_is_refused(tmp_path, content):
 def test_the_shipped_configurations_are_valid():
     for path in Path("experiments").glob("*.yaml"):
         assert load_config(path).space.cardinality > 1
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host/name", "mysql://host/name?passwd=secret"])
+def test_a_password_is_refused_and_not_repeated(tmp_path, url):
+    error = refusal(tmp_path, GOOD, f"mirror={url}")
+    assert "secret" not in str(error)
+    assert "PGPASSWORD" in str(error)

@@ -1,6 +1,8 @@
 """What every sampler must do, whichever it is; and what the search makes of it."""
 
+import errno
 import math
+import os
 from collections import Counter
 from contextlib import closing
 from functools import partial
@@ -16,11 +18,11 @@ from nas.search.budget import a_member_inside
 from nas.search.feasible import FeasibleSampler
 from nas.search.genome import Genome
 from nas.search.loop import Goal, hypervolume_history, result_of, run_search
-from nas.search.mirror import JournalMirror
+from nas.search.mirror import Mirror, database, journal
 from nas.search.rivals import judge_rivals, uniform_layouts
 from nas.search.samplers import make_sampler
 from nas.search.trials import TrialLog
-from search_spaces import Interrupted, load_space, preset_source
+from search_spaces import Interrupted, MoesaicError, load_space, preset_source
 from supernet import Evaluation
 from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
 
@@ -192,19 +194,54 @@ def _size(distribution) -> int:
     return len(distribution.choices) if hasattr(distribution, "choices") else distribution.high + 1
 
 
-def test_the_dashboard_sees_every_trial_and_the_journal_is_made_again_when_it_lags(tmp_path):
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_the_mirror_has_every_trial_and_is_made_again_when_it_differs(kind, tmp_path):
     space = tiny_space()
     trials = search(space, budget_of(space, flops="45%"), tmp_path / "t.jsonl", config("nsga2", 20))
-    path = tmp_path / "journal.log"
-    mirror = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials[:5])
-    mirror.append(trials[5:])
+
+    def open_mirror(trials):
+        storage = journal(tmp_path / "journal.log") if kind == "journal" else database(f"sqlite:///{tmp_path}/t.db")
+        return Mirror(storage, "study", ["loss", "flops"], Genome(space), trials, pytest.fail)
+
+    with open_mirror(trials[:5]) as mirror:
+        mirror.append(trials[5:9])
     (tmp_path / "journal.log.lock").write_text("left by a killed process")
-    again = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials)
-    assert len(again.study.trials) == len(trials)
-    shorter = JournalMirror(path, "study", ["loss", "flops"], Genome(space), trials[:7])
-    assert len(shorter.study.trials) == 7
-    complete = [t for t in again.study.trials if t.values]
-    assert [tuple(t.values) for t in complete] == [t.values for t in trials if t.values]
+    for log in (trials, trials[:7], trials[::-1]):
+        with open_mirror(log) as mirror:
+            pass
+        assert [t.user_attrs["fingerprint"] for t in mirror.study.trials] == [t.architecture.fingerprint for t in log]
+        assert [tuple(t.values) for t in mirror.study.trials if t.values] == [t.values for t in log if t.values]
+
+
+def test_a_mirror_that_fails_says_so_once_and_the_next_opening_makes_up_for_it(tmp_path, monkeypatch):
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="45%"), tmp_path / "t.jsonl", config("random", 20))
+    said: list[str] = []
+
+    def open_mirror(trials):
+        storage = journal(tmp_path / "journal.log")
+        return Mirror(storage, "study", ["loss", "flops"], Genome(space), trials, said.append)
+
+    with monkeypatch.context() as patch, open_mirror(trials[:5]) as mirror:
+        patch.setattr(mirror.study, "add_trial", _full_disk)
+        for trial in trials[5:]:
+            mirror.append([trial])
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    with open_mirror(trials) as mirror:
+        pass
+    assert len(mirror.study.trials) == len(trials)
+    assert len(said) == 1
+
+
+def _full_disk(trial):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/t.db", "postgresql://user@localhost:1/name"])
+def test_a_database_that_does_not_open_is_one_message(url):
+    with pytest.raises(MoesaicError, match="mirror: no database opens there"):
+        database(url)
 
 
 def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
