@@ -15,7 +15,7 @@ from nas.search.budget import Budget
 from nas.search.pareto import hypervolume, non_dominated
 from nas.search.proposal import Progress, Proposal, Sampler, Skipped
 from nas.search.trials import Trial, TrialLog
-from search_spaces import Interrupted, StageFailed
+from search_spaces import Architecture, Interrupted, StageFailed
 
 _HOPELESS = 20
 """So many failures without a single loss are the fault of no architecture."""
@@ -98,7 +98,8 @@ def run_search(
     running: dict[str, tuple[Goal, Proposal]] = {}
     while True:
         while executor.free and not should_stop():
-            found = _next_proposal(goals, counts, config.trials, frozenset(running))
+            proposed = tuple(proposal.architecture for _, proposal in running.values())
+            found = _next_proposal(goals, counts, config.trials, proposed)
             if found is None:
                 break
             goal, proposal = found
@@ -127,7 +128,7 @@ def run_search(
 
 
 def _next_proposal(
-    goals: Sequence[Goal], counts: dict[str, int], trials: int, running: frozenset[str]
+    goals: Sequence[Goal], counts: dict[str, int], trials: int, running: tuple[Architecture, ...]
 ) -> tuple[Goal, Proposal] | None:
     """Of the goals that want more, the proposal of the one with the fewest that still has one."""
     for goal in sorted(goals, key=lambda goal: counts[goal.name]):

@@ -4,7 +4,7 @@ it runs."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Mirror:
         self,
         storage: BaseStorage,
         name: str,
-        objectives: list[str],
+        objectives: Sequence[str],
         genome: Genome,
         trials: list[Trial],
         say: Callable[[str], None],
@@ -98,7 +98,7 @@ def database(url: str) -> BaseStorage:
         ) from None
 
 
-def _study(storage: BaseStorage, name: str, objectives: list[str]) -> optuna.Study:
+def _study(storage: BaseStorage, name: str, objectives: Sequence[str]) -> optuna.Study:
     study = optuna.create_study(
         storage=storage,
         study_name=name,
@@ -107,5 +107,5 @@ def _study(storage: BaseStorage, name: str, objectives: list[str]) -> optuna.Stu
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(objectives)
+        study.set_metric_names(list(objectives))
     return study

@@ -33,11 +33,11 @@ class Proposal:
 @dataclass(frozen=True)
 class Progress:
     """What a sampler may know when it proposes: all finished trials in the order of the log, those that were evaluated
-    or failed by fingerprint (``seen``), and the fingerprints of the proposals that are ``running`` in other lanes."""
+    or failed by fingerprint (``seen``), and the proposals that are ``running`` in other lanes."""
 
     trials: list[Trial]
     seen: dict[str, Trial]
-    running: frozenset[str] = frozenset()
+    running: tuple[Architecture, ...] = ()
 
     @property
     def asked(self) -> int:
@@ -46,7 +46,7 @@ class Progress:
 
     def unknown(self, architecture: Architecture) -> bool:
         """Neither evaluated nor running."""
-        return architecture.fingerprint not in self.seen and architecture.fingerprint not in self.running
+        return architecture.fingerprint not in self.seen and architecture not in self.running
 
 
 class Sampler(Protocol):

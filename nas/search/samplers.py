@@ -82,8 +82,7 @@ class EvolutionSampler:
             points = np.array([[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in archive])
             best = np.flatnonzero(ranks(points) == 0)
             children = self._children([archive[i].architecture for i in best], rng)
-            limits = self._limits(points, rng)
-            gains = self._gains(children, progress.trials, points[best], limits)
+            gains = self._gains(children, progress, points[best], self._limits(points, rng))
             for index in np.argsort(-gains, kind="stable"):
                 if progress.unknown(children[index]):
                     return Proposal(children[index])
@@ -114,25 +113,37 @@ class EvolutionSampler:
         return low + 1.1 * (high - low) * shares
 
     def _gains(
-        self, children: Sequence[Architecture], trials: Sequence[Trial], front: np.ndarray, limits: np.ndarray
+        self, children: Sequence[Architecture], progress: Progress, front: np.ndarray, limits: np.ndarray
     ) -> np.ndarray:
-        """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs]."""
-        pricer, judged = self.feasible.budget.pricer, [t for t in trials if t.state == "evaluated"][-_REMEMBERED:]
-        process = GaussianProcess(
-            np.stack([self._features(trial.architecture) for trial in judged]),
-            np.array([trial.loss for trial in judged]),
-        )
-        priced, depth = [pricer.expected(child) for child in children], self.feasible.space.depths[-1]
-        x = np.array([features(pricer, child, costs, depth) for child, costs in zip(children, priced, strict=True)])
-        costs = np.array([[each[name] for name in self.costs] for each in priced])
-        return expected_gain(*process.predict(x), costs, front, limits)
+        """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs].
+
+        What runs in other lanes counts as if it had ended with the loss that is expected of it, so that lanes do not
+        crowd at one place (Kriging believer, Ginsbourger et al. 2010).
+        """
+        judged = [trial for trial in progress.trials if trial.state == "evaluated"][-_REMEMBERED:]
+        x = np.stack([self._features(trial.architecture) for trial in judged])
+        losses = np.array([trial.loss for trial in judged])
+        process = GaussianProcess(x, losses)
+        if progress.running:
+            believed, costs = self._described(progress.running)
+            means, _ = process.predict(believed)
+            process = GaussianProcess(np.concatenate([x, believed]), np.concatenate([losses, means]))
+            front = np.concatenate([front, np.column_stack([means, costs])])
+        described, costs = self._described(children)
+        return expected_gain(*process.predict(described), costs, front, limits)
+
+    def _described(self, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [n, columns] and expected costs [n, costs]."""
+        pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
+        priced = [pricer.expected(architecture) for architecture in architectures]
+        x = [features(pricer, one, costs, depth) for one, costs in zip(architectures, priced, strict=True)]
+        return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced])
 
     def _features(self, architecture: Architecture) -> np.ndarray:
         row = self._rows.get(architecture.fingerprint)
         if row is None:
-            pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
-            row = np.array(features(pricer, architecture, pricer.expected(architecture), depth))
-            self._rows[architecture.fingerprint] = row
+            described, _ = self._described([architecture])
+            row = self._rows[architecture.fingerprint] = described[0]
         return row
 
 

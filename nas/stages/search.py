@@ -61,7 +61,7 @@ def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
     if not names.exists():
         write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
     storage = database(run.config.mirror) if run.config.mirror else journal(folder / "journal.log")
-    objectives = list(run.config.search.objectives)
+    objectives = run.config.search.objectives
     return Mirror(storage, read_json(names), objectives, Genome(run.space), trials, run.reporter.say)
 
 
