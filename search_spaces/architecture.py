@@ -69,6 +69,8 @@ class Router:
         most = min(self.most, experts)
         if self.threshold is not None:
             most = min(most, math.ceil(self.threshold * experts - 1e-9))
+        if most == self.most and (self.kind == "top_k" or most > 1):
+            return self
         if self.kind == "top_k" or most == 1:
             return Router("top_k", k=most)
         return Router("threshold", threshold=self.threshold, max_k=most)
