@@ -218,6 +218,13 @@ def _search(findings: Findings) -> Iterator[str]:
         "is taken from a reference point that belongs to this search: compare it with nothing else."
     )
     yield plot("history", history_figure(findings.history, rivals))
+    if additivity := search["additivity"]:
+        tau = "" if additivity["tau"] is None else f", Kendall's tau {additivity['tau']:.2f}"
+        yield paragraph(
+            f"Sums of scores predicted the losses of the {additivity['solutions']} solutions of the integer programme "
+            f"with a mean absolute error of {additivity['mean_absolute_error']:.3f} nats "
+            f"(mean error {additivity['mean_error']:+.3f}{tau})."
+        )
 
 
 def _training(findings: Findings) -> Iterator[str]:

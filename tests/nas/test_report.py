@@ -236,6 +236,14 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
     assert "not known" in build_page(bare)
 
 
+def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
+    additivity = {"solutions": 12, "mean_absolute_error": 0.0084, "mean_error": -0.0066, "tau": None}
+    search = {**findings.summary["search"], "additivity": additivity}
+    assert findings.summary["search"]["additivity"] is None
+    found = build_page(replace(findings, summary={**findings.summary, "search": search}))
+    assert "12 solutions of the integer programme with a mean absolute error of 0.008 nats (mean error -0.007)." in found
+
+
 def test_trust_shows_the_front_the_rivals_and_the_check(page: str, findings: Findings):
     section = page.split('<section id="trust">')[1].split("</section>", maxsplit=1)[0]
     for row in (*findings.summary["trust"]["front"], *findings.summary["trust"]["rivals"]):
