@@ -2,6 +2,7 @@
 
 python experiments/executors/run.py lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
 python experiments/executors/run.py length [--trials 10000]               does a trial get dearer the more there are?
+python experiments/executors/run.py memory                                does a lane copy the weights?
 
 Searches are whole ones (proposals, budget, log on the disk, Optuna's journal) over the preset `small`. `lanes`
 evaluates with the supernet's random weights, which take as long as trained ones; `length` with a formula, so that the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import statistics
 import tempfile
 import time
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -47,6 +50,8 @@ HERE = Path(__file__).parent
 SEED, VOCABULARY, WINDOWS, LENGTH = 0, 1024, 64, 128
 SPACE = load_space(preset_source("small"))
 DEVICE = DeviceConfig(device="cpu", threads=1)
+PRIVATE = re.compile(r"^Private_(?:Clean|Dirty): +(\d+) kB", re.MULTILINE)
+"""Of Linux's account of a process's memory."""
 
 
 def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None):
@@ -128,6 +133,22 @@ def measure_lanes(trials: int, rounds: int) -> dict:
     return {"trials": trials, "medians": medians, "efficiency_of_two_lanes": round(two / (2 * one), 3), "rounds": rows}
 
 
+def measure_memory() -> list[dict]:
+    """Megabytes that belong to each of two lanes alone, for supernets that differ in their embedding."""
+    rows = []
+    for vocabulary in (1_000, 200_000):
+        model = Transformer(SPACE.envelope, vocabulary).eval()
+        judge = InheritedLoss(model, torch.zeros((1, 9), dtype=torch.int64), choose_device(DEVICE))
+        with closing(RayExecutor(ExecutorConfig(kind="ray", lanes=2), judge, DEVICE)) as executor:
+            ray.get([slot.actor.version.remote() for slot in executor._slots])
+            lanes = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Lane" in path.read_bytes()]
+            private = [sum(map(int, PRIVATE.findall((lane / "smaps_rollup").read_text()))) / 1024 for lane in lanes]
+        weights = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
+        rows.append({"weights_mb": round(weights, 1), "private_mb": [round(one, 1) for one in private]})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def formula(architecture: Architecture) -> Evaluation:
     """More active neurons are better, with falling returns."""
     active = sum(layer.feed_forward.worst_active_neurons for layer in architecture.decoder.layers)
@@ -149,12 +170,15 @@ def measure_length(trials: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lanes", "length"])
+    parser.add_argument("what", choices=["lanes", "length", "memory"])
     parser.add_argument("--trials", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
+    result: dict[str, Any]
     if chosen.what == "lanes":
         result = measure_lanes(chosen.trials or 200, chosen.rounds)
+    elif chosen.what == "memory":
+        result = {"supernets": measure_memory()}
     else:
         result = measure_length(chosen.trials or 10_000)
     device = choose_device(DEVICE)
