@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import TypeVar
 
@@ -11,8 +11,6 @@ from search_spaces.architecture import Architecture, FeedForward, Layer
 from search_spaces.space import LayerSpace, SearchSpace
 
 T = TypeVar("T")
-Moves = Callable[[SearchSpace, Architecture, Sequence[int]], Iterator[list[Architecture]]]
-"""What one kind of step makes of a network: a list for each of the given positions, or one of all of it."""
 
 
 def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architecture]:
@@ -22,8 +20,10 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
     another pair of head counts, one expert more or less (any size; the next number of experts that the space has),
     one expert's size to the next value, another router or shared size.
     """
-    positions = range(len(architecture.decoder.layers))
-    found = [a for kind in _MOVES for moves in kind(space, architecture, positions) for a in moves]
+    found = [move for kind in _NETWORK_MOVES for move in kind(space, architecture)]
+    for kind in _LAYER_MOVES:
+        for i, layer in enumerate(architecture.decoder.layers):
+            found += [_with_layer(space, architecture, i, changed) for changed in kind(space.layers[i], layer)]
     return [a for a in dict.fromkeys(found) if a != architecture]
 
 
@@ -31,17 +31,8 @@ def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: i
     """``steps`` random steps; each first draws the kind of move, then the layer, so that neither rare kinds nor layers
     with few choices are drowned."""
     for _ in range(steps):
-        architecture = _step(space, architecture, rng)
-    return architecture
-
-
-def _step(space: SearchSpace, architecture: Architecture, rng: Random) -> Architecture:
-    depth = len(architecture.decoder.layers)
-    positions = rng.sample(range(depth), depth)
-    for kind in rng.sample(_MOVES, len(_MOVES)):
-        for moves in kind(space, architecture, positions):
-            if candidates := [a for a in moves if a != architecture]:
-                return rng.choice(candidates)
+        drawn = (step(space, architecture, rng) for step in _at_random(_STEPS, rng))
+        architecture = next((a for a in drawn if a is not None), architecture)
     return architecture
 
 
@@ -55,6 +46,13 @@ def crossover(space: SearchSpace, first: Architecture, second: Architecture, rng
         donors = [a for a in (longer, shorter) if position < len(a.decoder.layers)]
         layers.append(rng.choice(donors).decoder.layers[position])
     return space.build(rng.choice((first, second)).decoder.width, tuple(layers))
+
+
+def _at_random(items: Sequence[T], rng: Random) -> Iterator[T]:
+    """All items in random order, drawn as they are asked for: a search draws a thousand steps a second."""
+    left = list(items)
+    while left:
+        yield left.pop(rng.randrange(len(left)))
 
 
 def _next_to(values: tuple[T, ...], value: T) -> list[T]:
@@ -79,25 +77,13 @@ def _depth_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
     return moves
 
 
-def _of_network(kind: Callable[[SearchSpace, Architecture], list[Architecture]]) -> Moves:
-    def moves(space: SearchSpace, a: Architecture, positions: Sequence[int]) -> Iterator[list[Architecture]]:
-        yield kind(space, a)
-
-    return moves
-
-
-def _of_layers(kind: Callable[[LayerSpace, Layer], list[Layer]]) -> Moves:
-    def moves(space: SearchSpace, a: Architecture, positions: Sequence[int]) -> Iterator[list[Architecture]]:
-        layers = a.decoder.layers
-        for i in positions:
-            changes = kind(space.layers[i], layers[i])
-            yield [space.build(a.decoder.width, (*layers[:i], changed, *layers[i + 1 :])) for changed in changes]
-
-    return moves
+def _with_layer(space: SearchSpace, a: Architecture, i: int, layer: Layer) -> Architecture:
+    layers = a.decoder.layers
+    return space.build(a.decoder.width, (*layers[:i], layer, *layers[i + 1 :]))
 
 
 def _attention_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
-    return [replace(layer, attention=attention) for attention in space.attentions]
+    return [Layer(attention, layer.feed_forward) for attention in space.attentions]
 
 
 def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
@@ -113,7 +99,7 @@ def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
         routers = (router,) if router in group.routers else group.routers
         for added in group.sizes if count > len(sizes) else (0,):
             grown = sizes + (added,) * (count - len(sizes))
-            moves += [replace(layer, feed_forward=FeedForward(grown, router, shared)) for router in routers]
+            moves += [Layer(layer.attention, FeedForward(grown, router, shared)) for router in routers]
     return moves
 
 
@@ -125,7 +111,7 @@ def _size_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     for i, old in enumerate(part.expert_sizes):
         for size in _next_to(group.sizes, old):
             sizes = (*part.expert_sizes[:i], size, *part.expert_sizes[i + 1 :])
-            moves.append(replace(layer, feed_forward=replace(part, expert_sizes=sizes)))
+            moves.append(Layer(layer.attention, FeedForward(sizes, part.router, part.shared_size)))
     return moves
 
 
@@ -133,17 +119,36 @@ def _router_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     part = layer.feed_forward
     group = space.group(part.experts)
     assert group is not None
-    return [replace(layer, feed_forward=replace(part, router=router)) for router in group.routers]
+    return [Layer(layer.attention, FeedForward(part.expert_sizes, r, part.shared_size)) for r in group.routers]
 
 
 def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     part = layer.feed_forward
     group = space.group(part.experts)
     assert group is not None
-    return [replace(layer, feed_forward=replace(part, shared_size=size)) for size in group.shared_sizes]
+    return [Layer(layer.attention, FeedForward(part.expert_sizes, part.router, s)) for s in group.shared_sizes]
 
 
-_MOVES: list[Moves] = [
-    *(_of_network(kind) for kind in (_width_moves, _depth_moves)),
-    *(_of_layers(k) for k in (_attention_moves, _count_moves, _size_moves, _router_moves, _shared_moves)),
+NetworkMoves = Callable[[SearchSpace, Architecture], list[Architecture]]
+LayerMoves = Callable[[LayerSpace, Layer], list[Layer]]
+
+
+def _network_step(kind: NetworkMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
+    moves = [move for move in kind(space, a) if move != a]
+    return rng.choice(moves) if moves else None
+
+
+def _layer_step(kind: LayerMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
+    for i in _at_random(range(len(a.decoder.layers)), rng):
+        layer = a.decoder.layers[i]
+        if moves := [move for move in kind(space.layers[i], layer) if move != layer]:
+            return _with_layer(space, a, i, rng.choice(moves))
+    return None
+
+
+_NETWORK_MOVES: list[NetworkMoves] = [_width_moves, _depth_moves]
+_LAYER_MOVES: list[LayerMoves] = [_attention_moves, _count_moves, _size_moves, _router_moves, _shared_moves]
+_STEPS = [
+    *(partial(_network_step, kind) for kind in _NETWORK_MOVES),
+    *(partial(_layer_step, kind) for kind in _LAYER_MOVES),
 ]

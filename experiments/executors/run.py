@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import ray
@@ -103,12 +106,42 @@ def timed(executor: Executor, trials: int) -> dict:
     }
 
 
-def measure_lanes(trials: int, rounds: int) -> dict:
-    """Rounds of all ways, one after another, so that a slow minute of the machine meets all of them."""
+def random_judge() -> InheritedLoss:
     torch.manual_seed(SEED)
     model = Transformer(SPACE.envelope, VOCABULARY).eval()
-    judge = InheritedLoss(model, torch.randint(0, VOCABULARY, (WINDOWS, LENGTH + 1)), choose_device(DEVICE))
+    return InheritedLoss(model, torch.randint(0, VOCABULARY, (WINDOWS, LENGTH + 1)), choose_device(DEVICE))
+
+
+def bare_evaluations(count: int, start: Any) -> float:
+    """Milliseconds of each of ``count`` evaluations with no engine around them, after ``start``, a barrier."""
+    judge, rng = random_judge(), Random(SEED)
+    architectures = [SPACE.sample_balanced(rng) for _ in range(count)]
+    judge(architectures[0])
+    start.wait()
+    started = time.perf_counter()
+    for architecture in architectures:
+        judge(architecture)
+    return 1e3 * (time.perf_counter() - started) / count
+
+
+def ceiling(count: int) -> float:
+    """How near two processes that know nothing of each other come to twice the speed of one on this machine."""
+    spawn = multiprocessing.get_context("spawn")
+    times = []
+    with spawn.Manager() as manager:
+        for processes in (1, 2):
+            with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+                start = manager.Barrier(processes)
+                jobs = [pool.submit(bare_evaluations, count, start) for _ in range(processes)]
+                times.append(statistics.mean(job.result() for job in jobs))
+    return times[0] / times[1]
+
+
+def measure_lanes(trials: int, rounds: int) -> dict:
+    """Rounds of all ways, one after another, so that a slow minute of the machine meets all of them."""
+    judge = random_judge()
     rows: list[dict] = []
+    ceilings: list[float] = []
 
     def note(way: str, executor: Executor) -> None:
         with closing(executor):
@@ -119,6 +152,8 @@ def measure_lanes(trials: int, rounds: int) -> dict:
         note("this process", LocalExecutor(judge))
         for lanes in (1, 2):
             note(f"Ray, lanes {lanes}", RayExecutor(ExecutorConfig(kind="ray", lanes=lanes), judge, DEVICE))
+        ceilings.append(ceiling(trials // 2))
+        print("of two bare processes", round(ceilings[-1], 3), flush=True)
     with cluster_of(4) as address:
         config = ExecutorConfig(kind="ray", lanes=4, address=address)
         note("Ray, cluster of 4 nodes on these 2 processors", RayExecutor(config, judge, DEVICE))
@@ -130,7 +165,13 @@ def measure_lanes(trials: int, rounds: int) -> dict:
     one, two = (median(f"Ray, lanes {lanes}", "evaluations_per_second") for lanes in (1, 2))
     keys = ("evaluations_per_second", "engine_ms_per_evaluation")
     medians = {way: {key: median(way, key) for key in keys} for way in ways}
-    return {"trials": trials, "medians": medians, "efficiency_of_two_lanes": round(two / (2 * one), 3), "rounds": rows}
+    return {
+        "trials": trials,
+        "medians": medians,
+        "efficiency_of_two_lanes": round(two / (2 * one), 3),
+        "efficiency_of_two_bare_processes": round(statistics.median(ceilings), 3),
+        "rounds": rows,
+    }
 
 
 def measure_memory() -> list[dict]:

@@ -38,14 +38,14 @@ class Budget:
     lines: tuple[BudgetLine, ...]
     pricer: Pricer
 
-    def excess(self, architecture: Architecture) -> dict[str, float]:
-        """Relative excess over each line, negative inside: cost / limit - 1."""
-        bound = self.bound(architecture)
+    def excess(self, architecture: Architecture, expected: Costs | None = None) -> dict[str, float]:
+        """Relative excess over each line, negative inside: cost / limit - 1. ``expected`` saves pricing it again."""
+        bound = self.bound(architecture, expected)
         return {line.cost: bound[line.cost] / line.limit - 1 for line in self.lines}
 
-    def bound(self, architecture: Architecture) -> dict[str, float]:
+    def bound(self, architecture: Architecture, expected: Costs | None = None) -> dict[str, float]:
         """What each line binds, before the architecture is evaluated: expected or worst cost, or its upper edge."""
-        expected = self.pricer.expected(architecture)
+        expected = expected or self.pricer.expected(architecture)
         worst = self.pricer.worst(architecture) if any(line.bind == "worst" for line in self.lines) else expected
         return {
             line.cost: (worst if line.bind == "worst" else expected)[line.cost] * self._margin(line)
@@ -58,8 +58,8 @@ class Budget:
         assert self.pricer.predictor is not None
         return self.pricer.predictor.margin(line.confidence)
 
-    def fits(self, architecture: Architecture) -> bool:
-        return max(self.excess(architecture).values()) <= 0
+    def fits(self, architecture: Architecture, expected: Costs | None = None) -> bool:
+        return max(self.excess(architecture, expected).values()) <= 0
 
     def measured_excess(self, measured: Costs) -> dict[str, float]:
         """The same for costs under the loads of an evaluation; worst-case lines hold for any load."""

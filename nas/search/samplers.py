@@ -7,13 +7,15 @@ trial log it goes on exactly as it would have. With several lanes, which trial e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from random import Random
 
 import numpy as np
 
 from nas.config import SearchConfig
+from nas.costs.price import Costs
 from nas.search.budget import cheapest
 from nas.search.feasible import FeasibleSampler
 from nas.search.pareto import ranks
@@ -83,27 +85,27 @@ class EvolutionSampler:
             best = np.flatnonzero(ranks(points) == 0)
             children = self._children([archive[i].architecture for i in best], rng)
             gains = self._gains(children, progress, points[best], self._limits(points, rng))
-            for index in np.argsort(-gains, kind="stable"):
-                if progress.unknown(children[index]):
-                    return Proposal(children[index])
+            for _, child in sorted(zip(-gains, children, strict=True), key=itemgetter(0)):
+                if progress.unknown(child):
+                    return Proposal(child)
         return RandomSampler(self.feasible, self.seed).propose(progress)
 
     def observe(self, trial: Trial) -> None:
         pass
 
-    def _children(self, parents: Sequence[Architecture], rng: Random) -> list[Architecture]:
-        """Different ones inside the budget, as many as some tries give."""
-        space, fits = self.feasible.space, self.feasible.budget.fits
-        children = dict.fromkeys(self.feasible.sample(rng) for _ in range(_RANDOM))
+    def _children(self, parents: Sequence[Architecture], rng: Random) -> dict[Architecture, Costs]:
+        """Different ones inside the budget, as many as some tries give, and what each is expected to cost."""
+        space, budget = self.feasible.space, self.feasible.budget
+        children = self._priced(self.feasible.sample(rng) for _ in range(_RANDOM))
         for _ in range(4 * _CHILDREN):
             first, second = rng.choice(parents), rng.choice(parents)
             child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
             child = mutate(space, child, rng, steps=rng.randint(1, 3))
-            if child not in children and fits(child):
-                children[child] = None
+            if child not in children and budget.fits(child, costs := budget.pricer.expected(child)):
+                children[child] = costs
             if len(children) == _CHILDREN:
                 break
-        return list(children)
+        return children
 
     def _limits(self, points: np.ndarray, rng: Random) -> np.ndarray:
         """[limits, costs] at random over the range of what was evaluated, and a tenth of it further: what has the least
@@ -113,7 +115,7 @@ class EvolutionSampler:
         return low + 1.1 * (high - low) * shares
 
     def _gains(
-        self, children: Sequence[Architecture], progress: Progress, front: np.ndarray, limits: np.ndarray
+        self, children: Mapping[Architecture, Costs], progress: Progress, front: np.ndarray, limits: np.ndarray
     ) -> np.ndarray:
         """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs].
 
@@ -125,24 +127,26 @@ class EvolutionSampler:
         losses = np.array([trial.loss for trial in judged])
         process = GaussianProcess(x, losses)
         if progress.running:
-            believed, costs = self._described(progress.running)
+            believed, costs = self._described(self._priced(progress.running))
             means, _ = process.predict(believed)
             process = GaussianProcess(np.concatenate([x, believed]), np.concatenate([losses, means]))
             front = np.concatenate([front, np.column_stack([means, costs])])
         described, costs = self._described(children)
         return expected_gain(*process.predict(described), costs, front, limits)
 
-    def _described(self, architectures: Sequence[Architecture]) -> tuple[np.ndarray, np.ndarray]:
-        """Features [n, columns] and expected costs [n, costs]."""
+    def _priced(self, architectures: Iterable[Architecture]) -> dict[Architecture, Costs]:
+        return {architecture: self.feasible.budget.pricer.expected(architecture) for architecture in architectures}
+
+    def _described(self, priced: Mapping[Architecture, Costs]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [n, columns] and costs that are objectives [n, costs]."""
         pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
-        priced = [pricer.expected(architecture) for architecture in architectures]
-        x = [features(pricer, one, costs, depth) for one, costs in zip(architectures, priced, strict=True)]
-        return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced])
+        x = [features(pricer, architecture, costs, depth) for architecture, costs in priced.items()]
+        return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced.values()])
 
     def _features(self, architecture: Architecture) -> np.ndarray:
         row = self._rows.get(architecture.fingerprint)
         if row is None:
-            described, _ = self._described([architecture])
+            described, _ = self._described(self._priced([architecture]))
             row = self._rows[architecture.fingerprint] = described[0]
         return row
 

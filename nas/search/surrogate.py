@@ -11,6 +11,7 @@ import math
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 from scipy.special import ndtr
+from threadpoolctl import ThreadpoolController
 
 from nas.costs.price import Costs, Pricer
 from search_spaces import Architecture, Layer
@@ -19,6 +20,9 @@ _PER_LAYER = 10
 _LENGTH, _NOISE = 2.0, 0.01
 """Length scale per root of the number of columns, and variance of what no column explains; both of standardised values.
 Chosen by marginal likelihood on the tables of experiments/search_bench."""
+
+_BLAS = ThreadpoolController()
+"""Of small matrices a second thread does nothing but spin, on a processor that a lane could use."""
 
 
 def features(pricer: Pricer, architecture: Architecture, costs: Costs, depth: int) -> list[float]:
@@ -49,6 +53,7 @@ def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
 class GaussianProcess:
     """Of ``values`` [n] at ``x`` [n, columns]. A column that does not vary says nothing."""
 
+    @_BLAS.wrap(limits=1, user_api="blas")
     def __init__(self, x: np.ndarray, values: np.ndarray):
         scale = x.std(0)
         varies = scale > 1e-9
@@ -62,6 +67,7 @@ class GaussianProcess:
         half = solve_triangular(self.root, (values - self.level) / self.spread, lower=True, check_finite=False)
         self.weights = solve_triangular(self.root, half, lower=True, trans=1, check_finite=False)
 
+    @_BLAS.wrap(limits=1, user_api="blas")
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[m] means and [m] standard deviations at ``x`` [m, columns]."""
         x = self._standardised(x)

@@ -205,11 +205,11 @@ def test_what_runs_in_another_lane_leaves_little_to_gain_at_its_place(tmp_path):
     front = points[ranks(points) == 0]
     limits = np.linspace(points[:, 1].min(), points[:, 1].max(), 64)[:, None]
     rng = Random(0)
-    children = [space.sample_balanced(rng) for _ in range(40)]
+    children = sampler._priced(space.sample_balanced(rng) for _ in range(40))
     seen = {t.architecture.fingerprint: t for t in trials}
     before = sampler._gains(children, Progress(trials, seen), front, limits)
     best = int(before.argmax())
-    after = sampler._gains(children, Progress(trials, seen, (children[best],)), front, limits)
+    after = sampler._gains(children, Progress(trials, seen, (list(children)[best],)), front, limits)
     assert after[best] < 0.2 * before[best]
     others = np.delete(before, best)
     assert np.delete(after, best).sum() > 0.5 * others.sum() > 0
