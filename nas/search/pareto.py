@@ -1,8 +1,6 @@
-"""Dominance, fronts, crowding and hypervolume of points to be minimised. Pure functions on arrays [n, objectives]."""
+"""Fronts and hypervolume of points to be minimised. Pure functions on arrays [n, objectives]."""
 
 from __future__ import annotations
-
-from bisect import bisect_right
 
 import numpy as np
 
@@ -21,44 +19,6 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
             kept[i], front[size] = True, point
             size += 1
     return kept
-
-
-def ranks(points: np.ndarray) -> np.ndarray:
-    """[n] 0 for the front, 1 for the front of the rest, and so on (NSGA-II, Deb et al. 2002)."""
-    unique, inverse = np.unique(points, axis=0, return_inverse=True)
-    if points.shape[1] == 2:
-        return _ranks_of_pairs(unique)[inverse.ravel()]
-    result = np.full(len(unique), -1)
-    rank = 0
-    while (left := result < 0).any():
-        index = np.flatnonzero(left)
-        result[index[non_dominated(unique[index])]] = rank
-        rank += 1
-    return result[inverse.ravel()]
-
-
-def _ranks_of_pairs(pairs: np.ndarray) -> np.ndarray:
-    """``ranks`` of different points with two coordinates in lexicographic order, in n log n (Jensen 2003): a front
-    dominates a point exactly if its last one does."""
-    last: list[float] = []
-    result = np.empty(len(pairs), dtype=int)
-    for i, value in enumerate(pairs[:, 1].tolist()):
-        rank = bisect_right(last, value)
-        result[i] = rank
-        last[rank : rank + 1] = [value]
-    return result
-
-
-def crowding(points: np.ndarray) -> np.ndarray:
-    """[n] crowding distance within one front; infinite at its ends (Deb et al. 2002)."""
-    distance = np.zeros(len(points))
-    for values in points.T:
-        order = np.argsort(values, kind="stable")
-        span = values[order[-1]] - values[order[0]]
-        distance[order[[0, -1]]] = np.inf
-        if span > 0 and len(points) > 2:
-            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
-    return distance
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:

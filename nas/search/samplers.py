@@ -7,6 +7,7 @@ trial log it goes on exactly as it would have. With several lanes, which trial e
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -18,7 +19,7 @@ from nas.config import SearchConfig
 from nas.costs.price import Costs
 from nas.search.budget import cheapest
 from nas.search.feasible import FeasibleSampler
-from nas.search.pareto import ranks
+from nas.search.pareto import non_dominated
 from nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Sampler
 from nas.search.rivals import uniform_layouts
 from nas.search.surrogate import GaussianProcess, expected_gain, features
@@ -54,6 +55,39 @@ class RandomSampler:
 
 
 @dataclass
+class Archive:
+    """What a log says that only grows, so that a proposal after ten thousand trials takes no longer than the first."""
+
+    read: int = 0
+    """Trials of the log that were taken in."""
+    x: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """Features and losses of the latest evaluations."""
+    feasible: int = 0
+    front: list[Trial] = field(default_factory=list)
+    points: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    """[front, 1 + costs] loss and costs of the front."""
+    low: np.ndarray = field(default_factory=lambda: np.array(np.inf))
+    high: np.ndarray = field(default_factory=lambda: np.array(-np.inf))
+    """[1 + costs] range of what is feasible."""
+
+    def add(self, judged: Sequence[Trial], x: np.ndarray, points: np.ndarray) -> None:
+        """Evaluated trials with their features [n, columns], loss and costs [n, 1 + costs]."""
+        self.x.extend(x)
+        self.losses.extend(points[:, 0])
+        inside = np.array([trial.feasible for trial in judged])
+        if not inside.any():
+            return
+        self.feasible += int(inside.sum())
+        self.low, self.high = np.minimum(self.low, points[inside].min(0)), np.maximum(self.high, points[inside].max(0))
+        candidates = [*self.front, *(trial for trial in judged if trial.feasible)]
+        known = np.concatenate([self.points, points[inside]]) if self.front else points[inside]
+        best = non_dominated(known)
+        self.front = [trial for trial, keep in zip(candidates, best, strict=True) if keep]
+        self.points = known[best]
+
+
+@dataclass
 class EvolutionSampler:
     """Evolution over architectures themselves, with a surrogate that chooses which child is worth an evaluation.
 
@@ -71,20 +105,18 @@ class EvolutionSampler:
     costs: tuple[str, ...]
     """Objectives beside the loss."""
     seeds: tuple[Architecture, ...] = ()
-    _rows: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-    """Features by fingerprint: a function of the architecture, kept because every proposal needs them all."""
+    _archive: Archive = field(default_factory=Archive, init=False, repr=False)
 
     def propose(self, progress: Progress) -> Proposal | None:
         rng = Random(f"{self.seed}/search/{progress.asked}")
         for seed in self.seeds:
             if progress.unknown(seed):
                 return Proposal(seed)
-        archive = [trial for trial in progress.trials if trial.feasible]
-        if progress.asked >= self.population and len(archive) > 1:
-            points = np.array([[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in archive])
-            best = np.flatnonzero(ranks(points) == 0)
-            children = self._children([archive[i].architecture for i in best], rng)
-            gains = self._gains(children, progress, points[best], self._limits(points, rng))
+        archive = self._archive
+        self._read(progress.trials)
+        if progress.asked >= self.population and archive.feasible > 1:
+            children = self._children([trial.architecture for trial in archive.front], rng)
+            gains = self._gains(children, progress.running, self._limits(rng))
             for _, child in sorted(zip(-gains, children, strict=True), key=itemgetter(0)):
                 if progress.unknown(child):
                     return Proposal(child)
@@ -107,27 +139,35 @@ class EvolutionSampler:
                 break
         return children
 
-    def _limits(self, points: np.ndarray, rng: Random) -> np.ndarray:
+    def _read(self, trials: Sequence[Trial]) -> None:
+        """Take in what the log has more than at the last time."""
+        new = trials[self._archive.read :]
+        self._archive.read = len(trials)
+        judged = [trial for trial in new if trial.state == "evaluated"]
+        if judged:
+            x, _ = self._described(self._priced(trial.architecture for trial in judged))
+            points = [[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in judged]
+            self._archive.add(judged, x, np.array(points))
+
+    def _limits(self, rng: Random) -> np.ndarray:
         """[limits, costs] at random over the range of what was evaluated, and a tenth of it further: what has the least
         loss of all counts by itself."""
-        low, high = points[:, 1:].min(0), points[:, 1:].max(0)
+        low, high = self._archive.low[1:], self._archive.high[1:]
         shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
         return low + 1.1 * (high - low) * shares
 
     def _gains(
-        self, children: Mapping[Architecture, Costs], progress: Progress, front: np.ndarray, limits: np.ndarray
+        self, children: Mapping[Architecture, Costs], running: Sequence[Architecture], limits: np.ndarray
     ) -> np.ndarray:
-        """[children] expected growth of the hypervolume of ``front`` [n, 1 + costs].
+        """[children] expected growth of the hypervolume of the front.
 
         What runs in other lanes counts as if it had ended with the loss that is expected of it, so that lanes do not
         crowd at one place (Kriging believer, Ginsbourger et al. 2010).
         """
-        judged = [trial for trial in progress.trials if trial.state == "evaluated"][-_REMEMBERED:]
-        x = np.stack([self._features(trial.architecture) for trial in judged])
-        losses = np.array([trial.loss for trial in judged])
+        x, losses, front = np.stack(self._archive.x), np.array(self._archive.losses), self._archive.points
         process = GaussianProcess(x, losses)
-        if progress.running:
-            believed, costs = self._described(self._priced(progress.running))
+        if running:
+            believed, costs = self._described(self._priced(running))
             means, _ = process.predict(believed)
             process = GaussianProcess(np.concatenate([x, believed]), np.concatenate([losses, means]))
             front = np.concatenate([front, np.column_stack([means, costs])])
@@ -142,13 +182,6 @@ class EvolutionSampler:
         pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
         x = [features(pricer, architecture, costs, depth) for architecture, costs in priced.items()]
         return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced.values()])
-
-    def _features(self, architecture: Architecture) -> np.ndarray:
-        row = self._rows.get(architecture.fingerprint)
-        if row is None:
-            described, _ = self._described(self._priced([architecture]))
-            row = self._rows[architecture.fingerprint] = described[0]
-        return row
 
 
 def corners(feasible: FeasibleSampler, costs: Sequence[str]) -> tuple[Architecture, ...]:

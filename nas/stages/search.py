@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import secrets
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -39,20 +41,39 @@ def run_search_stage(run: Run) -> None:
             goals = [_goal(part, log.trials) for part in parts]
             with _mirror(run, stage.path, log.trials) as mirror, closing(open_executor(run)) as executor:
                 with run.task("search") as task:
+                    tally = _Tally()
+                    tally.add(log.trials)
 
                     def on_trial(finished: list[Trial]) -> None:
                         mirror.append(finished)
-                        done = sum(trial.ended for trial in log.trials)
-                        losses = [trial.loss for trial in log.trials if trial.feasible and trial.loss is not None]
-                        refused = sum(trial.state == "refused" for trial in log.trials)
-                        best = f"best loss {min(losses):.4f}" if losses else "none inside the budget yet"
-                        task.update(done, config.trials * len(goals), f"{best}  refused {refused}")
+                        tally.add(finished)
+                        task.update(tally.ended, config.trials * len(goals), str(tally))
 
                     run_search(config, goals, executor, log, seed, on_trial, run.should_stop)
                 with run.task("rivals"):
                     for part, goal, acceptance in zip(parts, goals, acceptances, strict=True):
                         _write_result(part, goal, acceptance, executor)
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
+
+
+@dataclass
+class _Tally:
+    """What the line of progress says of the trials so far."""
+
+    ended: int = 0
+    refused: int = 0
+    best: float = math.inf
+
+    def add(self, trials: list[Trial]) -> None:
+        for trial in trials:
+            self.ended += trial.ended
+            self.refused += trial.state == "refused"
+            if trial.feasible and trial.loss is not None:
+                self.best = min(self.best, trial.loss)
+
+    def __str__(self) -> str:
+        best = f"best loss {self.best:.4f}" if math.isfinite(self.best) else "none inside the budget yet"
+        return f"{best}  refused {self.refused}"
 
 
 def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:

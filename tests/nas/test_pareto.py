@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nas.search.pareto import crowding, hypervolume, non_dominated, ranks, spread
+from nas.search.pareto import hypervolume, non_dominated, spread
 
 points_of = st.integers(1, 3).flatmap(
     lambda m: st.integers(1, 9).flatmap(lambda n: arrays(float, (n, m), elements=st.integers(0, 6).map(float)))
@@ -26,15 +26,6 @@ def test_the_front_is_what_nothing_dominates(points):
 
 @given(points_of)
 @settings(deadline=None)
-def test_ranks_peel_fronts(points):
-    rank = ranks(points)
-    for i, point in enumerate(points):
-        above = [rank[j] for j, other in enumerate(points) if dominates(other, point)]
-        assert rank[i] == (max(above) + 1 if above else 0)
-
-
-@given(points_of)
-@settings(deadline=None)
 def test_hypervolume_is_the_union_of_boxes(points):
     reference = np.full(points.shape[1], 7.0)
     total = 0.0  # inclusion and exclusion over every subset of boxes
@@ -47,12 +38,6 @@ def test_hypervolume_is_the_union_of_boxes(points):
 def test_points_beyond_the_reference_do_not_count():
     assert hypervolume(np.array([[3.0, 1.0], [1.0, 9.0]]), np.array([4.0, 4.0])) == 3.0
     assert hypervolume(np.array([[5.0, 5.0]]), np.array([4.0, 4.0])) == 0.0
-
-
-def test_crowding_favours_ends_and_gaps():
-    distance = crowding(np.array([[0.0, 4.0], [1.0, 3.0], [1.5, 2.5], [4.0, 0.0]]))
-    assert np.isinf(distance[[0, 3]]).all()
-    assert distance[2] > distance[1]
 
 
 @given(st.integers(1, 8), st.integers(1, 12))
