@@ -200,7 +200,7 @@ def formula(architecture: Architecture) -> Evaluation:
 def measure_length(trials: int) -> dict:
     """Milliseconds of the engine per trial in the last tenth before so many trials."""
     found = {}
-    for sampler in ("random", "evolution", "nsga2"):
+    for sampler in ("random", "evolution"):
         ends: list[float] = []
         search(LocalExecutor(formula), trials, sampler, lambda ends=ends: ends.append(time.perf_counter()))
         marks = [n for n in (100, 300, 1000, 3000, 10000) if n <= trials]
