@@ -62,7 +62,8 @@ def main() -> None:
         axis.set(yscale="log", xlabel="evaluations", ylim=(LEAST, 1), xlim=(0, None))
         axis.axhline(0.01, color="black", lw=0.6, ls=":")
         axis.grid(alpha=0.2)
-    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label() in COLOURS}
+    axes[2].legend(handles=[lines[method] for method in COLOURS if method in lines], fontsize=8, frameon=False)
     figure.savefig(FIGURE, dpi=110)
 
 

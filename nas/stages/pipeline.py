@@ -18,7 +18,7 @@ from nas.stages.latency import calibrated, run_latency
 from nas.stages.report import run_report
 from nas.stages.retrain import run_retrain
 from nas.stages.run import SHARED_STAGES, STAGES, Run
-from nas.stages.search import run_search_stage
+from nas.stages.search import check_mirror, run_search_stage
 from nas.stages.supernet import routers, run_supernet
 from nas.summary import build_summary, print_summary, versions
 from search_spaces import Interrupted
@@ -67,6 +67,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
     with run.directory.locked():
         describe(run)
         if only in (None, "supernet", "search") and not run.stages["search"].complete:
+            check_mirror(run)
             check_budget(run)
         chosen = (only,) if only else STAGES
         for name in chosen:

@@ -56,6 +56,12 @@ def run_search_stage(run: Run) -> None:
         write_text(stage.path / "digest", fingerprint({"trials": [t.architecture.fingerprint for t in log.trials]}))
 
 
+def check_mirror(run: Run) -> None:
+    """Raises MoesaicError when no database opens at ``mirror``, before hours of training are spent."""
+    if run.config.mirror:
+        database(run.config.mirror)
+
+
 @dataclass
 class _Tally:
     """What the line of progress says of the trials so far."""
