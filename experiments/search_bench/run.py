@@ -25,7 +25,12 @@ from nas.summary import versions
 from search_spaces.files import write_json
 
 CURVES = HERE / "curves.jsonl"
-LENGTHS = {"random": 2000, "AutoMoE's evolution": 1000, "Optuna's NSGA-II, plain": 1000}
+LENGTHS = {
+    "random": 2000,
+    "AutoMoE's evolution": 1000,
+    "Optuna's NSGA-II, plain": 1000,
+    "Optuna's TPE, plain": 1000,
+}
 """Evaluations where they are not 342, a twentieth of the first table."""
 LENGTH = 342
 WITHOUT_CHANCE = ("puzzle",)
