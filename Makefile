@@ -27,7 +27,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A type checker looks for folders where Python is told of a mapping: one of links shows it the installed layout.
+LINKS := build/links/moesaic
+FLOORS := kernels search_spaces supernet nas
+
 types: setup
+	@mkdir -p $(LINKS)
+	@for part in $(FLOORS); do ln -sfn ../../../$$part $(LINKS)/$$part; done
+	@for part in __init__.py py.typed; do ln -sfn ../../../moesaic/$$part $(LINKS)/$$part; done
 	$(BIN)/pyright
 
 unit: setup

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from kernels import reference, routing, segments
-from kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels import reference, routing, segments
+from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 
 def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
-    from kernels import gpu
+    from moesaic.kernels import gpu
 
     # A dense layer is two or three plain products, which cuBLAS does best.
     if routing is None or len(layout.sizes) > gpu.MOST_EXPERTS:
@@ -75,7 +75,7 @@ def sparse_ffn(
 def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
     """Choose experts for each token: ``kernels.routing.route``, as Triton kernels where they run."""
     if has_triton(logits.device) and logits.shape[1] > 1:
-        from kernels import gpu
+        from moesaic.kernels import gpu
 
         if logits.shape[1] <= gpu.MOST_EXPERTS:
             return gpu.route(logits, most=most, threshold=threshold, normalise=normalise)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 
 def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:

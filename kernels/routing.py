@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.layout import Routing
+from moesaic.kernels.layout import Routing
 
 
 def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 # 4 MiB of float32. Measured against one block per expert, 1 MiB and one block in all: never slower than any; 15 %
 # faster than one per expert where experts are small, 10 % faster than one in all where the pairs take 32 MiB.

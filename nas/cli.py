@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nas import __version__
+from moesaic.nas import __version__
 
 app = typer.Typer(
     name="moesaic",
@@ -50,10 +50,10 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> Non
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Look before training: size of the space, range of costs, whether the budget can be met, estimated time."""
     with _told():
-        from nas.config import load_config
-        from nas.plan import build_plan, print_plan
-        from nas.stages.run import Run
-        from nas.tables import output_console
+        from moesaic.nas.config import load_config
+        from moesaic.nas.plan import build_plan, print_plan
+        from moesaic.nas.stages.run import Run
+        from moesaic.nas.terminal.tables import output_console
 
         parts = Run(load_config(config, overrides or ()), Path("runs")).parts()
         results = {part.name: build_plan(part) for part in parts}
@@ -72,8 +72,8 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
     with _told():
         import re
 
-        from search_spaces import MoesaicError
-        from search_spaces.files import write_text
+        from moesaic.search_spaces import MoesaicError
+        from moesaic.search_spaces.files import write_text
 
         if path.exists():
             raise MoesaicError("exists already", where=str(path), allowed="a new file")
@@ -93,10 +93,10 @@ def cost(
 ) -> None:
     """Price one architecture, layer by layer, and measure its latency on this device."""
     with _told():
-        from nas.costs.context import Context
-        from nas.costs.statement import build_statement, print_statement
-        from nas.tables import output_console
-        from search_spaces import Architecture
+        from moesaic.nas.context import Context
+        from moesaic.nas.costs.statement import build_statement, print_statement
+        from moesaic.nas.terminal.tables import output_console
+        from moesaic.search_spaces import Architecture
 
         value = Architecture.from_yaml(architecture)
         statement = build_statement(value, Context(vocab_size, sequence_length, batch_size))
@@ -152,10 +152,10 @@ def retrain(
         _stages(config, overrides, out, "retrain")
         return
     with _told(), _stopping() as should_stop:
-        from nas.progress import Reporter
-        from nas.retrain import half_interval
-        from nas.stages.retrain import retrain_export
-        from search_spaces import MoesaicError
+        from moesaic.nas.stages.retrain_models import retrain_export
+        from moesaic.nas.terminal.progress import Reporter
+        from moesaic.nas.training.single import half_interval
+        from moesaic.search_spaces import MoesaicError
 
         if out is not None:
             raise MoesaicError("--out goes with a run, an export is trained where it is", where="--out", found=out)
@@ -181,8 +181,8 @@ def doctor() -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from nas.doctor import examine
-        from nas.tables import output_console
+        from moesaic.nas.doctor import examine
+        from moesaic.nas.terminal.tables import output_console
 
         checks = examine()
         table = Table(show_header=False)
@@ -196,23 +196,23 @@ def doctor() -> None:
 def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: str | None, fresh: bool = False) -> None:
     """Run one stage, or all of them and print the result."""
     with _told(), _stopping() as should_stop:
-        from nas.config import load_config
-        from nas.progress import Reporter
+        from moesaic.nas.config import load_config
+        from moesaic.nas.terminal.progress import Reporter
 
         reporter = Reporter()
         loaded = load_config(config, overrides or ())
         path = out or Path("runs") / loaded.config.name
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
-        from nas.stages.pipeline import run_stages
-        from nas.stages.run import Run
-        from nas.tables import output_console
+        from moesaic.nas.pipeline import run_stages
+        from moesaic.nas.stages.run import Run
+        from moesaic.nas.terminal.tables import output_console
 
         run_stages(Run(loaded, path, reporter, should_stop), output_console(), only, fresh)
 
 
 @contextmanager
 def _stopping() -> Iterator:
-    from nas.stop import stop_on_signals
+    from moesaic.nas.terminal.stop import stop_on_signals
 
     with stop_on_signals() as should_stop:
         yield should_stop
@@ -227,7 +227,7 @@ def _told() -> Iterator[None]:
         print("stopped at once; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:
-        from search_spaces.errors import MoesaicError
+        from moesaic.search_spaces.errors import MoesaicError
 
         if not isinstance(error, MoesaicError):
             raise

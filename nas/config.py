@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from nas.costs.context import Phase
-from nas.units import DIMENSIONS, Limit, parse_limit
-from search_spaces import MoesaicError, SearchSpace, load_space
-from search_spaces.errors import nearest_name
-from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
+from moesaic.nas.context import Phase
+from moesaic.nas.units import DIMENSIONS, Limit, parse_limit
+from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
+from moesaic.search_spaces.errors import nearest_name
+from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from nas.config import DeviceConfig
-from search_spaces import MoesaicError
+from moesaic.nas.config import DeviceConfig
+from moesaic.search_spaces import MoesaicError
 
 
 @dataclass(frozen=True)

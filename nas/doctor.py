@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nas.config import DeviceConfig
-from nas.data.corpus import cache_directory
-from nas.device import choose_device, usable_processors
-from nas.summary import versions
+from moesaic.nas.config import DeviceConfig
+from moesaic.nas.data.corpus import cache_directory
+from moesaic.nas.device import choose_device, usable_processors
+from moesaic.nas.report.summary import versions
 
 
 @dataclass(frozen=True)

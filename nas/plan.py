@@ -11,21 +11,21 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from nas.costs.analytic import parameters
-from nas.costs.context import Context
-from nas.costs.latency import LatencyPredictor
-from nas.costs.price import Pricer
-from nas.costs.probe import autocast
-from nas.progress import duration
-from nas.search.budget import Budget, a_member_inside, cheapest, cost_ranges, resolve_budget
-from nas.search.feasible import FeasibleSampler
-from nas.search.rivals import JUDGED
-from nas.stages.latency import calibrated
-from nas.stages.run import Run
-from nas.tables import plain_table, what_costs_are_per
-from nas.units import DIMENSIONS
-from search_spaces import MoesaicError
-from supernet import SliceSampler, Transformer, evaluate
+from moesaic.nas.context import Context
+from moesaic.nas.costs.analytic import parameters
+from moesaic.nas.costs.latency.predictor import LatencyPredictor
+from moesaic.nas.costs.latency.probe import autocast
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.search.budget import Budget, a_member_inside, cheapest, cost_ranges, resolve_budget
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.rivals import JUDGED
+from moesaic.nas.stages.calibrate_latency import calibrated
+from moesaic.nas.stages.run import Run
+from moesaic.nas.terminal.progress import duration
+from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import MoesaicError
+from moesaic.supernet import SliceSampler, Transformer, evaluate
 
 _SAMPLES = 1000
 

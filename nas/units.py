@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from search_spaces.errors import MoesaicError, nearest_name
+from moesaic.search_spaces.errors import MoesaicError, nearest_name
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 

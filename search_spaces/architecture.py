@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from search_spaces.errors import MoesaicError
-from search_spaces.yaml_source import YamlSource, read_yaml, validate
+from moesaic.search_spaces.errors import MoesaicError
+from moesaic.search_spaces.yaml_source import YamlSource, read_yaml, validate
 
 TILE = 16
 """Expert sizes are multiples of this: GPU loads need the alignment."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from search_spaces.architecture import Architecture
+from moesaic.search_spaces.architecture import Architecture
 
 CELLS = 40
 """Characters that the largest feed-forward part of a picture may take."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from search_spaces.errors import MoesaicError
+from moesaic.search_spaces.errors import MoesaicError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,8 +7,8 @@ from functools import partial
 from random import Random
 from typing import TypeVar
 
-from search_spaces.architecture import Architecture, FeedForward, Layer
-from search_spaces.space import LayerSpace, SearchSpace
+from moesaic.search_spaces.architecture import Architecture, FeedForward, Layer
+from moesaic.search_spaces.space import LayerSpace, SearchSpace
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from math import comb, prod
 from random import Random
 from typing import TypeVar
 
-from search_spaces.architecture import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
+from moesaic.search_spaces.architecture import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from search_spaces.architecture import TILE, Attention, Backbone, Router
-from search_spaces.errors import MoesaicError, nearest_name
-from search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, distinct_routers
-from search_spaces.yaml_source import YamlSource, parse_yaml, validate
+from moesaic.search_spaces.architecture import TILE, Attention, Backbone, Router
+from moesaic.search_spaces.errors import MoesaicError, nearest_name
+from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, distinct_routers
+from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -133,7 +133,7 @@ class SpaceSpec(_Spec):
 def preset_names() -> list[str]:
     return sorted(
         entry.name.removesuffix(".yaml")
-        for entry in resources.files("search_spaces.presets").iterdir()
+        for entry in resources.files("moesaic.search_spaces.presets").iterdir()
         if entry.name.endswith(".yaml")
     )
 
@@ -144,7 +144,7 @@ def preset_source(name: str) -> YamlSource:
         raise MoesaicError(
             "no such preset", found=name, allowed=", ".join(preset_names()), nearest=nearest_name(name, preset_names())
         )
-    text = resources.files("search_spaces.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    text = resources.files("moesaic.search_spaces.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return parse_yaml(text, f"preset {name}")
 
 

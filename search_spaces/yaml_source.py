@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from search_spaces.errors import MoesaicError, nearest_name
+from moesaic.search_spaces.errors import MoesaicError, nearest_name
 
 T = TypeVar("T")
 KeyPath = tuple[str | int, ...]

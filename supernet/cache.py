@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from search_spaces import Architecture, MoesaicError
+from moesaic.search_spaces import Architecture, MoesaicError
 
 
 @dataclass(frozen=True)

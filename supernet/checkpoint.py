@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from search_spaces import MoesaicError
-from search_spaces.files import write_atomically
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import write_atomically
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

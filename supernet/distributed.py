@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from search_spaces import Architecture, MoesaicError
-from supernet.model import Transformer
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.supernet.model import Transformer
 
 BUCKET_ELEMENTS = 2**23
 """32 MiB of float32 in one reduction: few enough that none is waited for, small beside the gradients themselves."""

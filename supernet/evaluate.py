@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from search_spaces import Architecture
-from supernet.model import Transformer
+from moesaic.search_spaces import Architecture
+from moesaic.supernet.model import Transformer
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from kernels import Bank, ExpertLayout, Routing
-from search_spaces import Attention, Backbone, FeedForward
-from supernet.cache import LayerCache
-from supernet.sharing import Sharing, expert_layout
+from moesaic import kernels
+from moesaic.kernels import Bank, ExpertLayout, Routing
+from moesaic.search_spaces import Attention, Backbone, FeedForward
+from moesaic.supernet.cache import LayerCache
+from moesaic.supernet.sharing import Sharing, expert_layout
 
 
 class RMSNorm(nn.Module):

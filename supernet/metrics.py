@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from search_spaces import MoesaicError
-from search_spaces.files import unwritable, write_text
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import unwritable, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Routing
-from search_spaces import Architecture, Backbone, Layer, MoesaicError
-from supernet.cache import KeyValueCache, LayerCache
-from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward
-from supernet.sharing import Sharing, expert_layout
+from moesaic.kernels import Routing
+from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
+from moesaic.supernet.cache import KeyValueCache, LayerCache
+from moesaic.supernet.layers import RMSNorm, SelfAttention, SparseFeedForward
+from moesaic.supernet.sharing import Sharing, expert_layout
 
 
 @dataclass(frozen=True)

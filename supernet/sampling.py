@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar
 
-from search_spaces import Architecture, Layer, SearchSpace
+from moesaic.search_spaces import Architecture, Layer, SearchSpace
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
-from kernels import ExpertLayout
-from search_spaces import FeedForward
+from moesaic.kernels import ExpertLayout
+from moesaic.search_spaces import FeedForward
 
 Sharing = Literal["nested", "packed"]
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
-from supernet.checkpoint import load_tensors, load_weights, save_tensors
-from supernet.distributed import ALONE, Ranks
-from supernet.metrics import MetricLog
-from supernet.model import Transformer
+from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
+from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
+from moesaic.supernet.distributed import ALONE, Ranks
+from moesaic.supernet.metrics import MetricLog
+from moesaic.supernet.model import Transformer
 
 CHECKPOINT = "checkpoint.safetensors"
 

@@ -30,24 +30,24 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from nas.config import Config, DeviceConfig, ExecutorConfig, SearchConfig
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from nas.device import choose_device
-from nas.executors import Executor, LocalExecutor
-from nas.executors.inherited import InheritedLoss
-from nas.executors.ray_lanes import RayExecutor
-from nas.search.budget import a_member_inside, resolve_budget
-from nas.search.feasible import FeasibleSampler
-from nas.search.genome import Genome
-from nas.search.loop import Goal, run_search
-from nas.search.mirror import Mirror, journal
-from nas.search.samplers import make_sampler
-from nas.search.trials import Trial, TrialLog
-from nas.summary import versions
-from search_spaces import Architecture, load_space, preset_source
-from search_spaces.files import write_json
-from supernet import Evaluation, Transformer
+from moesaic.nas.config import Config, DeviceConfig, ExecutorConfig, SearchConfig
+from moesaic.nas.context import Context
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import choose_device
+from moesaic.nas.executors import Executor, LocalExecutor
+from moesaic.nas.executors.inherited import InheritedLoss
+from moesaic.nas.executors.ray_lanes import RayExecutor
+from moesaic.nas.report.summary import versions
+from moesaic.nas.search.budget import a_member_inside, resolve_budget
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.loop import Goal, run_search
+from moesaic.nas.search.mirror import Mirror, journal
+from moesaic.nas.search.samplers import make_sampler
+from moesaic.nas.search.samplers.genome import Genome
+from moesaic.nas.search.trials import Trial, TrialLog
+from moesaic.search_spaces import Architecture, load_space, preset_source
+from moesaic.search_spaces.files import write_json
+from moesaic.supernet import Evaluation, Transformer
 
 HERE = Path(__file__).parent
 SEED, VOCABULARY, WINDOWS, LENGTH = 0, 1024, 64, 128

@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 from truth import HERE, append_row, read_rows
 
-from nas.config import load_config
-from nas.costs.price import Pricer
-from nas.stages.run import Run
-from nas.training import supernet_training
-from search_spaces import Architecture
-from supernet import TrainData, TrainSettings, Transformer, evaluate, train
-from supernet.checkpoint import save_tensors
+from moesaic.nas.config import load_config
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.stages.run import Run
+from moesaic.nas.training.recipe import supernet_training
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import TrainData, TrainSettings, Transformer, evaluate, train
+from moesaic.supernet.checkpoint import save_tensors
 
 
 def score(variant: str, name: str, change: dict[str, Any], seed: int, weights: Path | None) -> list[dict[str, Any]]:

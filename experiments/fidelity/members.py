@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from nas.costs.price import Pricer
-from nas.search.rivals import uniform_layouts
-from search_spaces import Architecture, Router, SearchSpace
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.search.rivals import uniform_layouts
+from moesaic.search_spaces import Architecture, Router, SearchSpace
 
 SPREAD, BAND_RANDOM, BAND_UNIFORM, BAND_DENSE = 28, 12, 5, 3
 BAND_WIDTH = 0.05

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from truth import HERE, read_rows
 
-from nas.correction import Correction, Judged, features
-from nas.ranking import agreement, bootstrap, kendall_tau
-from nas.summary import versions
-from search_spaces import Architecture
-from search_spaces.files import write_json, write_text
+from moesaic.nas.report.summary import versions
+from moesaic.nas.trust.correction import Correction, Judged, features
+from moesaic.nas.trust.ranking import agreement, bootstrap, kendall_tau
+from moesaic.search_spaces import Architecture
+from moesaic.search_spaces.files import write_json, write_text
 
 NEAR = 0.1
 """Two members are of one FLOP band when their FLOPs differ by at most this share."""

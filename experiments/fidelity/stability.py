@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from truth import HERE, open_run, read_rows
 
-from nas.stages.run import Run
-from nas.training import train_settings
-from search_spaces import Architecture
-from supernet import TrainData, Transformer, evaluate, train
+from moesaic.nas.stages.run import Run
+from moesaic.nas.training.recipe import train_settings
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import TrainData, Transformer, evaluate, train
 
 Start = Literal["0.02 everywhere", "this tool's"]
 INITIAL_STEPS, LONG_STEPS, EVERY = 300, 1600, 100

@@ -20,12 +20,12 @@ from typing import Any
 
 from members import stratified
 
-from nas.config import load_config
-from nas.costs.price import Pricer
-from nas.retrain import retrain
-from nas.stages.run import Run
-from search_spaces import Architecture
-from supernet import evaluate
+from moesaic.nas.config import load_config
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.stages.run import Run
+from moesaic.nas.training.single import retrain
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import evaluate
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nas.costs.fitting import Drift, fit
-from search_spaces import MoesaicError
+from moesaic.nas.costs.latency.fitting import Drift, fit
+from moesaic.search_spaces import MoesaicError
 
 FEATURES = {  # column: what HAT's predictor divides it by
     "encoder_embed_dim": 640,

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from predictors import Drifting, Rows, anchored, boosting, depth_mean, hat_mlp, nnls, read, scikit_learn
 
-from nas.config import DeviceConfig
-from nas.costs.fitting import Accuracy, Interval, fit, leave_one_out
-from nas.device import choose_device
-from nas.summary import versions
-from nas.tables import output_console, plain_table
-from search_spaces import MoesaicError
-from search_spaces.files import write_json
+from moesaic.nas.config import DeviceConfig
+from moesaic.nas.costs.latency.fitting import Accuracy, Interval, fit, leave_one_out
+from moesaic.nas.device import choose_device
+from moesaic.nas.report.summary import versions
+from moesaic.nas.terminal.tables import output_console, plain_table
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import write_json
 
 TRAINING_ROWS = (25, 50, 100, 400, 1600)
 CALIBRATION = 40  # whole models that an interval is made from, as in a calibration of Moesaic

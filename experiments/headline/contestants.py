@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nas.compliance import worst_status
-from nas.correction import Correction, Judged
-from nas.costs.measure import latency_figures
-from nas.judges import correction_of, judged_trial
-from nas.search.rivals import uniform_layouts
-from nas.stages.fidelity import run_fidelity
-from nas.stages.run import Run
-from nas.stages.search import inherited_loss, load_search, run_search_stage
-from nas.trust import corrects
-from search_spaces import Architecture, MoesaicError
-from search_spaces.files import read_json
-from supernet import Evaluation, evaluate
+from moesaic.nas.costs.compliance import worst_status
+from moesaic.nas.costs.measure import latency_figures
+from moesaic.nas.search.rivals import uniform_layouts
+from moesaic.nas.stages.check_fidelity import run_fidelity
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.run_search import inherited_loss, load_search, run_search_stage
+from moesaic.nas.trust.correction import Correction, Judged
+from moesaic.nas.trust.judges import correction_of, judged_trial
+from moesaic.nas.trust.sentences import corrects
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.search_spaces.files import read_json
+from moesaic.supernet import Evaluation, evaluate
 
 COUNTS = {"searched": 3, "random": 1, "uniform": 3, "dense": 2}
 """Of each kind, how many are trained. The first ``searched`` one is what the tool ships."""

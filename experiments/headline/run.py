@@ -27,17 +27,17 @@ from typing import Any
 from contestants import COUNTS, Candidate, Row, candidates, keeping, measured
 from summary import read_rows, summarise
 
-from nas.config import load_config
-from nas.retrain import retrain, seed_directory
-from nas.run_directory import RunDirectory, fingerprint
-from nas.search.thresholds import hold_budget
-from nas.stages.latency import run_latency
-from nas.stages.run import Run
-from nas.stages.supernet import run_supernet
-from nas.summary import versions
-from search_spaces import Architecture, MoesaicError
-from search_spaces.files import read_json, write_json
-from supernet import evaluate
+from moesaic.nas.config import load_config
+from moesaic.nas.report.summary import versions
+from moesaic.nas.search.thresholds import hold_budget
+from moesaic.nas.stages.calibrate_latency import run_latency
+from moesaic.nas.stages.directory import RunDirectory, fingerprint
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.train_supernet import run_supernet
+from moesaic.nas.training.single import retrain, seed_directory
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.search_spaces.files import read_json, write_json
+from moesaic.supernet import evaluate
 
 HERE = Path(__file__).parent
 FIGURE = HERE.parents[1] / "docs" / "headline.png"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from nas.ranking import mean_interval
-from nas.units import DIMENSIONS
-from search_spaces import MoesaicError
-from search_spaces.files import read_json, write_json, write_text
+from moesaic.nas.trust.ranking import mean_interval
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import read_json, write_json, write_text
 
 SEARCHED = "searched"
 COLOURS = {"searched": "#0072b2", "random": "#cc79a7", "uniform": "#d55e00", "dense": "#009e73"}

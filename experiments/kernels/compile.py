@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Bank, ExpertLayout, gpu, sparse_ffn
-from kernels.gpu import tuning
+from moesaic.kernels import Bank, ExpertLayout, gpu, sparse_ffn
+from moesaic.kernels.gpu import tuning
 
 LIMITS = {80: 163, 90: 227}
 """KiB of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table 23)."""

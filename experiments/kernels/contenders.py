@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
-from kernels.routing import route as torch_route
+from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
+from moesaic.kernels.routing import route as torch_route
 
 Run = Callable[[], Tensor]
 

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels import Bank, ExpertLayout, reference, sparse_ffn
-from nas.device import processor_name
-from nas.summary import versions
-from search_spaces.files import write_json
+from moesaic.kernels import Bank, ExpertLayout, reference, sparse_ffn
+from moesaic.nas.device import processor_name
+from moesaic.nas.report.summary import versions
+from moesaic.search_spaces.files import write_json
 
 OURS = "torch"
 """The implementation that is judged."""

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels import Bank, reference
-from kernels.routing import route
+from moesaic.kernels import Bank, reference
+from moesaic.kernels.routing import route
 
 _MIXED = (64, 128, 256, 512, 1024, 2048, 4096, 768)
 CASES = [

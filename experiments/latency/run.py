@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from nas.config import DeviceConfig, LatencyConfig
-from nas.costs.analytic import flops
-from nas.costs.calibrate import Calibration, Survey, calibrate
-from nas.costs.context import Context, Phase
-from nas.costs.fitting import Accuracy, fit
-from nas.costs.latency import TERMS, LatencyPredictor, model_terms
-from nas.costs.measure import rebuilt_anchors
-from nas.costs.price import Pricer
-from nas.costs.probe import random_passes
-from nas.costs.timing import Series, Timer
-from nas.device import Device, choose_device
-from nas.summary import versions
-from search_spaces import Architecture, SearchSpace, load_space, preset_source
-from search_spaces.files import write_json
+from moesaic.nas.config import DeviceConfig, LatencyConfig
+from moesaic.nas.context import Context, Phase
+from moesaic.nas.costs.analytic import flops
+from moesaic.nas.costs.latency.calibrate import Calibration, Survey, calibrate
+from moesaic.nas.costs.latency.fitting import Accuracy, fit
+from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
+from moesaic.nas.costs.latency.probe import random_passes
+from moesaic.nas.costs.latency.timing import Series, Timer
+from moesaic.nas.costs.measure import rebuilt_anchors
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import Device, choose_device
+from moesaic.nas.report.summary import versions
+from moesaic.search_spaces import Architecture, SearchSpace, load_space, preset_source
+from moesaic.search_spaces.files import write_json
 
 HERE = Path(__file__).parent
 FIGURE = HERE.parent.parent / "docs" / "latency_calibration.png"

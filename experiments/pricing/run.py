@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from random import Random
 
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from nas.device import processor_name
-from nas.summary import versions
-from search_spaces import load_space, preset_source
-from search_spaces.files import write_json
+from moesaic.nas.context import Context
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import processor_name
+from moesaic.nas.report.summary import versions
+from moesaic.search_spaces import load_space, preset_source
+from moesaic.search_spaces.files import write_json
 
 SEED = 0
 COUNT = 5000

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nas.search.budget import Budget
-from nas.search.pareto import hypervolume, non_dominated
-from search_spaces import Architecture
-from supernet import Evaluation
+from moesaic.nas.search.budget import Budget
+from moesaic.nas.search.pareto import hypervolume, non_dominated
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import Evaluation
 
 MARGIN = 0.1
 """The reference point is the front's worst value of each objective, this share of its range further out."""

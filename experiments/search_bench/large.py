@@ -18,15 +18,15 @@ from curves import Truth, point
 from methods import METHODS
 from table import HERE
 
-from nas.config import load_config
-from nas.costs.price import Pricer
-from nas.costs.use import Occupancy
-from nas.search.budget import resolve_budget
-from nas.stages.run import Run
-from nas.stages.supernet import run_supernet
-from search_spaces import Architecture
-from search_spaces.files import read_json
-from supernet import Evaluation, LayerLoad, evaluate
+from moesaic.nas.config import load_config
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.costs.use import Occupancy
+from moesaic.nas.search.budget import resolve_budget
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.train_supernet import run_supernet
+from moesaic.search_spaces import Architecture
+from moesaic.search_spaces.files import read_json
+from moesaic.supernet import Evaluation, LayerLoad, evaluate
 
 POINTS = HERE / "large.jsonl"
 COUNT, WINDOWS = 300, 24

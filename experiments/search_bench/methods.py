@@ -14,16 +14,16 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
-from nas.config import SearchConfig
-from nas.executors import LocalExecutor
-from nas.search.budget import Budget, a_member_inside
-from nas.search.feasible import FeasibleSampler
-from nas.search.genome import Genome
-from nas.search.loop import Goal, run_search
-from nas.search.samplers import make_sampler
-from nas.search.trials import Trial, TrialLog
-from search_spaces import Architecture, Attention, FeedForward, Layer, SearchSpace
-from supernet import Evaluation
+from moesaic.nas.config import SearchConfig
+from moesaic.nas.executors import LocalExecutor
+from moesaic.nas.search.budget import Budget, a_member_inside
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.loop import Goal, run_search
+from moesaic.nas.search.samplers import make_sampler
+from moesaic.nas.search.samplers.genome import Genome
+from moesaic.nas.search.trials import Trial, TrialLog
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, SearchSpace
+from moesaic.supernet import Evaluation
 
 Evaluate = Callable[[Architecture], Evaluation]
 Search = Callable[[SearchSpace, Budget, Evaluate, int, int], list[Architecture]]

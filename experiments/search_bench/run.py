@@ -19,10 +19,10 @@ from large import CHOSEN, COUNT, best_known, read_points
 from methods import METHODS
 from table import HERE, TABLES, Table, read_table
 
-from nas.config import DeviceConfig
-from nas.device import choose_device
-from nas.summary import versions
-from search_spaces.files import write_json
+from moesaic.nas.config import DeviceConfig
+from moesaic.nas.device import choose_device
+from moesaic.nas.report.summary import versions
+from moesaic.search_spaces.files import write_json
 
 CURVES = HERE / "curves.jsonl"
 LENGTHS = {

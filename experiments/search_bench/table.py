@@ -18,18 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.config import load_config
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from nas.costs.use import Occupancy
-from nas.run_directory import fingerprint
-from nas.search.budget import Budget, resolve_budget
-from nas.stages.run import Run
-from nas.stages.supernet import run_supernet
-from nas.summary import versions
-from search_spaces import Architecture, MoesaicError, SearchSpace
-from search_spaces.files import read_json, write_atomically, write_json
-from supernet import Evaluation, LayerLoad, evaluate
+from moesaic.nas.config import load_config
+from moesaic.nas.context import Context
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.costs.use import Occupancy
+from moesaic.nas.report.summary import versions
+from moesaic.nas.search.budget import Budget, resolve_budget
+from moesaic.nas.stages.directory import fingerprint
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.train_supernet import run_supernet
+from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
+from moesaic.search_spaces.files import read_json, write_atomically, write_json
+from moesaic.supernet import Evaluation, LayerLoad, evaluate
 
 HERE = Path(__file__).parent
 TABLES = ("moe", "heads")

@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.gpu import device as _device
-from kernels.gpu.tuning import cdiv, next_power_of_2, precision, row_tile, tune_key, tuned
-from kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.gpu import expert_kernels as _device
+from moesaic.kernels.gpu.tuning import cdiv, next_power_of_2, precision, row_tile, tune_key, tuned
+from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 device: Any = _device  # to a type checker a kernel takes constexpr where a launch gives plain values
 

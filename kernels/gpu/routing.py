@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gpu import routing_device
-from kernels.gpu.tuning import cdiv, next_power_of_2
-from kernels.layout import Routing
+from moesaic.kernels.gpu import routing_kernels as routing_device
+from moesaic.kernels.gpu.tuning import cdiv, next_power_of_2
+from moesaic.kernels.layout import Routing
 
 device: Any = routing_device  # to a type checker a kernel takes constexpr where a launch gives plain values
 

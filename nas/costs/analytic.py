@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kernels.segments import BLOCK_ELEMENTS
-from nas.costs.context import Context
-from nas.costs.use import LayerUse
-from search_spaces import Architecture, Layer
+from moesaic.kernels.segments import BLOCK_ELEMENTS
+from moesaic.nas.context import Context
+from moesaic.nas.costs.use import LayerUse
+from moesaic.search_spaces import Architecture, Layer
 
 
 def layer_flops(architecture: Architecture, layer: Layer, use: LayerUse, context: Context) -> dict[str, float]:

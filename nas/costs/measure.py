@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nas.costs.latency import LEVEL, LatencyPredictor
-from nas.costs.price import Pricer
-from nas.costs.probe import Pass, autocast, random_passes, text_tokens
-from nas.costs.timing import Beside, Timer, time_beside
-from nas.device import Device
-from nas.units import DIMENSIONS
-from search_spaces import Architecture
-from supernet import Transformer, evaluate
+from moesaic.nas.costs.latency.predictor import LEVEL, LatencyPredictor
+from moesaic.nas.costs.latency.probe import Pass, autocast, random_passes, text_tokens
+from moesaic.nas.costs.latency.timing import Beside, Timer, time_beside
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import Device
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import Transformer, evaluate
 
 
 class PeakMemory(TorchDispatchMode):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
-from nas.costs.context import Context
-from nas.costs.latency import LatencyPredictor
-from nas.costs.use import LayerUse, Occupancy, dense_use, measured_use, worst_use
-from search_spaces import Architecture, FeedForward
-from supernet.evaluate import LayerLoad
+from moesaic.nas.context import Context
+from moesaic.nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
+from moesaic.nas.costs.latency.predictor import LatencyPredictor
+from moesaic.nas.costs.use import LayerUse, Occupancy, dense_use, measured_use, worst_use
+from moesaic.search_spaces import Architecture, FeedForward
+from moesaic.supernet.evaluate import LayerLoad
 
 Costs = Mapping[str, float]
 """flops (per token), latency (ms per batch), parameters, active_parameters, memory (bytes): base units of ``units``."""

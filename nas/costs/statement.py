@@ -8,16 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nas.config import DeviceConfig
-from nas.costs.analytic import flops_breakdown
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from nas.costs.probe import random_passes
-from nas.costs.timing import Timer, time_alone
-from nas.device import choose_device
-from nas.tables import plain_table, what_costs_are_per
-from nas.units import DIMENSIONS
-from search_spaces import Architecture, draw
+from moesaic.nas.config import DeviceConfig
+from moesaic.nas.context import Context
+from moesaic.nas.costs.analytic import flops_breakdown
+from moesaic.nas.costs.latency.probe import random_passes
+from moesaic.nas.costs.latency.timing import Timer, time_alone
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import choose_device
+from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import Architecture, draw
 
 
 def build_statement(architecture: Architecture, context: Context) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from nas.costs.context import Context
-from search_spaces import FeedForward, Router
-from supernet.evaluate import LayerLoad
+from moesaic.nas.context import Context
+from moesaic.search_spaces import FeedForward, Router
+from moesaic.supernet.evaluate import LayerLoad
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nas.config import DataConfig
-from nas.data.files import SPLITS, TextFile, chunks, content_hash, find_files, split_texts
-from search_spaces import MoesaicError
-from search_spaces.files import read_json, unwritable, write_json
+from moesaic.nas.config import DataConfig
+from moesaic.nas.data.files import SPLITS, TextFile, chunks, content_hash, find_files, split_texts
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import read_json, unwritable, write_json
 
 _FORMAT = "1"
 """Part of the cache key: raised when splitting or encoding changes."""

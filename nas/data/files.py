@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nas.config import DataConfig
-from search_spaces import MoesaicError
-from search_spaces.errors import nearest_name
+from moesaic.nas.config import DataConfig
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.errors import nearest_name
 
 SPLITS = ("train", "validation", "test")
 FEW_FILES = 20

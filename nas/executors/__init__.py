@@ -1,6 +1,6 @@
 """Where architectures are evaluated: in this process, or in the lanes of a Ray cluster, behind one interface."""
 
-from nas.executors.executor import Executor, Outcome, evaluate_all
-from nas.executors.local import LocalExecutor
+from moesaic.nas.executors.executor import Executor, Outcome, evaluate_all
+from moesaic.nas.executors.local import LocalExecutor
 
 __all__ = ["Executor", "LocalExecutor", "Outcome", "evaluate_all"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from search_spaces import Architecture
-from supernet.evaluate import Evaluation
+from moesaic.search_spaces import Architecture
+from moesaic.supernet.evaluate import Evaluation
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nas.costs.probe import autocast
-from nas.device import Device
-from search_spaces import Architecture
-from supernet import Evaluation, Transformer, evaluate
+from moesaic.nas.costs.latency.probe import autocast
+from moesaic.nas.device import Device
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import Evaluation, Transformer, evaluate
 
 
 @dataclass(frozen=True)

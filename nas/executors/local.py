@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from nas.executors.executor import Outcome
-from search_spaces import Architecture
-from supernet.evaluate import Evaluation
+from moesaic.nas.executors.executor import Outcome
+from moesaic.search_spaces import Architecture
+from moesaic.supernet.evaluate import Evaluation
 
 
 class LocalExecutor:

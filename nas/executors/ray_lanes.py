@@ -26,15 +26,15 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from nas import __version__
-from nas.config import DeviceConfig, ExecutorConfig
-from nas.device import choose_device, usable_processors
-from nas.executors.executor import Outcome
-from nas.executors.inherited import InheritedLoss
-from nas.executors.local import attempt
-from search_spaces import Architecture, MoesaicError, StageFailed
-from supernet import Transformer
-from supernet.sharing import Sharing
+from moesaic.nas import __version__
+from moesaic.nas.config import DeviceConfig, ExecutorConfig
+from moesaic.nas.device import choose_device, usable_processors
+from moesaic.nas.executors.executor import Outcome
+from moesaic.nas.executors.inherited import InheritedLoss
+from moesaic.nas.executors.local import attempt
+from moesaic.search_spaces import Architecture, MoesaicError, StageFailed
+from moesaic.supernet import Transformer
+from moesaic.supernet.sharing import Sharing
 
 _POLL = 1.0
 """Seconds between looks at time limits while nothing ends."""

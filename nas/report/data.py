@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.compliance import Line, margin_text, worst_status
-from nas.costs.analytic import flops_breakdown
-from nas.costs.context import Context
-from nas.costs.price import Costs
-from nas.costs.use import LayerUse
-from nas.export import BEST
-from nas.search.loop import SearchResult, hypervolume_history
-from nas.search.pareto import non_dominated
-from nas.search.trials import Trial
-from nas.units import DIMENSIONS
-from search_spaces import Architecture
-from supernet.metrics import read_metrics
+from moesaic.nas.context import Context
+from moesaic.nas.costs.analytic import flops_breakdown
+from moesaic.nas.costs.compliance import Line, margin_text, worst_status
+from moesaic.nas.costs.price import Costs
+from moesaic.nas.costs.use import LayerUse
+from moesaic.nas.exports.folder import BEST
+from moesaic.nas.search.loop import SearchResult, hypervolume_history
+from moesaic.nas.search.pareto import non_dominated
+from moesaic.nas.search.trials import Trial
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import Architecture
+from moesaic.supernet.metrics import read_metrics
 
 COSTS = tuple(DIMENSIONS)
 ON_FRONT = ("front", "exported", "best")

@@ -9,9 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from nas.costs.context import Context
-from nas.report.colours import GRID, INK, KINDS, MODELS, MUTED, PARTS
-from nas.report.data import (
+from moesaic.nas.context import Context
+from moesaic.nas.report.colours import GRID, INK, KINDS, MODELS, MUTED, PARTS
+from moesaic.nas.report.data import (
     COSTS,
     ON_FRONT,
     Curve,
@@ -26,9 +26,9 @@ from nas.report.data import (
     limit_text,
     per_text,
 )
-from nas.search.budget import BudgetLine
-from nas.units import DIMENSIONS
-from search_spaces import draw
+from moesaic.nas.search.budget import BudgetLine
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import draw
 
 _MARKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "refused": ("refused: over budget, not evaluated", {"symbol": "line-ns-open", "size": 14}),

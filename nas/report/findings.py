@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nas.costs.context import Context
-from nas.export import BEST
-from nas.report.data import (
+from moesaic.nas.context import Context
+from moesaic.nas.exports.folder import BEST
+from moesaic.nas.report.data import (
     Curve,
     Evaluated,
     Measurement,
@@ -18,15 +18,15 @@ from nas.report.data import (
     search_history,
     training_curves,
 )
-from nas.retrain import seed_directory
-from nas.search.budget import BudgetLine
-from nas.search.loop import SearchResult
-from nas.stages.fidelity import load_rivals
-from nas.stages.retrain import SEARCHED
-from nas.stages.run import Run
-from nas.stages.search import load_search
-from search_spaces import Architecture
-from search_spaces.files import read_json
+from moesaic.nas.search.budget import BudgetLine
+from moesaic.nas.search.loop import SearchResult
+from moesaic.nas.stages.check_fidelity import load_rivals
+from moesaic.nas.stages.retrain_models import SEARCHED
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.run_search import load_search
+from moesaic.nas.training.single import seed_directory
+from moesaic.search_spaces import Architecture
+from moesaic.search_spaces.files import read_json
 
 
 @dataclass(frozen=True)

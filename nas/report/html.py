@@ -8,7 +8,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from nas.compliance import Status
+from moesaic.nas.costs.compliance import Status
 
 CLASSES: dict[Status, str] = {"inside": "good", "within tolerance": "warn", "over": "bad"}
 """Classes of the style sheet."""

@@ -9,19 +9,19 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from nas.compliance import margin_text, refused_text, worst_status
-from nas.costs.measure import latency_text
-from nas.progress import duration
-from nas.report.data import Model, batch_text, budget_text, cost_name, per_text
-from nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
-from nas.report.findings import Findings
-from nas.report.html import flag, paragraph, plot, section, table
-from nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
-from nas.report.trust import trust_section
-from nas.retrain import half_interval
-from nas.summary import over_sentence, predicted_text, verdict
-from nas.trust import flops_sentence
-from nas.units import DIMENSIONS
+from moesaic.nas.costs.compliance import margin_text, refused_text, worst_status
+from moesaic.nas.costs.measure import latency_text
+from moesaic.nas.report.data import Model, batch_text, budget_text, cost_name, per_text
+from moesaic.nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
+from moesaic.nas.report.findings import Findings
+from moesaic.nas.report.html import flag, paragraph, plot, section, table
+from moesaic.nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
+from moesaic.nas.report.ranking_section import trust_section
+from moesaic.nas.report.summary import over_sentence, predicted_text, verdict
+from moesaic.nas.terminal.progress import duration
+from moesaic.nas.training.single import half_interval
+from moesaic.nas.trust.sentences import flops_sentence
+from moesaic.nas.units import DIMENSIONS
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """Forbids the page to load anything, whatever is in it."""

@@ -10,11 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from nas.costs.context import Context
-from nas.report.colours import GRID, INK, KINDS, MODELS
-from nas.report.data import ON_FRONT, Point, axis_title, front_line, limit_text
-from nas.search.budget import BudgetLine
-from search_spaces.files import write_atomically
+from moesaic.nas.context import Context
+from moesaic.nas.report.colours import GRID, INK, KINDS, MODELS
+from moesaic.nas.report.data import ON_FRONT, Point, axis_title, front_line, limit_text
+from moesaic.nas.search.budget import BudgetLine
+from moesaic.search_spaces.files import write_atomically
 
 _STYLE: dict[str, Any] = {
     "font.size": 9,

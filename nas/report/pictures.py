@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-from nas.costs.use import LayerUse
-from nas.report.colours import EXPERT, INK, MUTED, SHARED, USED
-from nas.report.data import Model
-from search_spaces import FeedForward
-from search_spaces.draw import LayerPicture, picture, sizes_text
+from moesaic.nas.costs.use import LayerUse
+from moesaic.nas.report.colours import EXPERT, INK, MUTED, SHARED, USED
+from moesaic.nas.report.data import Model
+from moesaic.search_spaces import FeedForward
+from moesaic.search_spaces.draw import LayerPicture, picture, sizes_text
 
 _WIDTH, _LEFT, _TILES, _GAP = 1040, 118, 500, 2
 _ROW, _TILE, _BAR = 46, 22, 4

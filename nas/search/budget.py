@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nas.config import Config
-from nas.costs.price import Costs, Pricer
-from nas.units import DIMENSIONS, format_cost
-from search_spaces import Architecture, FeedForward, Layer, MoesaicError, SearchSpace, neighbours
-from search_spaces.space import LayerSpace
+from moesaic.nas.config import Config
+from moesaic.nas.costs.price import Costs, Pricer
+from moesaic.nas.units import DIMENSIONS, format_cost
+from moesaic.search_spaces import Architecture, FeedForward, Layer, MoesaicError, SearchSpace, neighbours
+from moesaic.search_spaces.space import LayerSpace
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from nas.search.budget import Budget
-from search_spaces import Architecture, SearchSpace, mutate, neighbours
+from moesaic.nas.search.budget import Budget
+from moesaic.search_spaces import Architecture, SearchSpace, mutate, neighbours
 
 _TRIES = 64
 """Rejections before a walk: with more than about 5 % of the space inside, a draw nearly always succeeds first."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from nas.config import SearchConfig
-from nas.executors import Executor, Outcome
-from nas.search.budget import Budget
-from nas.search.pareto import hypervolume, non_dominated
-from nas.search.proposal import Progress, Proposal, Sampler, Skipped
-from nas.search.trials import Trial, TrialLog
-from search_spaces import Architecture, Interrupted, StageFailed
+from moesaic.nas.config import SearchConfig
+from moesaic.nas.executors import Executor, Outcome
+from moesaic.nas.search.budget import Budget
+from moesaic.nas.search.pareto import hypervolume, non_dominated
+from moesaic.nas.search.proposal import Progress, Proposal, Sampler, Skipped
+from moesaic.nas.search.trials import Trial, TrialLog
+from moesaic.search_spaces import Architecture, Interrupted, StageFailed
 
 _HOPELESS = 20
 """So many failures without a single loss are the fault of no architecture."""

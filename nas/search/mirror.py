@@ -15,10 +15,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 
-from nas.search.genome import Genome
-from nas.search.optuna_sampler import frozen_trial
-from nas.search.trials import Trial
-from search_spaces import MoesaicError
+from moesaic.nas.search.samplers.genome import Genome
+from moesaic.nas.search.samplers.optuna_sampler import frozen_trial
+from moesaic.nas.search.trials import Trial
+from moesaic.search_spaces import MoesaicError
 
 
 class Mirror:

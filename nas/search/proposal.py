@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from nas.search.trials import Trial
-from search_spaces import Architecture
+from moesaic.nas.search.trials import Trial
+from moesaic.search_spaces import Architecture
 
 UNSEEN_TRIES = 200
 """Proposals in a row that may turn out seen before, after which the space inside the budget counts as exhausted."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from nas.costs.price import Costs
-from nas.executors import Executor, evaluate_all
-from nas.search.budget import Budget
-from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from moesaic.nas.costs.price import Costs
+from moesaic.nas.executors import Executor, evaluate_all
+from moesaic.nas.search.budget import Budget
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
 
 JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""

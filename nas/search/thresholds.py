@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nas.search.budget import Budget
-from search_spaces import Architecture
-from supernet import Transformer, evaluate
+from moesaic.nas.search.budget import Budget
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import Transformer, evaluate
 
 _MARGIN = 0.005
 """Share of the budget left free: the load on other text differs a little."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from search_spaces import Architecture, MoesaicError
-from search_spaces.files import unwritable
-from supernet.evaluate import LayerLoad
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.search_spaces.files import unwritable
+from moesaic.supernet.evaluate import LayerLoad
 
 State = Literal["evaluated", "refused", "duplicate", "failed"]
 

@@ -12,23 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from nas.compliance import most_tolerated, status_of
-from nas.config import Config, Loaded, TrainingConfig
-from nas.costs.context import Context
-from nas.costs.latency import LatencyPredictor
-from nas.costs.measure import MeasuredCosts, measure_costs
-from nas.costs.price import Pricer
-from nas.costs.use import Occupancy
-from nas.data import Corpus, load_corpus
-from nas.device import Device, choose_device
-from nas.progress import Reporter, Task, duration
-from nas.run_directory import RunDirectory, StageDirectory, fingerprint, stopwatch
-from nas.search.budget import Budget, resolve_budget
-from nas.units import DIMENSIONS
-from search_spaces import Architecture, MoesaicError, SearchSpace
-from search_spaces.files import read_json
-from supernet import Transformer
-from supernet.checkpoint import load_tensors, load_weights
+from moesaic.nas.config import Config, Loaded, TrainingConfig
+from moesaic.nas.context import Context
+from moesaic.nas.costs.compliance import most_tolerated, status_of
+from moesaic.nas.costs.latency.predictor import LatencyPredictor
+from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.costs.use import Occupancy
+from moesaic.nas.data import Corpus, load_corpus
+from moesaic.nas.device import Device, choose_device
+from moesaic.nas.search.budget import Budget, resolve_budget
+from moesaic.nas.stages.directory import RunDirectory, StageDirectory, fingerprint, stopwatch
+from moesaic.nas.terminal.progress import Reporter, Task, duration
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
+from moesaic.search_spaces.files import read_json
+from moesaic.supernet import Transformer
+from moesaic.supernet.checkpoint import load_tensors, load_weights
 
 STAGES = ("supernet", "latency", "search", "fidelity", "export", "retrain", "report")
 SHARED_STAGES = ("supernet", "latency", "search")

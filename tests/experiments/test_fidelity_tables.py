@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from search_spaces import load_space, preset_source
+from moesaic.nas.context import Context
+from moesaic.nas.costs.price import Pricer
+from moesaic.search_spaces import load_space, preset_source
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "fidelity"
 sys.path.insert(0, str(FOLDER))  # a script finds its neighbours so

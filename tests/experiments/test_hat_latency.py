@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_spaces import MoesaicError
+from moesaic.search_spaces import MoesaicError
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "hat_latency"
 sys.path.insert(0, str(FOLDER))  # a script finds its neighbours so

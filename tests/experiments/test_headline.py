@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.config import load_config
-from nas.correction import Correction, Judged
-from search_spaces import MoesaicError
+from moesaic.nas.config import load_config
+from moesaic.nas.trust.correction import Correction, Judged
+from moesaic.search_spaces import MoesaicError
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "headline"
 sys.path.insert(0, str(FOLDER))  # a script finds its neighbours so

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import MoesaicError
+from moesaic.search_spaces import MoesaicError
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "search_bench"
 

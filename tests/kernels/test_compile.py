@@ -12,7 +12,8 @@ import pytest
 from triton.runtime import JITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels.gpu import device, routing_device
+from moesaic.kernels.gpu import expert_kernels as device
+from moesaic.kernels.gpu import routing_kernels as routing_device
 
 SCRIPT = Path(__file__).parents[2] / "experiments/kernels/compile.py"
 CALLED_BY_OTHERS = "_"

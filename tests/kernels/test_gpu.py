@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import Bank, ExpertLayout, Routing, gpu, has_triton, routing, sparse_ffn
+from moesaic.kernels import Bank, ExpertLayout, Routing, gpu, has_triton, routing, sparse_ffn
 from tests.kernels.gpu_tools import DEVICE
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import Routing, route
+from moesaic.kernels import Routing, route
 
 
 @dataclass(frozen=True)

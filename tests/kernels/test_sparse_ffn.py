@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, segments, sparse_ffn
+from moesaic.kernels import IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, segments, sparse_ffn
 from tests.kernels.gpu_tools import DEVICE
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_MAIN = "from nas.cli import main; main()"
+_MAIN = "from moesaic.nas.cli import main; main()"
 
 
 def start(*arguments: object, file_size_limit: int | None = None) -> subprocess.Popen[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nas.config import load_config
-from nas.progress import Reporter
-from nas.stages.pipeline import run_stages
-from nas.stages.run import Run
+from moesaic.nas.config import load_config
+from moesaic.nas.pipeline import run_stages
+from moesaic.nas.stages.run import Run
+from moesaic.nas.terminal.progress import Reporter
 
 QUICK = (
     "supernet.steps=6",

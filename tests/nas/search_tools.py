@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from nas.config import Config, SearchConfig
-from nas.costs.context import Context
-from nas.costs.price import Pricer
-from nas.executors import LocalExecutor
-from nas.search.budget import Budget, a_member_inside, resolve_budget
-from nas.search.feasible import FeasibleSampler
-from nas.search.loop import Goal, run_search
-from nas.search.samplers import make_sampler
-from nas.search.trials import TrialLog
-from search_spaces import Architecture, SearchSpace, load_space, preset_source
-from search_spaces.yaml_source import YamlSource
-from supernet import Evaluation, LayerLoad
+from moesaic.nas.config import Config, SearchConfig
+from moesaic.nas.context import Context
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.executors import LocalExecutor
+from moesaic.nas.search.budget import Budget, a_member_inside, resolve_budget
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.loop import Goal, run_search
+from moesaic.nas.search.samplers import make_sampler
+from moesaic.nas.search.trials import TrialLog
+from moesaic.search_spaces import Architecture, SearchSpace, load_space, preset_source
+from moesaic.search_spaces.yaml_source import YamlSource
+from moesaic.supernet import Evaluation, LayerLoad
 
 SMALL = {
     "preset": "tiny",

@@ -9,16 +9,15 @@ import time
 import pytest
 import torch
 
-from nas import __version__
-from nas.config import load_config
-from search_spaces import load_space, preset_source
+from moesaic.nas import __version__
+from moesaic.nas.config import load_config
+from moesaic.search_spaces import load_space, preset_source
 from tests.nas.command import moesaic
 
 
 def test_help_does_not_import_torch():
-    code = (
-        "import sys; sys.argv = ['moesaic', '--help']\nfrom nas.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    )
+    code = "import sys; sys.argv = ['moesaic', '--help']\nfrom moesaic.nas.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'optuna' not in sys.modules and 'pydantic' not in sys.modules"
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

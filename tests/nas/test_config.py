@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from nas.config import load_config
-from search_spaces import MoesaicError
+from moesaic.nas.config import load_config
+from moesaic.search_spaces import MoesaicError
 
 GOOD = """\
 name: example

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.units import DIMENSIONS, format_cost, parse_limit
-from search_spaces import MoesaicError
+from moesaic.nas.units import DIMENSIONS, format_cost, parse_limit
+from moesaic.search_spaces import MoesaicError
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from search_spaces import SearchSpace, load_space
-from search_spaces.yaml_source import YamlSource
+from moesaic.search_spaces import SearchSpace, load_space
+from moesaic.search_spaces.yaml_source import YamlSource
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Router, Stack
+from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Router, Stack
 
 tiles = st.integers(1, 8).map(lambda n: 16 * n)
 

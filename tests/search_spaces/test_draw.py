@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Stack, draw
-from search_spaces.draw import CELLS, picture
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Stack, draw
+from moesaic.search_spaces.draw import CELLS, picture
 
 ARCHITECTURE = Architecture(
     Stack(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from search_spaces import MoesaicError
-from search_spaces.files import read_json, write_atomically, write_json, write_text
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import read_json, write_atomically, write_json, write_text
 
 
 def contents(directory: Path) -> dict[str, str]:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import Architecture, Layer, SearchSpace, crossover, load_space, mutate, neighbours
-from search_spaces.space import LayerSpace
-from search_spaces.yaml_source import YamlSource
+from moesaic.search_spaces import Architecture, Layer, SearchSpace, crossover, load_space, mutate, neighbours
+from moesaic.search_spaces.space import LayerSpace
+from moesaic.search_spaces.yaml_source import YamlSource
 
 seeds = st.integers(0, 2**32)
 

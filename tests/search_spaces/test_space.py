@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Stack, load_space
-from search_spaces.yaml_source import YamlSource
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    Backbone,
+    FeedForward,
+    Layer,
+    Router,
+    SearchSpace,
+    Stack,
+    load_space,
+)
+from moesaic.search_spaces.yaml_source import YamlSource
 
 seeds = st.integers(0, 2**32)
 

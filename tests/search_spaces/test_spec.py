@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from search_spaces import MoesaicError, load_space, preset_names, preset_source
-from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
+from moesaic.search_spaces import MoesaicError, load_space, preset_names, preset_source
+from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
 
 TEXT = """\
 width: [32, 48]

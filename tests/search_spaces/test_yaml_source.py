@@ -8,8 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import MoesaicError
-from search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
 
 
 def refused(text: str) -> MoesaicError:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from search_spaces import Architecture, SearchSpace, load_space
-from search_spaces.yaml_source import YamlSource
-from supernet import Transformer
+from moesaic.search_spaces import Architecture, SearchSpace, load_space
+from moesaic.search_spaces.yaml_source import YamlSource
+from moesaic.supernet import Transformer
 
 VOCABULARY = 23
 

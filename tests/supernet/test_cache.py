@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from search_spaces import Architecture, MoesaicError, load_space
-from search_spaces.yaml_source import YamlSource
-from supernet import KeyValueCache, Transformer
+from moesaic.search_spaces import Architecture, MoesaicError, load_space
+from moesaic.search_spaces.yaml_source import YamlSource
+from moesaic.supernet import KeyValueCache, Transformer
 from tests.supernet.conftest import PRESETS
 
 LENGTH = 9

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from search_spaces import MoesaicError
-from supernet.checkpoint import load_tensors, load_weights, save_tensors
+from moesaic.search_spaces import MoesaicError
+from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 
 def test_tensors_and_strings_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         temporary.write_bytes(kept[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("supernet.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("moesaic.supernet.checkpoint.save_file", full_disk)
     with pytest.raises(MoesaicError, match="No space left on device"):
         save_tensors(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == kept

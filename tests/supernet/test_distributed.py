@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from search_spaces import Architecture, Interrupted, MoesaicError, SearchSpace, load_space
-from search_spaces.yaml_source import YamlSource
-from supernet import SliceSampler, TrainData, TrainSettings, Transformer, train
-from supernet.checkpoint import load_tensors
-from supernet.distributed import Ranks, joined, used_parameters
-from supernet.metrics import read_metrics
-from supernet.train import CHECKPOINT
+from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, SearchSpace, load_space
+from moesaic.search_spaces.yaml_source import YamlSource
+from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Transformer, train
+from moesaic.supernet.checkpoint import load_tensors
+from moesaic.supernet.distributed import Ranks, joined, used_parameters
+from moesaic.supernet.metrics import read_metrics
+from moesaic.supernet.train import CHECKPOINT
 
 VOCABULARY, STEPS = 23, 8
 SETTINGS = TrainSettings(STEPS, learning_rate=1e-4, warmup_steps=2, balance_weight=0.0, checkpoint_every=4, log_every=1)
@@ -238,7 +238,7 @@ def test_architectures_say_which_parameters_get_gradients(preset_space: SearchSp
 
 
 def test_gradients_are_reduced_in_buckets_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from supernet import distributed
+    from moesaic.supernet import distributed
 
     tensors = [torch.zeros(size) for size in (3, 1, 9, 2, 2, 2)]
     for elements, sizes in ((4, [[3, 1], [9], [2, 2], [2]]), (100, [[3, 1, 9, 2, 2, 2]])):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Stack
-from supernet import Evaluation, TrainData, TrainSettings, evaluate, train
+from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Stack
+from moesaic.supernet import Evaluation, TrainData, TrainSettings, evaluate, train
 
 
 def mixed_layers() -> Architecture:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from search_spaces import Attention, Backbone, FeedForward, Router
-from supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _angles, _rotate
+from moesaic import kernels
+from moesaic.search_spaces import Attention, Backbone, FeedForward, Router
+from moesaic.supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _angles, _rotate
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from search_spaces import MoesaicError
-from supernet.metrics import MetricLog, read_metrics
+from moesaic.search_spaces import MoesaicError
+from moesaic.supernet.metrics import MetricLog, read_metrics
 
 
 def test_records_survive_a_torn_last_line_and_a_resumed_log_continues_at_its_step(tmp_path: Path) -> None:

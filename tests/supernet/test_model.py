@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from search_spaces import (
+from moesaic.search_spaces import (
     Architecture,
     Attention,
     Backbone,
@@ -20,7 +20,7 @@ from search_spaces import (
     SearchSpace,
     Stack,
 )
-from supernet import Transformer
+from moesaic.supernet import Transformer
 
 MakeModel = Callable[..., Transformer]
 MakeTokens = Callable[..., Tensor]

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from scipy.stats import chisquare
 
-from search_spaces import Architecture, SearchSpace, load_space
-from search_spaces.yaml_source import YamlSource
-from supernet import SliceSampler
+from moesaic.search_spaces import Architecture, SearchSpace, load_space
+from moesaic.search_spaces.yaml_source import YamlSource
+from moesaic.supernet import SliceSampler
 
 SAMPLINGS = ["fair", "uniform"]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_spaces import FeedForward, Router, SearchSpace
-from supernet.sharing import expert_layout
+from moesaic.search_spaces import FeedForward, Router, SearchSpace
+from moesaic.supernet.sharing import expert_layout
 
 
 @given(seed=st.integers(0, 2**32))

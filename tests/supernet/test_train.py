@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from search_spaces import Interrupted, MoesaicError, SearchSpace, StageFailed
-from supernet import SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
-from supernet.checkpoint import load_tensors
-from supernet.metrics import MetricLog, read_metrics
-from supernet.train import CHECKPOINT
+from moesaic.search_spaces import Interrupted, MoesaicError, SearchSpace, StageFailed
+from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
+from moesaic.supernet.checkpoint import load_tensors
+from moesaic.supernet.metrics import MetricLog, read_metrics
+from moesaic.supernet.train import CHECKPOINT
 
 MakeModel = Callable[..., Transformer]
 SETTINGS = TrainSettings(steps=12, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1)

@@ -1,0 +1,1 @@
+"""Moesaic designs sparse Transformers under a compute budget."""

@@ -1,0 +1,1 @@
+"""Latency on this device: timing, the calibration of a predictor, its statistics and its predictions."""

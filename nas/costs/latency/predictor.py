@@ -1,0 +1,209 @@
+"""A latency predictor: a sum over layers of physically meant terms with non-negative coefficients.
+
+The terms count what a pass does (products, elements moved, weights read, launches); a coefficient is what one of them
+costs on one device, fitted to whole models that were measured there. Non-negativity is what keeps it sane beyond the
+measured points (a ridge on the same terms diverges).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesaic.nas.context import Context
+from moesaic.nas.costs.latency.fitting import Accuracy, Interval
+from moesaic.nas.costs.use import LayerUse
+from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
+from moesaic.search_spaces.files import read_json, write_json
+
+TERMS = (
+    "pass",  # 1
+    "vocabulary_products",  # multiply-accumulates of the vocabulary layer
+    "layers",
+    "layer_elements",  # tokens x width: norms and residuals
+    "projection_products",  # multiply-accumulates of q, k, v and o
+    "score_products",  # queries x positions x width of the heads
+    "cache_elements",  # keys and values that are looked back on
+    "dense_experts",  # dense feed-forward parts and shared experts
+    "dense_products",
+    "sparse_layers",
+    "router_scores",  # tokens x experts
+    "live_experts",
+    "pair_elements",  # gathered and scattered
+    "expert_products",  # multiply-accumulates over whole row tiles, each of which reads its expert's weights
+    "hidden_elements",  # activations of the experts
+)
+LEVEL = 0.95
+"""Confidence of the interval that predictions are shown with."""
+
+
+def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, context: Context) -> tuple[float, ...]:
+    """Terms of one layer (the first two, which are the model's, are 0)."""
+    attention, part, tokens = layer.attention, layer.feed_forward, context.tokens
+    q, kv = attention.heads * backbone.head_size, attention.kv_heads * backbone.head_size
+    per_neuron = backbone.matrices * width
+    elements, positions = tokens * width, context.sequence_length
+    common = (
+        0,
+        0,
+        1,
+        elements,
+        2 * elements * (q + kv),
+        tokens * positions * q,
+        context.batch_size * positions * kv,
+    )
+    if part.router is None:
+        return (*common, 1, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
+    return (
+        *common,
+        part.shared_size > 0,
+        tokens * per_neuron * part.shared_size,
+        1,
+        tokens * part.experts,
+        use.live_experts,
+        elements * use.pairs,
+        tokens * per_neuron * use.tiled_neurons,
+        tokens * use.neurons,
+    )
+
+
+def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> np.ndarray:
+    """[len(TERMS)]: the terms of a pass through a whole model."""
+    width, backbone = architecture.decoder.width, architecture.backbone
+    total = np.zeros(len(TERMS))
+    total[:2] = 1, context.tokens * width * context.vocab_size
+    for layer, use in zip(architecture.decoder.layers, uses, strict=True):
+        total += layer_terms(width, layer, use, backbone, context)
+    return total
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A model that can be built again, and what a pass of it took at the calibration's median speed.
+
+    Timed beside anything else, anchors tell how fast the machine is at that moment.
+    """
+
+    architecture: dict[str, Any]
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a calibration was measured: models, measurements with those of the anchor, and the seconds they took.
+
+    ``noise`` is the spread of repeats (interquartile range over median; median over models) after the drift was taken
+    out, ``raw_noise`` before. A pass took ``fastest`` to ``slowest`` of its median time (5th and 95th percentile), and
+    that changed over ``drift_seconds`` (None: it did not). ``remeasured`` models had repeats that disagreed, or an
+    extreme residual.
+    """
+
+    models: int
+    measurements: int
+    seconds: float
+    noise: float
+    raw_noise: float
+    slowest: float
+    fastest: float
+    drift_seconds: float | None
+    remeasured: int
+    date: str
+    clock_mhz: float | None
+
+
+_PARTS = {"context": Context, "accuracy": Accuracy, "measured": Measured}
+
+
+@dataclass(frozen=True)
+class LatencyPredictor:
+    """Coefficients in milliseconds per unit of each term, for one device and context.
+
+    ``log_residuals`` are log(measured / predicted) of each fitted model when it is left out; ``accuracy`` and
+    ``coverage`` (share inside the interval at ``LEVEL``) are of models that were never fitted.
+    The weights of all ``anchors`` follow from ``anchor_seed``.
+    """
+
+    coefficients: tuple[float, ...]
+    log_residuals: tuple[float, ...]
+    context: Context
+    device: str
+    device_fingerprint: str
+    anchors: tuple[Anchor, ...]
+    anchor_seed: int
+    accuracy: Accuracy
+    coverage: float
+    measured: Measured
+    key: str
+    _margins: dict[float, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def predict(self, architecture: Architecture, uses: Sequence[LayerUse]) -> float:
+        """Milliseconds of one forward pass."""
+        stack, context, coefficients = architecture.decoder, self.context, self.coefficients
+        total = coefficients[0] + coefficients[1] * context.tokens * stack.width * context.vocab_size
+        for layer, use in zip(stack.layers, uses, strict=True):
+            total += sum(map(mul, coefficients, layer_terms(stack.width, layer, use, architecture.backbone, context)))
+        return total
+
+    def interval(self, confidence: float = LEVEL) -> Interval:
+        """Where a measurement falls with probability ``confidence``, as multiples of its prediction."""
+        return Interval.of(np.array(self.log_residuals), confidence)
+
+    def margin(self, confidence: float) -> float:
+        """What a prediction is multiplied by so that a measurement is below it with probability ``confidence``, which
+        is in (0.5, 1): the upper end of the interval that leaves as much out below as above."""
+        margin = self._margins.get(confidence)
+        if margin is None:
+            margin = self._margins[confidence] = self.interval(2 * confidence - 1).high
+        return margin
+
+    def describe(self) -> str:
+        """How good it was on models that it was not fitted to, and on what kind of machine it was measured."""
+        good, measured = self.accuracy, self.measured
+        within = "" if good.tau_within_depth is None else f" ({good.tau_within_depth:.2f} among models of equal depth)"
+        return (
+            f"on {good.count} held-out models the mean absolute error is {good.mape:.1%} (bias {good.bias:+.1%}), "
+            f"{good.within_5_percent:.0%} are within 5 %, {good.within_10_percent:.0%} within 10 %, "
+            f"{self.coverage:.0%} inside the {LEVEL:.0%} interval, Kendall's tau is {good.tau:.2f}{within}; "
+            f"{measured.measurements} measurements in {measured.seconds:.0f} s, in which the machine took "
+            f"{measured.fastest:.2f} to {measured.slowest:.2f} of its median time; repeats spread by "
+            f"{measured.noise:.1%} after that was taken out, {measured.raw_noise:.1%} before"
+        )
+
+    def save(self, path: Path) -> None:
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name in _PARTS:
+            data[name] = asdict(data[name])
+        data["anchors"] = [asdict(anchor) for anchor in self.anchors]
+        data["coefficients"] = dict(zip(TERMS, self.coefficients, strict=True))
+        data["interval"] = asdict(self.interval())
+        write_json(path, data)
+
+    @staticmethod
+    def load(path: Path, device_fingerprint: str, device: str) -> LatencyPredictor:
+        """Read a predictor. Raises MoesaicError for a damaged file or one calibrated on another device."""
+        data: dict[str, Any] = read_json(path)
+        try:
+            del data["interval"]  # follows from the residuals
+            data["coefficients"] = tuple(float(data["coefficients"][name]) for name in TERMS)
+            data["log_residuals"] = tuple(map(float, data["log_residuals"]))
+            data["anchors"] = tuple(Anchor(**anchor) for anchor in data["anchors"])
+            for name, kind in _PARTS.items():
+                data[name] = kind(**data[name])
+            predictor = LatencyPredictor(**data)
+            if not np.isfinite([*predictor.coefficients, *predictor.log_residuals]).all():
+                raise ValueError
+            predictor.interval()
+        except (KeyError, TypeError, ValueError):
+            raise MoesaicError(
+                "is not a latency predictor of this version", where=str(path), allowed="the output of `moesaic latency`"
+            ) from None
+        if predictor.device_fingerprint != device_fingerprint:
+            raise MoesaicError(
+                "was calibrated on another device", where=str(path), found=predictor.device, allowed=device
+            )
+        return predictor

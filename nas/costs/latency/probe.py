@@ -1,0 +1,95 @@
+"""What is timed: one forward pass of a model in a context, and models of random weights to calibrate with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moesaic.nas.context import Context
+from moesaic.nas.costs.use import LayerUse, counted_use, dense_use
+from moesaic.nas.device import Device
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import KeyValueCache, Transformer
+from moesaic.supernet.model import Output
+
+
+@contextmanager
+def autocast(device: Device) -> Iterator[None]:
+    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.bfloat16):
+        yield
+
+
+class Pass:
+    """One forward pass of ``model``: over tokens [B, S], or, in a context that decodes, over [B, 1] after a cache of S.
+
+    ``tokens`` [B, S + 1] are ids; the last ones are what a decoding step is fed. Calling it computes the pass once
+    more: a step writes to the same place of the cache each time.
+    """
+
+    def __init__(self, model: Transformer, tokens: Tensor, context: Context, device: Device):
+        self.model, self.context, self.device = model.eval(), context, device
+        tokens = tokens.to(device.torch_device)
+        self.tokens, self.cache = tokens[:, :-1], None
+        if context.phase == "decode":
+            dtype = torch.bfloat16 if device.bfloat16 else torch.float32
+            self.cache = KeyValueCache(
+                model.architecture, len(tokens), context.sequence_length + 1, device.torch_device, dtype
+            )
+            with torch.inference_mode(), autocast(device):
+                model.run(self.tokens, cache=self.cache)
+            self.tokens = tokens[:, -1:]
+
+    def __call__(self) -> Output:
+        if self.cache is not None:
+            self.cache.length = self.context.sequence_length
+        with torch.inference_mode(), autocast(self.device):
+            return self.model.run(self.tokens, cache=self.cache)
+
+    def uses(self) -> list[LayerUse]:
+        """How much of each layer the tokens of this very pass use."""
+        layers = self.model.architecture.decoder.layers
+        return [
+            dense_use(layer.feed_forward)
+            if routing is None
+            else counted_use(layer.feed_forward, routing.load.tolist(), self.context)
+            for layer, routing in zip(layers, self().routings, strict=True)
+        ]
+
+
+def random_passes(architectures: Sequence[Architecture], context: Context, device: Device, seed: int) -> list[Pass]:
+    """A pass for each architecture, over random tokens, through random weights that follow from ``seed``.
+
+    All models are views of one buffer, as large as the largest of them: many fit where one does. Routers are random
+    enough to tell tokens apart, so that a threshold keeps about as many experts as a trained one does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        models = [Transformer(architecture, context.vocab_size) for architecture in architectures]
+    size = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    buffer = (0.02 * torch.randn(size, generator=generator)).to(device.torch_device)
+    shape = (context.batch_size, context.sequence_length + 1)
+    tokens = torch.randint(0, context.vocab_size, shape, generator=generator)
+    passes = []
+    for model in models:
+        weights, used = {}, 0
+        for name, parameter in model.named_parameters():
+            view = buffer[used : used + parameter.numel()].view(parameter.shape)
+            used += parameter.numel()
+            if parameter.dim() == 1:
+                view = torch.ones_like(view)
+            elif name.endswith("router"):
+                view = view * (100 / parameter.shape[1] ** 0.5)  # standard deviation 2 / sqrt(D)
+            weights[name] = view
+        model.load_state_dict(weights, assign=True)
+        passes.append(Pass(model, tokens, context, device))
+    return passes
+
+
+def text_tokens(windows: Tensor, context: Context) -> Tensor:
+    """[B, S + 1] tokens of ``windows`` [n, any], repeated where they do not suffice."""
+    needed = context.batch_size * (context.sequence_length + 1)
+    flat = windows.flatten()
+    return flat.repeat(-(-needed // len(flat)))[:needed].view(context.batch_size, -1)

@@ -1,0 +1,194 @@
+"""Timing on a machine whose speed drifts: everything is timed beside anchors, which are the same at all times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import torch
+from scipy.stats import trim_mean
+
+from moesaic.nas.costs.latency.fitting import Drift
+from moesaic.search_spaces import StageFailed
+
+ANCHOR_EVERY = 4
+"""Measurements between two of anchors: their noise is shared by few, and they take a fifth of the time."""
+_TURNS = 4
+_PASSES = 3
+_LEAST_MS = 6.0
+"""A measurement lasts at least this long: a short pass is repeated more often."""
+_MOST_PASSES = 12
+_PAIRS = (12, 60)
+"""Fewest and most measurements of a model beside the anchors."""
+_PRECISION = 0.008
+"""Relative standard error at which such measurements end."""
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Times calls. ``clock`` gives seconds; ``synchronise`` waits for the device."""
+
+    clock: Callable[[], float] = time.perf_counter
+    synchronise: Callable[[], object] = lambda: None
+
+    @staticmethod
+    def of(kind: str) -> Timer:
+        """For a device of ``kind``, ``cpu`` or ``cuda``."""
+        return Timer(synchronise=torch.cuda.synchronize) if kind == "cuda" else Timer()
+
+    def __call__(self, run: Callable[[], object]) -> tuple[float, float]:
+        """The moment (seconds), and the milliseconds of the best of a few passes in a row: what disturbs a pass only
+        ever adds to it, and the first finds the caches as something else left them.
+
+        Raises
+        ------
+        StageFailed : the clock did not move, or went backwards.
+        """
+        begin = self.clock()
+        best, passes, now = float("inf"), 0, begin
+        while passes < _PASSES or (passes < _MOST_PASSES and (now - begin) * 1e3 < _LEAST_MS):
+            start = self.clock()
+            run()
+            self.synchronise()
+            now = self.clock()
+            best, passes = min(best, (now - start) * 1e3), passes + 1
+        if not 0 < best < float("inf"):
+            raise StageFailed(
+                "a forward pass took no time that can be", found=f"{best} ms", allowed="a clock that runs"
+            )
+        return (begin + now) / 2, best
+
+
+@dataclass
+class Series:
+    """One thing that is timed again and again."""
+
+    run: Callable[[], object]
+    moments: list[float] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+
+    def time(self, timer: Timer) -> None:
+        moment, milliseconds = timer(self.run)
+        self.moments.append(moment)
+        self.milliseconds.append(milliseconds)
+
+    @property
+    def spread(self) -> float:
+        return spread(np.array(self.milliseconds))
+
+
+def time_round(cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random) -> None:
+    """Time each case once, in random order, with an anchor before, after and in between, each anchor in its turn."""
+    for index, case in enumerate(rng.sample(list(cases), len(cases))):
+        if index % ANCHOR_EVERY == 0:
+            _next(anchors).time(timer)
+        case.time(timer)
+    _next(anchors).time(timer)
+
+
+def _next(anchors: Sequence[Series]) -> Series:
+    return min(anchors, key=lambda anchor: len(anchor.moments))
+
+
+def drift_of(anchors: Sequence[Series]) -> Drift:
+    """The machine's speed over time, relative to its median.
+
+    What an anchor takes and how fast the machine was are found in turn: medians of a few measurements of each, made
+    at different moments of a machine that changes, would not belong to one speed.
+    """
+    times = np.concatenate([anchor.moments for anchor in anchors])
+    logs = [np.log(anchor.milliseconds) for anchor in anchors]
+    levels = [np.median(own) for own in logs]
+    ends = np.cumsum([len(own) for own in logs])[:-1]
+    drift = Drift.of(times, np.concatenate([own - level for own, level in zip(logs, levels, strict=True)]))
+    for _ in range(_TURNS):
+        slowness = np.log(drift.factor(times))
+        slowness -= np.median(slowness)
+        levels = [np.median(own - slow) for own, slow in zip(logs, np.split(slowness, ends), strict=True)]
+        drift = Drift.of(times, np.concatenate([own - level for own, level in zip(logs, levels, strict=True)]))
+    return drift
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Milliseconds of one series at the machine's median speed; ``error`` is its relative standard error."""
+
+    milliseconds: float
+    error: float
+    spread: float
+
+    @staticmethod
+    def of(series: Series, drift: Drift) -> Figure:
+        corrected = np.array(series.milliseconds) / drift.factor(np.array(series.moments))
+        logs = np.log(corrected)
+        return Figure(_middle(logs), _error(logs), spread(corrected))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A pass timed beside anchors.
+
+    ``raw_ms`` is what it took; ``corrected_ms`` what it would have taken on the machine as it was calibrated:
+    ``raw_ms`` over ``anchor_ratio``, the time of the anchors now over then. ``error`` is the relative standard error.
+    """
+
+    raw_ms: float
+    corrected_ms: float
+    anchor_ratio: float
+    error: float
+
+
+def time_beside(
+    run: Callable[[], object], anchors: Sequence[tuple[Callable[[], object], float]], timer: Timer
+) -> Beside:
+    """Time ``run`` and the anchors (with the milliseconds each took when it was calibrated) in turn until their ratio
+    is known, or for the most measurements. Each is compared with the anchors just before and just after."""
+    for one in (run, *(anchor for anchor, _ in anchors)):
+        timer(one)
+    case = Series(run)
+    slowness = [_slowness(anchors[0], timer)]
+    while True:
+        case.time(timer)
+        slowness.append(_slowness(anchors[len(slowness) % len(anchors)], timer))
+        around = (np.array(slowness[:-1]) + slowness[1:]) / 2
+        ratios = np.log(case.milliseconds) - around
+        error, count = _error(ratios), len(ratios)
+        if count >= _PAIRS[1] or (count >= _PAIRS[0] and error <= _PRECISION):
+            break
+    raw, corrected = _middle(np.log(case.milliseconds)), _middle(ratios)
+    return Beside(raw, corrected, raw / corrected, error)
+
+
+def _slowness(anchor: tuple[Callable[[], object], float], timer: Timer) -> float:
+    """log of the time of an anchor now over then."""
+    run, calibrated = anchor
+    return float(np.log(timer(run)[1] / calibrated))
+
+
+def time_alone(run: Callable[[], object], timer: Timer, count: int = 15) -> float:
+    """Milliseconds of ``run``: the lower quartile of repeated measurements, on the machine as it is."""
+    timer(run)
+    return float(np.percentile([timer(run)[1] for _ in range(count)], 25))
+
+
+def spread(milliseconds: np.ndarray) -> float:
+    """Interquartile range over median."""
+    quarter, median, three_quarters = np.percentile(milliseconds, [25, 50, 75])
+    return float((three_quarters - quarter) / median)
+
+
+def _middle(logs: np.ndarray) -> float:
+    """exp of the mean of the middle half."""
+    return float(np.exp(trim_mean(logs, 0.25)))
+
+
+def _error(logs: np.ndarray) -> float:
+    """Standard error of ``_middle``: 1.349 standard deviations are a normal sample's interquartile range, and the
+    mean of its middle half has 1.09 times the error of the mean."""
+    if len(logs) < 3:
+        return float("inf")
+    quarter, three_quarters = np.percentile(logs, [25, 75])
+    return float(1.09 * (three_quarters - quarter) / 1.349 / len(logs) ** 0.5)

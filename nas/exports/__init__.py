@@ -1,0 +1,1 @@
+"""Exported models: folders that open again, here and elsewhere."""

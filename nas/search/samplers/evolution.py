@@ -1,0 +1,182 @@
+"""Evolution over architectures themselves, with a Gaussian process that chooses the child worth an evaluation."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from random import Random
+
+import numpy as np
+
+from moesaic.nas.costs.price import Costs
+from moesaic.nas.search.budget import cheapest
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.pareto import non_dominated
+from moesaic.nas.search.proposal import Progress, Proposal
+from moesaic.nas.search.rivals import uniform_layouts
+from moesaic.nas.search.samplers.independent import RandomSampler
+from moesaic.nas.search.samplers.surrogate import GaussianProcess, expected_gain, features
+from moesaic.nas.search.trials import Trial
+from moesaic.search_spaces import Architecture, Router, crossover, mutate
+
+_CHILDREN, _RANDOM = 32, 8
+"""Candidates for one evaluation, and how many of them are no children of the front but random: where the best networks
+of one width stop, those of the next are several steps away."""
+_LIMITS = 64
+"""Random cost limits under which the growth of the front is averaged."""
+_REMEMBERED = 300
+"""Latest evaluations that the surrogate is fitted to: a proposal stays at some milliseconds."""
+
+
+@dataclass
+class Archive:
+    """What a log says that only grows, so that a proposal after ten thousand trials takes no longer than the first."""
+
+    read: int = 0
+    """Trials of the log that were taken in."""
+    x: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """Features and losses of the latest evaluations."""
+    feasible: int = 0
+    front: list[Trial] = field(default_factory=list)
+    points: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    """[front, 1 + costs] loss and costs of the front."""
+    low: np.ndarray = field(default_factory=lambda: np.array(np.inf))
+    high: np.ndarray = field(default_factory=lambda: np.array(-np.inf))
+    """[1 + costs] range of what is feasible."""
+
+    def add(self, judged: Sequence[Trial], x: np.ndarray, points: np.ndarray) -> None:
+        """Evaluated trials with their features [n, columns], loss and costs [n, 1 + costs]."""
+        self.x.extend(x)
+        self.losses.extend(points[:, 0])
+        inside = np.array([trial.feasible for trial in judged])
+        if not inside.any():
+            return
+        self.feasible += int(inside.sum())
+        self.low, self.high = np.minimum(self.low, points[inside].min(0)), np.maximum(self.high, points[inside].max(0))
+        candidates = [*self.front, *(trial for trial in judged if trial.feasible)]
+        known = np.concatenate([self.points, points[inside]]) if self.front else points[inside]
+        best = non_dominated(known)
+        self.front = [trial for trial, keep in zip(candidates, best, strict=True) if keep]
+        self.points = known[best]
+
+
+@dataclass
+class EvolutionSampler:
+    """Evolution over architectures themselves, with a surrogate that chooses which child is worth an evaluation.
+
+    The first ``population`` are the ``seeds`` and random ones. After them, members of the front are crossed layer by
+    layer and mutated by one to three structural steps; of some such children inside the budget, and a few random ones,
+    the one is evaluated that a Gaussian process of all losses so far expects to widen the front most.
+
+    AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, evaluate every child, parents again in each
+    generation, and change parents in place; here an architecture is a value and the archive is the population.
+    """
+
+    feasible: FeasibleSampler
+    seed: int
+    population: int
+    costs: tuple[str, ...]
+    """Objectives beside the loss."""
+    seeds: tuple[Architecture, ...] = ()
+    _archive: Archive = field(default_factory=Archive, init=False, repr=False)
+
+    def propose(self, progress: Progress) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{progress.asked}")
+        for seed in self.seeds:
+            if progress.unknown(seed):
+                return Proposal(seed)
+        archive = self._archive
+        self._read(progress.trials)
+        if progress.asked >= self.population and archive.feasible > 1:
+            children = self._children([trial.architecture for trial in archive.front], rng)
+            gains = self._gains(children, progress.running, self._limits(rng))
+            for _, child in sorted(zip(-gains, children, strict=True), key=itemgetter(0)):
+                if progress.unknown(child):
+                    return Proposal(child)
+        return RandomSampler(self.feasible, self.seed).propose(progress)
+
+    def observe(self, trial: Trial) -> None:
+        pass
+
+    def _children(self, parents: Sequence[Architecture], rng: Random) -> dict[Architecture, Costs]:
+        """Different ones inside the budget, as many as some tries give, and what each is expected to cost."""
+        space, budget = self.feasible.space, self.feasible.budget
+        children = self._priced(self.feasible.sample(rng) for _ in range(_RANDOM))
+        for _ in range(4 * _CHILDREN):
+            first, second = rng.choice(parents), rng.choice(parents)
+            child = crossover(space, first, second, rng) if rng.random() < 0.5 else first
+            child = mutate(space, child, rng, steps=rng.randint(1, 3))
+            if child not in children and budget.fits(child, costs := budget.pricer.expected(child)):
+                children[child] = costs
+            if len(children) == _CHILDREN:
+                break
+        return children
+
+    def _read(self, trials: Sequence[Trial]) -> None:
+        """Take in what the log has more than at the last time."""
+        new = trials[self._archive.read :]
+        self._archive.read = len(trials)
+        judged = [trial for trial in new if trial.state == "evaluated"]
+        if judged:
+            x, _ = self._described(self._priced(trial.architecture for trial in judged))
+            points = [[trial.loss, *(trial.costs[name] for name in self.costs)] for trial in judged]
+            self._archive.add(judged, x, np.array(points))
+
+    def _limits(self, rng: Random) -> np.ndarray:
+        """[limits, costs] at random over the range of what was evaluated, and a tenth of it further: what has the least
+        loss of all counts by itself."""
+        low, high = self._archive.low[1:], self._archive.high[1:]
+        shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
+        return low + 1.1 * (high - low) * shares
+
+    def _gains(
+        self, children: Mapping[Architecture, Costs], running: Sequence[Architecture], limits: np.ndarray
+    ) -> np.ndarray:
+        """[children] expected growth of the hypervolume of the front.
+
+        What runs in other lanes counts as if it had ended with the loss that is expected of it, so that lanes do not
+        crowd at one place (Kriging believer, Ginsbourger et al. 2010).
+        """
+        x, losses, front = np.stack(self._archive.x), np.array(self._archive.losses), self._archive.points
+        process = GaussianProcess(x, losses)
+        if running:
+            believed, costs = self._described(self._priced(running))
+            means, _ = process.predict(believed)
+            process = GaussianProcess(np.concatenate([x, believed]), np.concatenate([losses, means]))
+            front = np.concatenate([front, np.column_stack([means, costs])])
+        described, costs = self._described(children)
+        return expected_gain(*process.predict(described), costs, front, limits)
+
+    def _priced(self, architectures: Iterable[Architecture]) -> dict[Architecture, Costs]:
+        return {architecture: self.feasible.budget.pricer.expected(architecture) for architecture in architectures}
+
+    def _described(self, priced: Mapping[Architecture, Costs]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [n, columns] and costs that are objectives [n, costs]."""
+        pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
+        x = [features(pricer, architecture, costs, depth) for architecture, costs in priced.items()]
+        return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced.values()])
+
+
+def corners(feasible: FeasibleSampler, costs: Sequence[str]) -> tuple[Architecture, ...]:
+    """The cheapest member by each of ``costs``, where it is inside the budget: the ends of the front."""
+    budget = feasible.budget
+    found = [cheapest(feasible.space, budget.pricer, cost) for cost in costs]
+    return tuple(a for a in dict.fromkeys(found) if budget.fits(a))
+
+
+def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
+    """Members inside the budget that people would pick by habit: uniform top-2 layouts and dense ones, half each, those
+    of most FLOPs. A search that starts from them ends no worse than they are."""
+    budget, found = feasible.budget, []
+    for sparse, share in ((True, count - count // 2), (False, count // 2)):
+        habit = Router("top_k", k=2) if sparse else None
+        layouts = [
+            a for a in uniform_layouts(feasible.space, sparse) if a.decoder.layers[0].feed_forward.router == habit
+        ]
+        inside = [a for a in layouts if a in feasible.space and budget.fits(a)]
+        inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
+        found += inside[:share]
+    return tuple(found)

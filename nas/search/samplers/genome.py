@@ -1,0 +1,104 @@
+"""The flat genome that Optuna's samplers work on: every gene is there in every trial, whatever the others say.
+
+Optuna's NSGA-II inherits only parameters that all trials have, so a layer carries the genes of all its possible
+experts; decoding ignores those of experts it does not have. Different genomes may mean one architecture: the
+search tells duplicates by fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from moesaic.search_spaces.space import LayerSpace
+
+
+class Genome:
+    """Genes of a space: indices into lists of values, ordered ones as integers, others as categories."""
+
+    def __init__(self, space: SearchSpace):
+        self.space = space
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        genes: dict[str, BaseDistribution] = {
+            "width": _ordered(self.space.widths),
+            "depth": _ordered(self.space.depths),
+        }
+        for index, layer in enumerate(self.space.layers[: self.space.depths[-1]]):
+            genes[f"layer{index}.attention"] = _category(layer.attentions)
+            genes[f"layer{index}.experts"] = _ordered(layer.groups)
+            genes[f"layer{index}.router"] = _category(_routers(layer))
+            for name, values in _sizes(layer).items():
+                genes[f"layer{index}.{name}"] = _ordered(values)
+        return genes
+
+    def decode(self, gene: Callable[[str, BaseDistribution], int]) -> Architecture:
+        """An architecture from a function that gives each gene's index (it is asked for all of them)."""
+        indices = {name: gene(name, distribution) for name, distribution in self.distributions.items()}
+        space = self.space
+        layers = [self._layer(i, indices) for i in range(space.depths[indices["depth"]])]
+        return space.build(space.widths[indices["width"]], tuple(layers))
+
+    def encode(self, architecture: Architecture) -> dict[str, int]:
+        """Indices that decode to ``architecture``; genes it does not use are 0."""
+        stack = architecture.decoder
+        genes = dict.fromkeys(self.distributions, 0)
+        genes["width"] = self.space.widths.index(stack.width)
+        genes["depth"] = self.space.depths.index(len(stack.layers))
+        for index, (layer, space) in enumerate(zip(stack.layers, self.space.layers, strict=False)):
+            part, sizes = layer.feed_forward, _sizes(space)
+            values: dict[str, int] = {
+                "attention": space.attentions.index(layer.attention),
+                "experts": [group.experts for group in space.groups].index(part.experts),
+            }
+            if part.router is None:
+                values["dense_size"] = sizes["dense_size"].index(part.expert_sizes[0])
+            else:
+                values["router"] = _routers(space).index(part.router)
+                values["shared_size"] = sizes["shared_size"].index(part.shared_size)
+                values |= {f"size{j}": sizes[f"size{j}"].index(size) for j, size in enumerate(part.expert_sizes)}
+            genes |= {f"layer{index}.{name}": value for name, value in values.items()}
+        return genes
+
+    def _layer(self, index: int, genes: Mapping[str, int]) -> Layer:
+        space = self.space.layers[index]
+        at = {name: genes[f"layer{index}.{name}"] for name in ("attention", "experts", "router", *_sizes(space))}
+        attention: Attention = space.attentions[at["attention"]]
+        group = space.groups[at["experts"]]
+        if group.experts == 1:
+            return Layer(attention, FeedForward((group.sizes[at["dense_size"]],)))
+        router = _routers(space)[at["router"]].for_experts(group.experts)
+        if router not in group.routers:
+            router = group.routers[at["router"] % len(group.routers)]
+        sizes = tuple(group.sizes[at[f"size{j}"]] for j in range(group.experts))
+        return Layer(attention, FeedForward(sizes, router, group.shared_sizes[at["shared_size"]]))
+
+
+def _routers(space: LayerSpace) -> list[Router]:
+    return list(dict.fromkeys(router for group in space.groups for router in group.routers if router)) or [
+        Router("top_k", k=1)
+    ]
+
+
+def _sizes(space: LayerSpace) -> dict[str, tuple[int, ...]]:
+    """The size genes of a layer and the values behind their indices."""
+    genes: dict[str, tuple[int, ...]] = {}
+    for group in space.groups:
+        if group.experts == 1:
+            genes["dense_size"] = group.sizes
+        else:
+            genes["shared_size"] = group.shared_sizes
+            genes |= {f"size{j}": group.sizes for j in range(group.experts)}
+    return genes
+
+
+def _ordered(values: tuple) -> IntDistribution:
+    return IntDistribution(0, len(values) - 1)
+
+
+def _category(values: list | tuple) -> CategoricalDistribution:
+    return CategoricalDistribution(range(len(values)))

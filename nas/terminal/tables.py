@@ -1,0 +1,36 @@
+"""Tables for a terminal: one style, narrow enough for 80 columns where the content allows it."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.nas.context import Context
+from moesaic.nas.units import DIMENSIONS
+
+_PIPE_WIDTH = 120
+
+
+def plain_table(title: str, columns: str, texts: str) -> Table:
+    """A table with ``columns`` (names separated by ``|``); those also in ``texts`` are set left, others right."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
+    left = texts.split("|")
+    for name in columns.split("|"):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def output_console() -> Console:
+    """Standard output; wide where it is not a terminal, so that a log does not fold."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def what_costs_are_per(context: Context) -> str:
+    """A line that says what the costs of a table are per."""
+    parts = [f"{name} {d.per}" for name, d in DIMENSIONS.items() if name not in ("parameters", "latency", "memory")]
+    batch = f"latency and activation memory per batch of {context}"
+    return f"{', '.join(parts)}, {batch}; FLOPs are forward, 2 x multiply-accumulates."

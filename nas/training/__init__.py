@@ -1,0 +1,1 @@
+"""Trainings: what one consists of, in this process or in several."""

@@ -1,0 +1,66 @@
+"""What the workers of a training and the program that started them tell one another: news, a request to stop, an end.
+
+Texts in a store of torch.distributed, which the program serves and which ends with it: a worker that tells its news
+to nobody fails, so that no training goes on unwatched.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+# The documented name of a class whose stub stands elsewhere.
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from moesaic.search_spaces import Interrupted, MoesaicError, StageFailed
+
+_CONNECT = timedelta(seconds=60)
+_ERRORS = {error.__name__: error for error in (MoesaicError, StageFailed, Interrupted)}
+
+
+class Link:
+    """Either end. ``address`` is where the other end connects to."""
+
+    def __init__(self, store: TCPStore):
+        self._store = store
+
+    @classmethod
+    def serve(cls, host: str = "127.0.0.1") -> Link:
+        return cls(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+
+    @classmethod
+    def connect(cls, address: str) -> Link:
+        host, _, port = address.rpartition(":")
+        return cls(TCPStore(host, int(port), is_master=False, timeout=_CONNECT))
+
+    @property
+    def address(self) -> str:
+        return f"{self._store.host}:{self._store.port}"
+
+    def ask_to_stop(self) -> None:
+        self._store.set("stop", "")
+
+    def stop_asked(self) -> bool:
+        return self._store.check(["stop"])
+
+    def tell(self, news: dict[str, Any]) -> None:
+        self._store.set("news", json.dumps(news))
+
+    def news(self) -> dict[str, Any] | None:
+        """The latest that was told."""
+        return self._read("news")
+
+    def fail(self, error: MoesaicError) -> None:
+        """Tell an error that a person can put right, for the other end to raise; what was set is there afterwards."""
+        facts = {name: getattr(error, name) for name in ("where", "found", "allowed", "nearest")}
+        texts = {name: None if value is None else str(value) for name, value in facts.items()}
+        self._store.set("error", json.dumps({"kind": type(error).__name__, "problem": error.problem, **texts}))
+        self._store.wait(["error"])  # the store sets a value when it comes to it
+
+    def error(self) -> MoesaicError | None:
+        facts = self._read("error")
+        return None if facts is None else _ERRORS.get(facts.pop("kind"), MoesaicError)(facts.pop("problem"), **facts)
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None

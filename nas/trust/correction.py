@@ -1,0 +1,78 @@
+"""Correcting what inheritance gets wrong: a regression of stand-alone losses on inherited ones and the coarse shape.
+
+A slice's loss with shared weights is off by what its training lacked, and that follows its shape: wide and deep slices
+are behind what they reach alone, and experts that only ever see one token's first choice starve alone but not in a
+supernet, where other slices train them. A few stand-alone trainings measure that (`experiments/fidelity/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesaic.search_spaces import Architecture, Layer
+
+FEWEST_TRAININGS = 8
+"""Trainings that a correction needs: fewer fit its columns to noise."""
+_STRENGTH = 0.1
+"""Ridge penalty relative to the data: eight trainings are few for six columns."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An architecture with its inherited ``loss``, and its costs under the routing that was seen with it."""
+
+    architecture: Architecture
+    loss: float
+    flops: float
+    parameters: float
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Ridge regression (Hoerl and Kennard 1970) of the stand-alone ``losses`` [n] on ``features`` [n, columns]."""
+
+    features: np.ndarray
+    losses: np.ndarray
+
+    @staticmethod
+    def of(trained: Sequence[Judged], losses: np.ndarray) -> Correction:
+        """From the stand-alone ``losses`` [n] of ``trained`` [n]."""
+        return Correction(features(trained), losses)
+
+    def __call__(self, judged: Sequence[Judged]) -> np.ndarray:
+        """[m] expected stand-alone losses of ``judged`` [m]."""
+        return self.predict(features(judged)) if judged else np.zeros(0)
+
+    def predict(self, new: np.ndarray) -> np.ndarray:
+        """[m] of features [m, columns]. Columns are brought to deviation 1; one that did not vary says nothing."""
+        mean, scale = self.features.mean(0), self.features.std(0)
+        scale = np.where(scale > 1e-12, scale, np.inf)
+        x, new = (self.features - mean) / scale, (new - mean) / scale
+        penalty = _STRENGTH * len(x) * np.eye(x.shape[1])
+        return self.losses.mean() + new @ np.linalg.solve(x.T @ x + penalty, x.T @ (self.losses - self.losses.mean()))
+
+    def left_out(self) -> np.ndarray:
+        """[n] each training predicted from the others alone: how the correction does on what it has not seen."""
+        every = np.arange(len(self.losses))
+        others = (Correction(self.features[every != i], self.losses[every != i]) for i in every)
+        return np.array([other.predict(self.features[i : i + 1])[0] for i, other in enumerate(others)])
+
+
+def features(judged: Sequence[Judged]) -> np.ndarray:
+    """[n, 6] inherited loss, log FLOPs, log parameters, depth, log width, share of layers that give a token one expert
+    of several."""
+    rows = []
+    for one in judged:
+        stack = one.architecture.decoder
+        top_1 = sum(map(_is_top_1, stack.layers)) / len(stack.layers)
+        costs = np.log(one.flops), np.log(one.parameters)
+        rows.append((one.loss, *costs, len(stack.layers), np.log(stack.width), top_1))
+    return np.array(rows)
+
+
+def _is_top_1(layer: Layer) -> bool:
+    router = layer.feed_forward.router
+    return router is not None and router.most == 1

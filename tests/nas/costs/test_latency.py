@@ -1,0 +1,214 @@
+import json
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from moesaic.nas.config import Config, DeviceConfig, LatencyConfig
+from moesaic.nas.context import Context
+from moesaic.nas.costs.latency.calibrate import calibrate, calibration_key
+from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
+from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
+from moesaic.nas.costs.measure import latency_figures, latency_text, time_pass
+from moesaic.nas.costs.price import Pricer
+from moesaic.nas.device import choose_device
+from moesaic.nas.search.budget import resolve_budget
+from moesaic.search_spaces import Architecture, MoesaicError, load_space, preset_source
+
+SPACE = load_space(preset_source("tiny"))
+CONTEXT = Context(64, 16, 2)
+CONTEXTS = {"prefill": CONTEXT, "decode": replace(CONTEXT, phase="decode")}
+CPU = choose_device(DeviceConfig(device="cpu", threads=1))
+CONFIG = LatencyConfig(batch_size=2, models=16, repeats=3)
+
+
+def members(count: int) -> list[Architecture]:
+    rng = Random(0)
+    return [SPACE.sample_balanced(rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="module", params=list(CONTEXTS))
+def calibration(request):
+    return calibrate(SPACE, CONTEXTS[request.param], CONFIG, CPU, seed=0)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> LatencyPredictor:
+    return calibrate(SPACE, CONTEXT, CONFIG, CPU, seed=0).predictor
+
+
+# ---------------------------------------------------------------- terms
+
+
+@pytest.mark.parametrize("phase", list(CONTEXTS))
+def test_terms_add_up_over_layers(phase):
+    context = CONTEXTS[phase]
+    pricer = Pricer(context)
+    two = next(a for a in members(50) if len(a.decoder.layers) == 2)
+    ones = [SPACE.build(two.decoder.width, (layer,)) for layer in two.decoder.layers]
+    whole = model_terms(two, pricer.expected_uses(two), context)
+    parts = np.sum([model_terms(a, pricer.expected_uses(a), context) for a in ones], axis=0)
+    assert whole[2:] == pytest.approx(parts[2:])
+    assert whole[:2] == pytest.approx(parts[:2] / 2)  # those of the model itself
+
+
+def test_the_products_of_a_dense_model_are_half_its_flops():
+    dense = next(a for a in members(300) if all(layer.feed_forward.router is None for layer in a.decoder.layers))
+    pricer = Pricer(CONTEXT)
+    terms = dict(zip(TERMS, model_terms(dense, pricer.expected_uses(dense), CONTEXT), strict=True))
+    products = terms["vocabulary_products"] + terms["projection_products"] + terms["dense_products"]
+    products += 2 * terms["score_products"]  # with the keys and with the values
+    assert 2 * products == pytest.approx(CONTEXT.tokens * pricer.expected(dense)["flops"])
+
+
+def test_a_prediction_is_its_terms_times_the_coefficients(predictor):
+    coefficients = np.random.default_rng(0).uniform(0, 1, len(TERMS))
+    other, pricer = replace(predictor, coefficients=tuple(coefficients)), Pricer(CONTEXT)
+    for architecture in members(20):
+        uses = pricer.expected_uses(architecture)
+        expected = model_terms(architecture, uses, CONTEXT) @ coefficients
+        assert other.predict(architecture, uses) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- passes
+
+
+def test_a_decoding_pass_computes_the_last_position_of_a_prefill():
+    (decode,) = random_passes([SPACE.largest], CONTEXTS["decode"], CPU, seed=3)
+    tokens = text_tokens(some_windows(), CONTEXT)
+    step, whole = Pass(decode.model, tokens, CONTEXTS["decode"], CPU), decode.model(tokens)
+    for _ in range(2):  # a pass leaves nothing behind
+        assert step().logits[:, 0].sub(whole[:, -1]).abs().max() < 1e-5
+
+
+def some_windows() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def test_text_is_repeated_to_the_shape_of_a_context():
+    tokens = text_tokens(some_windows(), Context(64, 20, 5))
+    assert tokens.shape == (5, 21)
+    assert tokens.flatten()[:54].tolist() == some_windows().flatten().tolist() * 2
+
+
+def test_random_models_share_one_buffer_and_are_rebuilt_from_their_seed():
+    architectures = members(6)
+    passes, again = (random_passes(architectures, CONTEXT, CPU, seed=1) for _ in range(2))
+    storages = {one.model.embedding.weight.untyped_storage().data_ptr() for one in passes}
+    assert len(storages) == 1
+    for one, other in zip(passes, again, strict=True):
+        assert one().logits.equal(other().logits)
+    (alone,) = random_passes(architectures[:1], CONTEXT, CPU, seed=2)
+    assert not alone().logits.equal(passes[0]().logits)
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_calibration_keeps_models_apart_that_only_judge(calibration):
+    rows, predictor = calibration.rows, calibration.predictor
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("model") == len(predictor.log_residuals) == 12
+    assert kinds.count("held-out model") == predictor.accuracy.count == 4
+    assert all(row["measured_ms"] > 0 and row["measurements"] >= 3 for row in rows)
+    assert predictor.measured.measurements > 16 * 3 * 5 / 4
+    relative = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows if row["kind"] == "held-out model"]
+    assert predictor.accuracy.mape == pytest.approx(np.mean(relative))
+    assert min(predictor.coefficients) >= 0
+
+
+def test_a_prediction_is_of_the_order_of_a_measurement(calibration):
+    predictor = calibration.predictor
+    context = predictor.context
+    (one,) = random_passes([SPACE.largest], context, CPU, seed=0)
+    predicted = predictor.predict(SPACE.largest, one.uses())
+    timing = time_pass(one, predictor, CPU)
+    assert timing.corrected_ms / 4 < predicted < timing.corrected_ms * 4
+    figures = latency_figures(timing, predicted, predictor)
+    assert figures["low_ms"] < figures["high_ms"]
+    assert f"{figures['anchor_ratio']:.2f} times" in latency_text(figures)
+
+
+def test_a_calibration_belongs_to_device_context_and_space():
+    keys = {
+        calibration_key(SPACE, CONTEXT, CONFIG, CPU),
+        calibration_key(SPACE, replace(CONTEXT, batch_size=4), CONFIG, CPU),
+        calibration_key(SPACE, CONTEXTS["decode"], CONFIG, CPU),
+        calibration_key(SPACE, CONTEXT, CONFIG, replace(CPU, threads=7)),
+        calibration_key(load_space(preset_source("small")), CONTEXT, CONFIG, CPU),
+    }
+    assert len(keys) == 5
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_a_predictor_survives_its_file_and_is_refused_elsewhere(calibration, tmp_path):
+    path = tmp_path / "predictor.json"
+    calibration.predictor.save(path)
+    assert LatencyPredictor.load(path, CPU.fingerprint, str(CPU)) == calibration.predictor
+    assert set(json.loads(path.read_text())["coefficients"]) == set(TERMS)
+    other = replace(CPU, name="Another processor")
+    with pytest.raises(MoesaicError, match="another device") as caught:
+        LatencyPredictor.load(path, other.fingerprint, str(other))
+    assert CPU.name in str(caught.value.found)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"coefficients": {"x": 1}}', "null", "3"])
+def test_a_damaged_predictor_is_one_message(tmp_path, text):
+    path = tmp_path / "predictor.json"
+    path.write_text(text)
+    with pytest.raises(MoesaicError):
+        LatencyPredictor.load(path, "x", "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("coefficients", {}),
+        ("log_residuals", []),
+        ("log_residuals", ["x"]),
+        ("context", {"phase": 1}),
+        ("anchors", None),
+    ],
+)
+def test_a_predictor_with_a_damaged_part_is_one_message(predictor, tmp_path, key, value):
+    path = tmp_path / "predictor.json"
+    predictor.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(MoesaicError, match="not a latency predictor"):
+        LatencyPredictor.load(path, CPU.fingerprint, str(CPU))
+
+
+# ---------------------------------------------------------------- confidence
+
+
+def test_a_confidence_binds_the_upper_edge_of_the_prediction(predictor):
+    residuals = tuple(np.random.default_rng(0).normal(0, 0.05, 60))
+    predictor = replace(predictor, log_residuals=residuals, coefficients=(1.0,) * len(TERMS))
+    pricer = Pricer(CONTEXT, predictor=predictor)
+
+    def budget(**line):
+        config = Config.model_validate({"budget": {"latency": {"limit": "60%", **line}}, "space": "tiny"})
+        return resolve_budget(config, SPACE, pricer)
+
+    plain, sure = budget(), budget(confidence=0.95)
+    margin = predictor.margin(0.95)
+    assert 1.05 < margin < 1.15
+    assert margin == pytest.approx(predictor.interval(0.9).high)  # 5 % above, 5 % below
+    found = members(200)
+    for architecture in found:
+        assert sure.excess(architecture)["latency"] + 1 == pytest.approx(
+            (plain.excess(architecture)["latency"] + 1) * margin
+        )
+        measured = pricer.expected(architecture)
+        assert sure.measured_excess(measured) == pytest.approx(sure.excess(architecture))
+    assert sum(map(sure.fits, found)) < sum(map(plain.fits, found))
+    assert "confidence 0.95" in str(sure.lines[0])
+
+
+def test_more_confidence_binds_more(predictor):
+    margins = [predictor.margin(confidence) for confidence in (0.55, 0.8, 0.95, 0.99)]
+    assert margins == sorted(margins)

@@ -1,0 +1,195 @@
+"""Exports against the budget: what is over when it is measured is refused or flagged, never shipped silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.nas.costs.compliance import STATUSES, TOLERANCE, lines_text, status_of, worst_status
+from moesaic.nas.costs.latency.timing import Beside
+from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
+from moesaic.nas.report.findings import gather
+from moesaic.nas.report.summary import build_summary
+from moesaic.nas.search.budget import Budget, BudgetLine
+from moesaic.nas.search.trials import Trial, read_trials
+from moesaic.nas.stages.export_models import run_export
+from moesaic.nas.stages.retrain_models import SEARCHED, contestants
+from moesaic.nas.stages.run import Run
+from tests.nas.run_tools import finish, open_run, said, without_stages
+
+LATER = ("exports", "retrain", "report")
+
+
+@pytest.fixture
+def searched(quick_run: Path, micro_config: Path, tmp_path: Path) -> Run:
+    """A run whose search is finished and whose export is next."""
+    return open_run(micro_config, without_stages(quick_run, tmp_path / "run", *LATER))
+
+
+def by_loss(run: Run) -> list[Trial]:
+    trials = read_trials(run.path / "search" / "trials.jsonl")
+    return sorted((trial for trial in trials if trial.feasible), key=lambda trial: (trial.loss or 0, trial.number))
+
+
+def export_with(run: Run, factors: Mapping[str, float], others: float = 0.9) -> list[str]:
+    """Export while models measure their factor (by fingerprint) of the FLOPs limit; returns what was measured."""
+    (limit,) = (line.limit for line in run.budget.lines if line.cost == "flops")
+    measured: list[str] = []
+
+    def measure(model: Any, *arguments: Any) -> MeasuredCosts:
+        real = measure_costs(model, *arguments)
+        measured.append(model.architecture.fingerprint)
+        return replace(real, costs={**real.costs, "flops": limit * factors.get(measured[-1], others)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.stages.run.measure_costs", measure)
+        run_export(run)
+    return measured
+
+
+def read(run: Run, name: str) -> Any:
+    return json.loads((run.path / name).read_text())
+
+
+# ---------------------------------------------------------------- statuses
+
+
+@pytest.mark.parametrize(
+    ("measured", "status"),
+    [(90, "inside"), (100, "inside"), (100.1, "within tolerance"), (102.9, "within tolerance"), (103.1, "over")],
+)
+def test_a_line_is_kept_within_three_percent(measured, status):
+    assert TOLERANCE == 0.03
+    assert status_of(measured, 100) == status
+
+
+def test_a_model_has_the_status_of_its_worst_line():
+    for worst in range(len(STATUSES)):
+        assert worst_status([{"status": status} for status in STATUSES[: worst + 1]]) == STATUSES[worst]
+
+
+# ---------------------------------------------------------------- the best
+
+
+def test_a_best_trial_that_measures_over_is_refused_and_the_next_is_exported(searched):
+    first, second, *_ = by_loss(searched)
+    measured = export_with(searched, {first.architecture.fingerprint: 1.1})
+    assert measured[:2] == [first.architecture.fingerprint, second.architecture.fingerprint]
+    assert measured.count(first.architecture.fingerprint) == 1  # it is no member of the exported front either
+    figures = read(searched, "exports/best/figures.json")
+    assert (figures["trial"], figures["validation_loss"]) == (second.number, second.loss)
+    (refused,) = figures["refused"]
+    assert (refused["trial"], refused["fingerprint"]) == (first.number, first.architecture.fingerprint)
+    (line,) = refused["over"]
+    assert line["name"] == "flops"
+    assert line["measured"] == pytest.approx(1.1 * line["limit"])
+    assert read(searched, "exports/exports.json")[0]["refused"] == figures["refused"]
+    assert f"trial {first.number} is refused, over the budget when measured: flops" in said(searched)
+    assert f"trial {second.number} keeps the budget" in said(searched)
+    card = (searched.path / "exports" / "best" / "README.md").read_text()
+    assert first.architecture.fingerprint in card
+    assert "OVER" not in card
+
+    assert contestants(searched)[SEARCHED] == (second.architecture, second.loss)
+    printed = finish(searched)
+    sentence = f"trial {first.number} ({first.architecture.fingerprint}): {lines_text([line])}"
+    assert sentence in printed
+    assert sentence in (searched.path / "report" / "index.html").read_text()
+    summary = read(searched, "summary.json")
+    assert summary["chosen"]["fingerprint"] == second.architecture.fingerprint
+    assert summary["chosen"]["refused"] == figures["refused"]
+    findings = gather(searched, build_summary(searched))
+    assert findings.models[0].architecture == second.architecture
+    assert [point.architecture for point in findings.points if point.kind == "best"] == [second.architecture]
+    marked = [point for point in findings.points if "over budget when its model was measured" in point.label]
+    assert [point.architecture for point in marked] == [first.architecture]
+
+
+def test_a_model_within_the_tolerance_is_not_refused_but_said(searched):
+    first = by_loss(searched)[0]
+    export_with(searched, {first.architecture.fingerprint: 1.02})
+    figures = read(searched, "exports/best/figures.json")
+    assert figures["trial"] == first.number
+    assert figures["refused"] == []
+    assert {line["name"]: line["status"] for line in figures["budget"]}["flops"] == "within tolerance"
+    assert "refused" not in said(searched)
+    assert "| within tolerance |" in (searched.path / "exports" / "best" / "README.md").read_text()
+    assert "within tolerance" in finish(searched)
+    page = (searched.path / "report" / "index.html").read_text()
+    assert '<span class="warn">over by 2.0%</span>' in page
+    assert "verdict bad" not in page
+
+
+def test_where_all_are_over_the_least_excess_is_shipped_and_flagged_everywhere(searched):
+    trials = by_loss(searched)
+    assert len(trials) > 8
+    least = trials[5]
+    measured = export_with(searched, {least.architecture.fingerprint: 1.05}, others=1.2)
+    assert measured[:8] == [trial.architecture.fingerprint for trial in trials[:8]]
+    figures = read(searched, "exports/best/figures.json")
+    assert figures["trial"] == least.number
+    assert [row["trial"] for row in figures["refused"]] == [t.number for t in trials[:8] if t is not least]
+    assert "none of 8 candidates keeps the budget" in said(searched)
+    words = "OVER BUDGET when measured on this device: flops"
+    assert words in said(searched)
+    assert f"**{words}" in (searched.path / "exports" / "best" / "README.md").read_text()
+    printed = finish(searched)
+    assert words in printed
+    assert any(row.split()[:1] == ["flops"] and row.split()[-1] == "OVER" for row in printed.splitlines())
+    page = (searched.path / "report" / "index.html").read_text()
+    assert f'<p class="verdict bad">{words}' in page
+    assert '<span class="bad">over by 5.0%</span>' in page
+    statuses = {line["name"]: line["status"] for line in read(searched, "summary.json")["budget"]}
+    assert statuses["flops"] == "over"
+
+
+def test_a_member_of_the_front_that_is_over_is_exported_and_flagged(searched, quick_run):
+    member = json.loads((quick_run / "exports" / "exports.json").read_text())[1]
+    assert member["name"] == "front-1"
+    export_with(searched, {member["fingerprint"]: 1.3})
+    rows = read(searched, "exports/exports.json")
+    assert [row["fingerprint"] for row in rows][1] == member["fingerprint"]
+    assert [worst_status(row["budget"]) for row in rows] == ["inside", "over", *["inside"] * (len(rows) - 2)]
+    assert "front-1 (trial" in said(searched)
+    assert "**OVER BUDGET" in (searched.path / "exports" / "front-1" / "README.md").read_text()
+    finish(searched)
+    assert '<span class="bad">FLOPs over by 30.0%</span>' in (searched.path / "report" / "index.html").read_text()
+
+
+def test_another_choice_is_another_input_of_what_comes_after(quick_run, micro_config, tmp_path):
+    run = open_run(micro_config, without_stages(quick_run, tmp_path / "run", "exports"))
+    export_with(run, {by_loss(run)[0].architecture.fingerprint: 1.1})
+    assert not run.stages["retrain"].complete
+    same = open_run(micro_config, without_stages(quick_run, tmp_path / "same", "exports"))
+    run_export(same)
+    assert same.stages["retrain"].complete
+
+
+# ---------------------------------------------------------------- latency is measured again
+
+
+@pytest.mark.parametrize(
+    ("timed", "held", "status"),
+    [
+        ([9.0], 9.0, "inside"),
+        ([10.2], 10.2, "within tolerance"),
+        ([11.0, 9.9, 10.1], 10.1, "within tolerance"),
+        ([11.0, 10.9, 8.0], 10.9, "over"),
+    ],
+)
+def test_a_latency_over_its_budget_is_measured_twice_more(quick_run, micro_config, monkeypatch, timed, held, status):
+    run = open_run(micro_config, quick_run)
+    run.budget = Budget((BudgetLine("latency", 10.0, "expected", confidence=0.9),), run.pricer)
+    left = list(timed)
+    monkeypatch.setattr("nas.costs.measure.time_pass", lambda *_: Beside(7.0, left.pop(0), 0.7, 0.01))
+    architecture = by_loss(run)[0].architecture
+    measured = run.measure(run.supernet.extract(architecture).eval(), run.windows("test", 4))
+    assert left == []
+    assert measured.costs["latency"] == measured.timing.corrected_ms == held
+    (line,) = run.budget_lines(architecture, measured.costs)
+    assert (line["status"], line["confidence"]) == (status, 0.9)
