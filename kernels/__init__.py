@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import reference, routing, segments
+from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 
@@ -16,7 +17,7 @@ def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None
     from moesaic.kernels import gpu
 
     # A dense layer is two or three plain products, which cuBLAS does best.
-    if routing is None or len(layout.sizes) > gpu.MOST_EXPERTS:
+    if routing is None or len(layout.sizes) > gpu.MAX_EXPERTS:
         return segments.sparse_ffn(x, bank, layout, routing, activation)
     return gpu.sparse_ffn(x, bank, layout, routing, activation)
 
@@ -45,10 +46,10 @@ def sparse_ffn(
     Parameters
     ----------
     x : [T, D] hidden states.
-    bank : matrices [N, D_max] with D <= D_max and any floating dtype; they are read in place.
+    bank : matrices [N, D_max] with D <= D_max, and ``up_bias`` [N] or None. Any floating dtype; read in place.
     layout : rows of each expert in the bank. Experts may differ in size.
     routing : sorted pairs; None when there is one expert that every token uses with weight 1 (a dense layer).
-    activation : ``relu``, ``gelu`` or ``swiglu`` (which needs ``bank.gate``).
+    activation : a key of ``ACTIVATIONS``. A gated one needs ``bank.gate``, which the others must not have.
     implementation : a key of ``IMPLEMENTATIONS``; by default ``triton`` where it runs, else ``torch``.
 
     Returns
@@ -57,10 +58,16 @@ def sparse_ffn(
 
     Raises
     ------
-    ValueError : a gate without ``swiglu`` or the reverse; several experts without a routing; float16 on a CPU.
+    ValueError : an unknown activation; a gate without a gated activation or the reverse; an ``up_bias`` that is not
+        one value per neuron; several experts without a routing; float16 on a CPU.
     """
-    if (bank.gate is None) == (activation == "swiglu"):
-        raise ValueError(f"activation {activation} {'needs' if activation == 'swiglu' else 'has no'} gate")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation}: use one of {', '.join(ACTIVATIONS)}")
+    gated = ACTIVATIONS[activation].gated
+    if gated != (bank.gate is not None):
+        raise ValueError(f"activation {activation} {'needs a' if gated else 'has no'} gate")
+    if bank.up_bias is not None and bank.up_bias.shape != bank.up.shape[:1]:
+        raise ValueError(f"up_bias has shape {list(bank.up_bias.shape)}, but there are {len(bank.up)} neurons")
     if routing is None and len(layout.sizes) != 1:
         raise ValueError("without a routing there is one expert, which every token uses")
     if x.dtype == torch.float16 and x.device.type == "cpu":
@@ -72,14 +79,24 @@ def sparse_ffn(
     return IMPLEMENTATIONS[implementation](x, bank, layout, routing, activation)
 
 
-def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
+def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
     """Choose experts for each token: ``kernels.routing.route``, as Triton kernels where they run."""
     if has_triton(logits.device) and logits.shape[1] > 1:
         from moesaic.kernels import gpu
 
-        if logits.shape[1] <= gpu.MOST_EXPERTS:
-            return gpu.route(logits, most=most, threshold=threshold, normalise=normalise)
-    return routing.route(logits, most=most, threshold=threshold, normalise=normalise)
+        if logits.shape[1] <= gpu.MAX_EXPERTS:
+            return gpu.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise)
+    return routing.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise)
 
 
-__all__ = ["IMPLEMENTATIONS", "Bank", "ExpertLayout", "Routing", "has_triton", "route", "sparse_ffn"]
+__all__ = [
+    "ACTIVATIONS",
+    "IMPLEMENTATIONS",
+    "Activation",
+    "Bank",
+    "ExpertLayout",
+    "Routing",
+    "has_triton",
+    "route",
+    "sparse_ffn",
+]

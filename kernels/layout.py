@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,14 +27,17 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Bank:
-    """Neuron n of a feed-forward layer is row n of each matrix. ``gate`` is there for gated units.
+    """Neuron n of a feed-forward layer is row n of each matrix. A gated unit has a ``gate``; ``up_bias`` is optional.
 
     ``up``, ``gate``, ``down`` are [N, D_max]; a layer of width D <= D_max uses the first D columns in place.
+    ``up_bias`` [N] is added to the pre-activation of ``up``. A bias of ``down`` is one vector per layer, which the
+    caller adds to the output; a gate has none.
     """
 
     up: Tensor
     gate: Tensor | None
     down: Tensor
+    up_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,6 @@ class Routing:
     def load(self) -> Tensor:
         """[E] pairs per expert."""
         return self.offsets.diff()
-
-    def to(self, device: torch.device) -> Routing:
-        """The same on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     def trimmed(self) -> Routing:
         """The same with lists of P. Waits for the device."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels.activations import ACTIVATIONS
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 
 def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """Hidden values from the pre-activations. ``swiglu`` is silu(gate) * up (arXiv 2002.05202)."""
-    if activation == "swiglu":
-        assert gate is not None
-        return F.silu(gate) * up
-    return F.relu(up) if activation == "relu" else F.gelu(up)
+    """Hidden values [P, F] from the pre-activations [P, F] of ``up`` and, for a gated unit, of ``gate``."""
+    function = ACTIVATIONS[activation].pointwise.forward
+    return function(up) if gate is None else function(gate) * up
 
 
 def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
@@ -31,6 +29,9 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | N
             pairs = slice(int(routing.offsets[expert]), int(routing.offsets[expert + 1]))
             tokens, weights = routing.tokens[pairs], routing.weights[pairs].to(x.dtype)
         inputs = x[tokens]
-        hidden = activate(inputs @ up.T, None if gate is None else inputs @ gate.T, activation)
+        a = inputs @ up.T
+        if bank.up_bias is not None:
+            a = a + bank.up_bias[rows].to(x.dtype)
+        hidden = activate(a, None if gate is None else inputs @ gate.T, activation)
         out = out.index_add(0, tokens, (hidden @ down) * weights[:, None])
     return out

@@ -8,14 +8,14 @@ from torch import Tensor
 from moesaic.kernels.layout import Routing
 
 
-def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
+def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
     """Choose experts for each token.
 
     Parameters
     ----------
     logits : [T, E], any float dtype; the softmax is taken in float32.
-    most : the largest number of experts a token may use.
-    threshold : None for top-k (exactly ``most`` experts). Otherwise experts in falling order of probability are
+    max_experts : the largest number of experts a token may use.
+    threshold : None for top-k (exactly ``max_experts`` experts). Otherwise experts in falling order of probability are
         kept while the mass ranked strictly ahead is below ``threshold``; the first is always kept (XMoE,
         arXiv 2403.18926). Equal probabilities keep the order of the experts.
     normalise : divide the weights of a token's experts by their sum, so that the scale of the output does not
@@ -24,7 +24,7 @@ def route(logits: Tensor, *, most: int, threshold: float | None = None, normalis
         learn. False leaves the probabilities as they are.
     """
     probabilities = _softmax(logits.float())
-    chosen = _choose(probabilities.detach(), most, threshold)  # [T, E]
+    chosen = _choose(probabilities.detach(), max_experts, threshold)  # [T, E]
     pair_expert, pair_token = chosen.t().nonzero(as_tuple=True)
     offsets = torch.searchsorted(pair_expert, torch.arange(logits.shape[1] + 1, device=logits.device))
     weights = probabilities
@@ -32,7 +32,7 @@ def route(logits: Tensor, *, most: int, threshold: float | None = None, normalis
         total = (probabilities * chosen).sum(-1, keepdim=True)
         if threshold is not None:
             total = torch.where(chosen.sum(-1, keepdim=True) == 1, total.detach(), total)
-        elif most == 1:
+        elif max_experts == 1:
             total = total.detach()
         weights = probabilities / total
     return Routing(pair_token, offsets, weights[pair_token, pair_expert], probabilities)
@@ -43,20 +43,20 @@ def _softmax(logits: Tensor) -> Tensor:
     return logits.t().softmax(0).t() if logits.shape[1] < 16 else logits.softmax(-1)
 
 
-def _choose(probabilities: Tensor, most: int, threshold: float | None) -> Tensor:
-    """[T, E] whether a token uses an expert: ``most`` times the largest probability of those left.
+def _choose(probabilities: Tensor, max_experts: int, threshold: float | None) -> Tensor:
+    """[T, E] whether a token uses an expert: ``max_experts`` times the largest probability of those left.
 
     ``max`` gives the first of equals, as a stable sort would; sorting 32 experts takes five times as long for top-2.
     """
     left, chosen = probabilities, torch.zeros_like(probabilities, dtype=torch.bool)
     ahead = probabilities.new_zeros(0)
-    for rank in range(min(most, left.shape[1])):
+    for rank in range(min(max_experts, left.shape[1])):
         share, expert = left.max(-1, keepdim=True)
         if threshold is None or rank == 0:
             chosen.scatter_(1, expert, value=True)
         else:
             chosen.scatter_(1, expert, ahead.float() < threshold)
-        if rank + 1 < most:
+        if rank + 1 < max_experts:
             left = left.scatter(1, expert, -1) if rank == 0 else left.scatter_(1, expert, -1)
             if threshold is not None:  # summed in float64: float32 would round at each step and break ties
                 ahead = share.double() if rank == 0 else ahead.add_(share)

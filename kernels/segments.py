@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 # 4 MiB of float32. Measured against one block per expert, 1 MiB and one block in all: never slower than any; 15 %
@@ -36,7 +36,9 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | N
     blocks = _blocks(layout, bounds, len(x) if routing is None else BLOCK_ELEMENTS // max(1, x.shape[1]))
     # Inside a Function gradients are always off: only here can it be known whether a backward pass will come.
     keep_hidden = torch.is_grad_enabled()
-    return _SegmentedFFN.apply(x, bank.up, bank.gate, bank.down, weights, tokens, blocks, activation, keep_hidden)
+    return _SegmentedFFN.apply(
+        x, bank.up, bank.up_bias, bank.gate, bank.down, weights, tokens, blocks, ACTIVATIONS[activation], keep_hidden
+    )
 
 
 class _SegmentedFFN(Function):
@@ -45,46 +47,48 @@ class _SegmentedFFN(Function):
         ctx: Any,
         x: Tensor,
         up: Tensor,
+        up_bias: Tensor | None,
         gate: Tensor | None,
         down: Tensor,
         weights: Tensor | None,
         tokens: Tensor | None,
         blocks: list[tuple[slice, list[Expert]]],
-        activation: str,
+        activation: Activation,
         keep_hidden: bool,
     ) -> Tensor:
         out = x.new_empty(x.shape) if tokens is None else x.new_zeros(x.shape)
         scale = None if weights is None else weights.to(x.dtype)[:, None]
         buffer = _buffer(x, tokens, blocks)
-        pre: list[Tensor | None] = []  # per expert: up and gate before the activation (after it where that is relu)
+        kept: list[Tensor | None] = []  # per expert: pre-activations of up (or hidden values if they do) and of gate
         for pairs, experts in blocks:
             inputs = x if tokens is None else _gather(x, tokens[pairs], buffer)
             outputs = out if tokens is None else inputs  # an expert's inputs are not needed once its outputs are there
             for rows, own in experts:
                 w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
-                a = torch.mm(inputs[own], w_up.T)
+                a = _up_product(inputs[own], w_up, up_bias, rows)
                 g = None if w_gate is None else torch.mm(inputs[own], w_gate.T)
                 torch.mm(_hidden(a, g, activation), w_down, out=outputs[own])
                 if keep_hidden:
-                    pre += [a, g]
+                    kept += [a, g]
             if tokens is not None and scale is not None:
                 out.index_add_(0, tokens[pairs], outputs.mul_(scale[pairs]))
-        ctx.save_for_backward(x, up, gate, down, weights, tokens, *pre)
+        ctx.save_for_backward(x, up, up_bias, gate, down, weights, tokens, *kept)
         ctx.blocks, ctx.activation = blocks, activation
         return out
 
     @staticmethod
     @once_differentiable  # the saved hidden layer carries no graph: a second derivative would be wrong in silence
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, up, gate, down, weights, tokens, *pre = ctx.saved_tensors
+        x, up, up_bias, gate, down, weights, tokens, *kept = ctx.saved_tensors
         width, written = x.shape[1], [rows for _, experts in ctx.blocks for rows, _ in experts]
         grad_up, grad_down = _bank_gradient(up, written, width), _bank_gradient(down, written, width)
         grad_gate = None if gate is None else _bank_gradient(gate, written, width)
+        grad_bias = None if up_bias is None else torch.zeros_like(up_bias)
         grad_x = x.new_empty(x.shape) if tokens is None else x.new_zeros(x.shape)
         grad_weights = None if weights is None else weights.new_zeros(weights.shape)
         scale = None if weights is None else weights.to(x.dtype)[:, None]
         input_buffer, grad_buffer = _buffer(x, tokens, ctx.blocks), _buffer(x, tokens, ctx.blocks)
-        kept = iter(pre)
+        saved = iter(kept)
         for pairs, experts in ctx.blocks:
             inputs = x if tokens is None else _gather(x, tokens[pairs], input_buffer)
             grad_out = grad if tokens is None else _gather(grad, tokens[pairs], grad_buffer)
@@ -92,8 +96,8 @@ class _SegmentedFFN(Function):
             block_scale = None if scale is None else scale[pairs]
             for rows, own in experts:
                 w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
-                a, g = next(kept), next(kept)
-                hidden = a if ctx.activation == "relu" else _hidden(a, g, ctx.activation)
+                a, g = next(saved), next(saved)
+                hidden = a if ctx.activation.keeps_hidden else _hidden(a, g, ctx.activation)
                 grad_hidden = torch.mm(grad_out[own], w_down.T)
                 if grad_weights is not None and block_scale is not None:
                     # d(out)/d(weight) is the expert's output, but <grad, hidden @ w_down> = <grad @ w_down.T, hidden>:
@@ -104,6 +108,8 @@ class _SegmentedFFN(Function):
                 _multiply_into(grad_down[rows, :width], hidden.T, grad_out[own])
                 grad_a, grad_g = _hidden_backward(a, g, grad_hidden, ctx.activation)
                 _multiply_into(grad_up[rows, :width], grad_a.T, inputs[own])
+                if grad_bias is not None:
+                    torch.sum(grad_a, 0, dtype=grad_bias.dtype, out=grad_bias[rows])
                 if grad_gate is not None and grad_g is not None:
                     _multiply_into(grad_gate[rows, :width], grad_g.T, inputs[own])
                 torch.mm(grad_a, w_up, out=grad_inputs[own])
@@ -111,7 +117,7 @@ class _SegmentedFFN(Function):
                     grad_inputs[own].addmm_(grad_g, w_gate)
             if tokens is not None:
                 grad_x.index_add_(0, tokens[pairs], grad_inputs)
-        return grad_x, grad_up, grad_gate, grad_down, grad_weights, None, None, None, None
+        return grad_x, grad_up, grad_bias, grad_gate, grad_down, grad_weights, None, None, None, None
 
 
 def _blocks(layout: ExpertLayout, bounds: list[int], longest: int) -> list[tuple[slice, list[Expert]]]:
@@ -150,6 +156,13 @@ def _expert_weights(
     return up[rows, columns].to(x.dtype), w_gate, down[rows, columns].to(x.dtype)
 
 
+def _up_product(inputs: Tensor, w_up: Tensor, up_bias: Tensor | None, rows: slice) -> Tensor:
+    """Pre-activations of ``up``. ``addmm`` adds the bias inside the product, at less cost than a pass of its own."""
+    if up_bias is None:
+        return torch.mm(inputs, w_up.T)
+    return torch.addmm(up_bias[rows].to(inputs.dtype), inputs, w_up.T)
+
+
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out = left @ right``; the bank, and so its gradient, may have another dtype than the hidden states."""
     if out.dtype == left.dtype:
@@ -171,18 +184,18 @@ def _bank_gradient(matrix: Tensor, written: list[slice], width: int) -> Tensor:
     return gradient
 
 
-def _hidden(a: Tensor, g: Tensor | None, activation: str) -> Tensor:
-    """Hidden values; those of relu take the place of ``a``, since its gradient can be told from them too."""
+def _hidden(a: Tensor, g: Tensor | None, activation: Activation) -> Tensor:
+    """Hidden values; they take the place of ``a`` where the activation ``keeps_hidden``."""
+    pointwise = activation.pointwise
     if g is not None:
-        return F.silu(g).mul_(a)
-    return a.relu_() if activation == "relu" else F.gelu(a)
+        return pointwise.forward(g).mul_(a)
+    return (pointwise.forward_in_place or pointwise.forward)(a)
 
 
-def _hidden_backward(a: Tensor, g: Tensor | None, grad: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+def _hidden_backward(a: Tensor, g: Tensor | None, grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor | None]:
     """Gradients of ``a`` and ``g``. ``grad`` is overwritten."""
-    if g is not None:
-        grad_g = torch.ops.aten.silu_backward(grad * a, g)
-        return grad.mul_(F.silu(g)), grad_g
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward.grad_input(grad, a, 0, grad_input=grad), None
-    return torch.ops.aten.gelu_backward(grad, a), None
+    pointwise = activation.pointwise
+    if g is None:
+        return pointwise.backward(grad, a), None
+    grad_g = pointwise.backward(grad * a, g)
+    return grad.mul_(pointwise.forward(g)), grad_g

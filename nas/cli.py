@@ -1,17 +1,19 @@
-"""The command line: one command per stage, `run` for all of them, and tools to look before training."""
+"""The command line: a command per stage, `run` for all of them, and tools to look before training."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moesaic.nas import __version__
+from moesaic.nas.stages.stage import STAGES
 
 app = typer.Typer(
     name="moesaic",
@@ -40,9 +42,8 @@ def _version(
         raise typer.Exit
 
 
-@app.command(rich_help_panel="Main")
+@app.command(rich_help_panel="Main", help=f"Do the whole job: {', '.join(stage.name for stage in STAGES)}.")
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Do the whole job: supernet, latency, search, fidelity, export, retrain, report."""
     _stages(config, overrides, out, None)
 
 
@@ -55,14 +56,15 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from moesaic.nas.stages.run import Run
         from moesaic.nas.terminal.tables import output_console
 
-        parts = Run(load_config(config, overrides or ()), Path("runs")).parts()
-        results = {part.name: build_plan(part) for part in parts}
+        run = Run(load_config(config, overrides or ()), Path("runs"))
+        results = {part.name: build_plan(part) for part in run.budgets}
         if as_json:
-            print(json.dumps(results if len(parts) > 1 else results[parts[0].name], indent=2))
+            plain = {name: asdict(result) for name, result in results.items()}
+            print(json.dumps(plain if len(plain) > 1 else next(iter(plain.values())), indent=2))
         else:
             for name, result in results.items():
                 print_plan(output_console(), result, name)
-        if any(result["problem"] for result in results.values()):
+        if any(result.problem for result in results.values()):
             raise typer.Exit(2)
 
 
@@ -101,77 +103,58 @@ def cost(
         value = Architecture.from_yaml(architecture)
         statement = build_statement(value, Context(vocab_size, sequence_length, batch_size))
         if as_json:
-            print(json.dumps(statement, indent=2))
+            print(json.dumps(statement.plain(), indent=2))
         else:
             print_statement(output_console(), value, statement)
 
 
-@app.command(rich_help_panel="Stages")
-def supernet(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Train the weights that all architectures share."""
-    _stages(config, overrides, out, "supernet")
-
-
-@app.command(rich_help_panel="Stages")
 def latency(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Out = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if this machine was measured.")] = False,
 ) -> None:
-    """Calibrate the latency predictor on this device."""
     _stages(config, overrides, out, "latency", fresh=fresh)
 
 
-@app.command(rich_help_panel="Stages")
-def search(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Search for the best architectures inside the budget."""
-    _stages(config, overrides, out, "search")
-
-
-@app.command(rich_help_panel="Stages")
-def fidelity(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Test how far the search's ranking can be trusted."""
-    _stages(config, overrides, out, "fidelity")
-
-
-@app.command(rich_help_panel="Stages")
-def export(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Write the best architecture and the Pareto set as models of their own, and measure them."""
-    _stages(config, overrides, out, "export")
-
-
-@app.command(rich_help_panel="Stages")
 def retrain(
     config: Annotated[Path, typer.Argument(metavar="CONFIG|DIRECTORY", help="YAML file of a run, or an export.")],
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Train the chosen architecture and its rivals, or one exported model."""
     if not config.is_dir():
         _stages(config, overrides, out, "retrain")
         return
     with _told(), _stopping() as should_stop:
-        from moesaic.nas.stages.retrain_models import retrain_export
+        from moesaic.nas.stages.retrain_export import retrain_export
         from moesaic.nas.terminal.progress import Reporter
-        from moesaic.nas.training.single import half_interval
         from moesaic.search_spaces import MoesaicError
 
         if out is not None:
             raise MoesaicError("--out goes with a run, an export is trained where it is", where="--out", found=out)
-        result = retrain_export(config, overrides or (), Reporter(), should_stop)
-        half, seeds = half_interval(result), len(result["runs"])
-        error = f"{result['standard_error']:.4f}" if half is None else f"{half:.4f} (95 % interval over {seeds} seeds)"
+        result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
+        over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
+        figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
         typer.echo(
-            f"test loss {result['loss']:.4f} ± {error}, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.3f} bits per byte; weights in {config / 'retrained'}, a folder per seed"
+            f"test loss {result.loss:.4f} ± {result.error:.4f}{over}, {figures}; weights in {config / 'retrained'}, "
+            "a folder per seed"
         )
 
 
-@app.command(rich_help_panel="Stages")
-def report(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
-    """Write the report of a finished run."""
-    _stages(config, overrides, out, "report")
+_OF_ITS_OWN: dict[str, Callable[..., None]] = {"latency": latency, "retrain": retrain}
+"""Stages whose command takes more than the others'."""
+
+
+def _command_of(name: str) -> Callable[..., None]:
+    def command(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
+        _stages(config, overrides, out, name)
+
+    return command
+
+
+for _stage in STAGES:
+    _command = _OF_ITS_OWN.get(_stage.name) or _command_of(_stage.name)
+    app.command(_stage.name, help=_stage.help, rich_help_panel="Stages")(_command)
 
 
 @app.command(rich_help_panel="Main")

@@ -9,6 +9,17 @@ Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of a stack one pass computes: ``tokens`` hidden states of ``sequences``, each of which sees ``keys``
+    positions. A product over an expert's rows computes whole tiles of ``row_tile`` rows."""
+
+    tokens: int
+    sequences: int
+    keys: int
+    row_tile: int
+
+
+@dataclass(frozen=True)
 class Context:
     """One forward pass of ``batch_size`` sequences.
 
@@ -26,8 +37,13 @@ class Context:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one pass computes."""
+        """Tokens whose logits one pass computes."""
         return self.batch_size * (self.sequence_length if self.phase == "prefill" else 1)
+
+    def extent(self, stack: str) -> Extent:
+        """What a pass computes in the stack of that name; today's architectures have one, the decoder."""
+        assert stack == "decoder"
+        return Extent(self.tokens, self.batch_size, self.sequence_length, self.row_tile)
 
     def __str__(self) -> str:
         if self.phase == "decode":

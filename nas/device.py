@@ -1,4 +1,4 @@
-"""The device a run computes on: chosen once, described so that measurements from another one are recognised."""
+"""The device a run computes on, described so that measurements from another one are recognised; and the versions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from moesaic.nas.config import DeviceConfig
 from moesaic.search_spaces import MoesaicError
+
+_PACKAGES = ("torch", "numpy", "scipy", "optuna", "tokenizers", "safetensors", "pydantic")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Device:
     @property
     def bytes_per_value(self) -> int:
         return 2 if self.bfloat16 else 4
+
+    @property
+    def computing(self) -> dict[str, str | int]:
+        """What decides the last digits of a computation."""
+        return {"kind": self.kind, "dtype": self.dtype, "threads": self.threads}
+
+    def autocast(self) -> torch.autocast:
+        """A context in which products are computed in ``dtype``."""
+        return torch.autocast(self.kind, dtype=torch.bfloat16, enabled=self.bfloat16)
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +76,17 @@ def choose_device(config: DeviceConfig) -> Device:
     wanted = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     name = torch.cuda.get_device_name() if kind == "cuda" else processor_name()
     return Device(kind, name, wanted if config.dtype == "auto" else config.dtype, threads, torch.__version__)
+
+
+def versions() -> dict[str, str]:
+    """Python, this program, and the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in ("moesaic", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def usable_processors() -> int:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from moesaic.nas.config import DeviceConfig
 from moesaic.nas.data.corpus import cache_directory
-from moesaic.nas.device import choose_device, usable_processors
-from moesaic.nas.report.summary import versions
+from moesaic.nas.device import choose_device, usable_processors, versions
 
 
 @dataclass(frozen=True)

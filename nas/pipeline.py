@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 from rich.console import Console
 
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, even
-from moesaic.nas.report.summary import build_summary, print_summary, versions
-from moesaic.nas.search.budget import a_member_inside, resolve_budget
-from moesaic.nas.stages.calibrate_latency import calibrated, run_latency
-from moesaic.nas.stages.check_fidelity import run_fidelity
-from moesaic.nas.stages.directory import stopwatch
-from moesaic.nas.stages.export_models import run_export
-from moesaic.nas.stages.retrain_models import run_retrain
-from moesaic.nas.stages.run import SHARED_STAGES, STAGES, Run
-from moesaic.nas.stages.run_search import check_mirror, run_search_stage
-from moesaic.nas.stages.train_supernet import routers, run_supernet
-from moesaic.nas.stages.write_report import run_report
+from moesaic.nas.device import versions
+from moesaic.nas.exports.folder import BEST
+from moesaic.nas.report.terminal_summary import print_summary
+from moesaic.nas.search.budget import find_feasible, resolve_budget
+from moesaic.nas.stages.calibrate_latency import calibrated, forget
+from moesaic.nas.stages.directory import RunDirectory, stopwatch
+from moesaic.nas.stages.engine import do
+from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.run_search import check_mirror
+from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
+from moesaic.nas.stages.train_supernet import routers
+from moesaic.nas.stages.write_report import build_summary, load_summary
 from moesaic.search_spaces import Interrupted
-from moesaic.search_spaces.files import read_json, write_json, write_text
-
-_FUNCTIONS: dict[str, Callable[[Run], None]] = {
-    "supernet": run_supernet,
-    "latency": run_latency,
-    "search": run_search_stage,
-    "fidelity": run_fidelity,
-    "export": run_export,
-    "retrain": run_retrain,
-    "report": run_report,
-}
+from moesaic.search_spaces.files import write_json, write_text, write_value
 
 
 def check_budget(run: Run) -> None:
@@ -43,59 +33,64 @@ def check_budget(run: Run) -> None:
     """
     one_expert = Occupancy(
         {
-            (layer, experts, router): even(experts, 1)
-            for layer, experts, router in routers(run.space)
+            (slot, experts, router): even(experts, 1)
+            for slot, experts, router in routers(run.space)
             if router.kind == "threshold"
         }
     )
     predictor = None
-    if any("latency" in part.config.budget for part in run.parts()):
+    if any("latency" in part.limits for part in run.budgets):
         with stopwatch() as seconds:
             folder = calibrated(run)
         run.spent_ahead["latency"] = seconds[0]
-        predictor = LatencyPredictor.load(folder / "predictor.json", run.device.fingerprint, str(run.device))
+        predictor = LatencyPredictor.load(folder / "predictor.json", run.device)
     pricer = Pricer(run.context, one_expert, predictor)
-    for part in run.parts():
-        a_member_inside(run.space, resolve_budget(part.config, run.space, pricer))
+    for part in run.budgets:
+        find_feasible(run.space, resolve_budget(part.limits, run.space, pricer))
 
 
 def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool = False) -> None:
-    """Run stage ``only``, or all stages, and print the results after the last one.
+    """Do stage ``only``, or all stages, and print the results after the last one.
 
-    Of several budgets, stages after the search run for each in turn.
+    Of several budgets, stages after the search are done for each in turn. ``fresh`` has latency measured again.
     """
-    with run.directory.locked():
+    with RunDirectory(run.path).locked():
         describe(run)
-        if only in (None, "supernet", "search") and not run.stages["search"].complete:
+        if fresh:
+            forget(run)
+        if only in (None, "supernet", "search") and not run.folder("search").complete:
             check_mirror(run)
             check_budget(run)
-        chosen = (only,) if only else STAGES
-        for name in chosen:
-            if name in SHARED_STAGES:
-                _run_stage(name, run, fresh)
-        for part in run.parts():
-            if part.name and set(chosen) - set(SHARED_STAGES):
+        chosen = [BY_NAME[only]] if only else STAGES
+        for stage in chosen:
+            if stage.shared:
+                _do(stage, run, run)
+        for part in run.budgets:
+            own = [stage for stage in chosen if not stage.shared]
+            if part.name and own:
                 run.reporter.say(f"budget {part.name}: in {part.path}")
-                describe(part)
-            for name in chosen:
-                if name not in SHARED_STAGES:
-                    _run_stage(name, part, fresh)
+                describe(run, part)
+            for stage in own:
+                _do(stage, part, run)
             if only in (None, "report"):
                 if not (part.path / "summary.json").exists():
-                    write_json(part.path / "summary.json", build_summary(part))
-                print_summary(console, read_json(part.path / "summary.json"), part)
+                    write_value(part.path / "summary.json", build_summary(part))
+                files = {
+                    "report": part.path / "report" / "index.html",
+                    "chosen model": part.folder("export").path / BEST,
+                    "figures": part.path / "summary.json",
+                }
+                print_summary(console, load_summary(part), files)
 
 
-def describe(run: Run) -> None:
-    """Leaves in the run's folder what it was asked, and with which versions on which device."""
-    write_text(run.path / "config.yaml", run.loaded.resolved_yaml())
-    write_json(run.path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})
+def describe(run: Run, part: BudgetRun | None = None) -> None:
+    """Leaves in the folder of the run, or of one budget, what it was asked, and with which versions on which device."""
+    path, name = (run.path, "") if part is None else (part.path, part.name)
+    write_text(path / "config.yaml", run.loaded.resolved_yaml(name))
+    write_json(path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})
 
 
-def _run_stage(name: str, run: Run, fresh: bool) -> None:
-    if run.should_stop():
-        raise Interrupted(f"stopped before stage {name}; the same command continues there")
-    if name == "latency":
-        run_latency(run, fresh)
-    else:
-        _FUNCTIONS[name](run)
+def _do(stage: Stage, run: Run | BudgetRun, whole: Run) -> None:
+    if whole.should_stop():
+        raise Interrupted(f"stopped before stage {stage.name}; the same command continues there")
+    do(stage, run)

@@ -3,100 +3,124 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from moesaic.nas.context import Context
 from moesaic.nas.costs.analytic import parameters
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
-from moesaic.nas.costs.latency.probe import autocast
 from moesaic.nas.costs.price import Pricer
-from moesaic.nas.search.budget import Budget, a_member_inside, cheapest, cost_ranges, resolve_budget
+from moesaic.nas.search.budget import Budget, CostRange, cheapest, cost_ranges, find_feasible, resolve_budget
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.rivals import JUDGED
 from moesaic.nas.stages.calibrate_latency import calibrated
-from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.run import BudgetRun, Run
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
+from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import MoesaicError
-from moesaic.supernet import SliceSampler, Transformer, evaluate
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.supernet import Judge
 
 _SAMPLES = 1000
 
 
-def build_plan(run: Run) -> dict[str, Any]:
-    """All figures of a plan. Nothing is trained; latency is calibrated once per machine."""
-    predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device.fingerprint, str(run.device))
+@dataclass(frozen=True)
+class PlannedLine:
+    """A budget line in base units: the ``share`` of random members inside it, and whether any member is."""
+
+    name: str
+    bind: str
+    limit: float
+    share: float
+    satisfiable: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a space, ranges of its costs, and a budget: ``share_inside`` it, or the ``problem`` why nothing is.
+
+    ``seconds`` are estimated by stage; ``latency_error`` is the predictor's mean error on held-out models.
+    """
+
+    space: str
+    cardinality: int
+    raw_cardinality: int
+    envelope_parameters: int
+    costs: dict[str, CostRange]
+    budget: tuple[PlannedLine, ...]
+    share_inside: float
+    problem: str | None
+    seconds: dict[str, float]
+    device: str
+    context: Context
+    latency_error: float
+
+
+def build_plan(part: BudgetRun) -> Plan:
+    """Nothing is trained; latency is calibrated once per machine."""
+    run, space = part.run, part.run.space
+    predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device)
     pricer = Pricer(run.context, predictor=predictor)
     rng = Random(f"{run.config.seed}/plan")
-    samples = [run.space.sample_balanced(rng) for _ in range(_SAMPLES)]
-    ranges = cost_ranges(run.space, pricer, samples)
-    budget = resolve_budget(run.config, run.space, pricer)
+    samples = [space.sample_balanced(rng) for _ in range(_SAMPLES)]
+    budget = resolve_budget(part.limits, space, pricer)
     problem: str | None = None
     share = 0.0
     try:
-        inside = a_member_inside(run.space, budget)
-        share = FeasibleSampler(run.space, budget, inside).acceptance(_SAMPLES, rng)
+        inside = find_feasible(space, budget)
+        share = FeasibleSampler(space, budget, inside).acceptance(_SAMPLES, rng)
     except MoesaicError as error:
         problem = str(error)
     lines = []
     for line in budget.lines:
         single = Budget((line,), pricer)
-        inside_line = sum(map(single.fits, samples)) / len(samples)
-        lines.append(
-            {
-                "name": line.cost,
-                "bind": line.bind,
-                "limit": line.limit,
-                "share": inside_line,
-                "satisfiable": single.fits(cheapest(run.space, pricer, line.cost, line.bind)),
-            }
-        )
-    return {
-        "space": run.space.name,
-        "cardinality": run.space.cardinality,
-        "raw_cardinality": run.space.raw_cardinality,
-        "envelope_parameters": parameters(run.space.envelope, run.context),
-        "costs": ranges,
-        "budget": lines,
-        "share_inside": share,
-        "problem": problem,
-        "seconds": _estimate_seconds(run),
-        "device": str(run.device),
-        "context": asdict(run.context),
-        "latency_error": predictor.accuracy.mape,
-    }
+        met = sum(map(single.fits, samples)) / len(samples)
+        satisfiable = single.fits(cheapest(space, pricer, line.cost, line.bind))
+        lines.append(PlannedLine(line.cost, line.bind, line.limit, met, satisfiable))
+    return Plan(
+        space=space.name,
+        cardinality=space.cardinality,
+        raw_cardinality=space.raw_cardinality,
+        envelope_parameters=parameters(space.envelope, run.context),
+        costs=cost_ranges(space, pricer, samples),
+        budget=tuple(lines),
+        share_inside=share,
+        problem=problem,
+        seconds=_estimate_seconds(run),
+        device=str(run.device),
+        context=run.context,
+        latency_error=predictor.accuracy.mape,
+    )
 
 
 def _estimate_seconds(run: Run) -> dict[str, float]:
     """Seconds per stage from a few passes of an untrained supernet; a training pass costs about three forward ones."""
     config, space = run.config, run.space
-    torch.manual_seed(config.seed)
-    model = Transformer(space.envelope, run.corpus.vocab_size).to(run.device.torch_device)
-    windows = run.corpus.batch("train", config.supernet.batch_size, config.seed, 0)
-    sampler = SliceSampler(space, config.seed, config.supernet.random_slices, config.supernet.sampling)
+    recipe = supernet_recipe(config, space, run.device.bfloat16)
+    model = recipe.weights(run.task)(space.envelope).to(run.device.torch_device)
+    data = recipe.data(run.task)
+    judge = Judge(model, data.batch(0), run.device.bfloat16, run.task.loss)
 
-    def forward_seconds(architectures) -> float:
+    def forward_seconds(architectures: Iterable[Architecture]) -> float:
         start = time.perf_counter()
-        with autocast(run.device):
-            for architecture in architectures:
-                evaluate(model, windows, architecture)
+        for architecture in architectures:
+            judge(architecture)
         return time.perf_counter() - start
 
-    forward_seconds(sampler.slices(0))
-    slices = sum(forward_seconds(sampler.slices(step)) for step in range(8)) / 8
+    first = recipe.largest_first
+    forward_seconds(data.slices(first))
+    slices = sum(forward_seconds(data.slices(first + step)) for step in range(8)) / 8
     largest = sorted(forward_seconds([space.largest]) for _ in range(3))[1]
     alone = config.supernet.largest_first
     rng = Random(0)
     typical = forward_seconds([space.sample_balanced(rng) for _ in range(5)]) / 5
     models = 3 if config.retrain.rivals else 1
-    per_window = typical / len(windows)
+    per_window = typical / len(judge.batch)
     evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
     return {
         "supernet": 3 * (alone * largest + (1 - alone) * slices) * config.supernet.steps,
@@ -106,36 +130,36 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     }
 
 
-def print_plan(console: Console, plan: dict[str, Any], budget: str = "") -> None:
+def print_plan(console: Console, plan: Plan, budget: str = "") -> None:
     """Print a plan; ``budget`` is the name of its budget where there are several."""
-    console.print(Text(f"Space {plan['space']}", style="bold"))
-    console.print(Text(f"  architectures        {plan['cardinality']:,} ({plan['cardinality']:.2e})"))
-    console.print(Text(f"  as ordered experts   {plan['raw_cardinality']:.2e}"))
-    envelope = DIMENSIONS["parameters"].format(plan["envelope_parameters"])
+    console.print(Text(f"Space {plan.space}", style="bold"))
+    console.print(Text(f"  architectures        {plan.cardinality:,} ({plan.cardinality:.2e})"))
+    console.print(Text(f"  as ordered experts   {plan.raw_cardinality:.2e}"))
+    envelope = DIMENSIONS["parameters"].format(plan.envelope_parameters)
     console.print(Text(f"  supernet             {envelope} parameters"))
-    limits = {line["name"]: line for line in plan["budget"]}
+    limits = {line.name: line for line in plan.budget}
     columns = "cost|smallest|typical|largest|worst case|budget|met by|can be met"
     table = plain_table(f"Costs of the space, and the budget {budget}".rstrip(), columns, "cost|can be met")
-    for name, costs in plan["costs"].items():
+    for name, costs in plan.costs.items():
         form, line = DIMENSIONS[name].format, limits.get(name)
-        row = [name, *(form(costs[k]) for k in ("smallest", "typical", "largest", "worst"))]
+        row = [name, *(form(value) for value in (costs.smallest, costs.typical, costs.largest, costs.worst))]
         if line:
-            answer = Text("yes", style="green") if line["satisfiable"] else Text("NO", style="bold red")
-            table.add_row(*row, form(line["limit"]), f"{line['share']:.1%}", answer)
+            answer = Text("yes", style="green") if line.satisfiable else Text("NO", style="bold red")
+            table.add_row(*row, form(line.limit), f"{line.share:.1%}", answer)
         else:
             table.add_row(*row, "", "", "")
     console.print(table)
-    console.print(Text(what_costs_are_per(Context(**plan["context"]))))
-    if plan["problem"]:
-        console.print(Text(f"The budget cannot be met: {plan['problem']}", style="red"))
+    console.print(Text(what_costs_are_per(plan.context)))
+    if plan.problem:
+        console.print(Text(f"The budget cannot be met: {plan.problem}", style="red"))
     else:
-        console.print(Text(f"The budget is met by {plan['share_inside']:.1%} of random architectures."))
-    seconds = plan["seconds"]
+        console.print(Text(f"The budget is met by {plan.share_inside:.1%} of random architectures."))
+    seconds = plan.seconds
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    console.print(Text(f"Estimated time on {plan['device']}: {duration(sum(seconds.values()))} ({parts})."))
+    console.print(Text(f"Estimated time on {plan.device}: {duration(sum(seconds.values()))} ({parts})."))
     console.print(
         Text(
             "Threshold routers are priced before training as if they could not tell experts apart; "
-            f"latency is predicted within {plan['latency_error']:.1%} on held-out models."
+            f"latency is predicted within {plan.latency_error:.1%} on held-out models."
         )
     )

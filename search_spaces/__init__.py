@@ -1,10 +1,11 @@
-"""Say what an architecture is, and which ones exist. Imports the standard library, numpy, pyyaml and pydantic alone."""
+"""Say what an architecture is, and which ones exist. Imports the standard library, pyyaml and pydantic alone."""
 
-from moesaic.search_spaces.architecture import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
+from moesaic.search_spaces.architecture import Architecture, Slot, Stack
 from moesaic.search_spaces.draw import draw
 from moesaic.search_spaces.errors import Interrupted, MoesaicError, StageFailed
 from moesaic.search_spaces.moves import crossover, mutate, neighbours
-from moesaic.search_spaces.space import SearchSpace
+from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
+from moesaic.search_spaces.space import SearchSpace, StackSpace
 from moesaic.search_spaces.spec import load_space, preset_names, preset_source
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "MoesaicError",
     "Router",
     "SearchSpace",
+    "Slot",
     "Stack",
+    "StackSpace",
     "StageFailed",
     "crossover",
     "draw",

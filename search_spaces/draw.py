@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesaic.search_spaces.architecture import Architecture
+from moesaic.search_spaces.architecture import Architecture, Slot
 
 CELLS = 40
 """Characters that the largest feed-forward part of a picture may take."""
@@ -14,6 +14,7 @@ CELLS = 40
 class LayerPicture:
     """One line: ``tiles`` are the sizes of the routed experts, ``text`` the same as a row of characters."""
 
+    slot: Slot
     attention: str
     tiles: tuple[int, ...]
     shared: int
@@ -23,17 +24,16 @@ class LayerPicture:
 
 def picture(architecture: Architecture) -> list[LayerPicture]:
     """The lines of the picture, on one scale for the whole network."""
-    parts = [layer.feed_forward for layer in architecture.decoder.layers]
-    scale = max(part.neurons for part in parts) / CELLS
+    scale = max(layer.feed_forward.neurons for layer in architecture.layers.values()) / CELLS
     lines = []
-    for layer in architecture.decoder.layers:
+    for slot, layer in architecture.layers.items():
         part = layer.feed_forward
         tiles = ["█" * max(1, round(size / scale)) for size in part.expert_sizes]
         if part.shared_size:
             tiles.insert(0, "▒" * max(1, round(part.shared_size / scale)))
         attention = f"{layer.attention.heads}/{layer.attention.kv_heads} heads"
         router = str(part.router) if part.router else "dense"
-        lines.append(LayerPicture(attention, part.expert_sizes, part.shared_size, router, " ".join(tiles)))
+        lines.append(LayerPicture(slot, attention, part.expert_sizes, part.shared_size, router, " ".join(tiles)))
     return lines
 
 
@@ -45,13 +45,16 @@ def sizes_text(line: LayerPicture) -> str:
 
 
 def draw(architecture: Architecture) -> str:
-    """The whole picture as text, for a terminal and a model card."""
-    backbone = architecture.backbone
-    lines = picture(architecture)
-    head = f"width {architecture.decoder.width}, {len(lines)} layers, {backbone.activation}, {architecture.fingerprint}"
+    """The whole picture as text, for a terminal and a model card: a line that sums it up, then one per layer."""
+    lines, stacks = picture(architecture), architecture.stacks
+    shapes = [f"width {stack.width}, {len(stack.layers)} layers" for stack in stacks.values()]
+    if len(stacks) > 1:
+        shapes = [f"{name} {shape}" for name, shape in zip(stacks, shapes, strict=True)]
+    head = ", ".join([*shapes, architecture.backbone.activation, architecture.fingerprint])
     tile_width = max(len(line.text) for line in lines)
+    names = [str(line.slot) if len(stacks) > 1 else f"{line.slot.index:2}" for line in lines]
     rows = [
-        f"  {i:2}  {line.attention:>10}  {line.text:<{tile_width}}  {line.router}: {sizes_text(line)}"
-        for i, line in enumerate(lines)
+        f"  {name}  {line.attention:>10}  {line.text:<{tile_width}}  {line.router}: {sizes_text(line)}"
+        for name, line in zip(names, lines, strict=True)
     ]
     return "\n".join([head, *rows])

@@ -6,9 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from moesaic.search_spaces.errors import MoesaicError
+from moesaic.search_spaces.yaml_source import adapter
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -43,6 +48,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_value(path: Path, value: Any, kind: Any = None) -> None:
+    """Write a dataclass, or a ``kind`` such as ``list[Row]``, as JSON that ``read_value`` turns into an equal one."""
+    write_json(path, adapter(kind or type(value)).dump_python(value, mode="json"))
+
+
+def read_value(path: Path, kind: type[T]) -> T:
+    """A value that ``write_value`` wrote. Raises MoesaicError for a missing or damaged file, or one of another kind."""
+    data = read_json(path)
+    try:
+        return adapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise MoesaicError(
+            f"is damaged or of another version: {place}: {first['msg']}",
+            where=str(path),
+            allowed="a file that this version of the program wrote",
+        ) from None
 
 
 def read_json(path: Path) -> Any:

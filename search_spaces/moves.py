@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import TypeVar
 
-from moesaic.search_spaces.architecture import Architecture, FeedForward, Layer
+from moesaic.search_spaces.architecture import Architecture
+from moesaic.search_spaces.parts import FeedForward, Layer
 from moesaic.search_spaces.space import LayerSpace, SearchSpace
 
 T = TypeVar("T")
@@ -16,14 +18,14 @@ T = TypeVar("T")
 def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architecture]:
     """Every distinct member that differs from ``architecture`` by one step of one choice.
 
-    One step is: width or depth to the next value (a deeper network repeats its last layer where that is a member),
-    another pair of head counts, one expert more or less (any size; the next number of experts that the space has),
-    one expert's size to the next value, another router or shared size.
+    One step is: a stack's width or depth to the next value (a deeper stack repeats its last layer where that is a
+    member), another pair of head counts, one expert more or less (any size; the next number of experts that the space
+    has), one expert's size to the next value, another router or shared size.
     """
-    found = [move for kind in _NETWORK_MOVES for move in kind(space, architecture)]
+    found = [move for kind in _STACK_MOVES for move in kind(space, architecture)]
     for kind in _LAYER_MOVES:
-        for i, layer in enumerate(architecture.decoder.layers):
-            found += [_with_layer(space, architecture, i, changed) for changed in kind(space.layers[i], layer)]
+        for slot, layer in architecture.layers.items():
+            found += [architecture.with_layers({slot: changed}) for changed in kind(space.layers[slot], layer)]
     return [a for a in dict.fromkeys(found) if a != architecture]
 
 
@@ -37,15 +39,19 @@ def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: i
 
 
 def crossover(space: SearchSpace, first: Architecture, second: Architecture, rng: Random) -> Architecture:
-    """A child with depth and width of either parent and each layer of either, by position (a longer parent's tail
-    is its own). Always a member: every layer comes from the same position of a member."""
-    longer, shorter = sorted((first, second), key=lambda a: len(a.decoder.layers), reverse=True)
-    depth = len(rng.choice((first, second)).decoder.layers)
-    layers = []
-    for position in range(depth):
-        donors = [a for a in (longer, shorter) if position < len(a.decoder.layers)]
-        layers.append(rng.choice(donors).decoder.layers[position])
-    return space.build(rng.choice((first, second)).decoder.width, tuple(layers))
+    """A child that has of each stack the depth and width of either parent, and each layer of either, by position (a
+    longer parent's tail is its own). Always a member: every layer comes from the same position of a member."""
+    stacks = {}
+    for name, stack_space in space.stacks.items():
+        parents = first.stacks[name], second.stacks[name]
+        longer, shorter = sorted(parents, key=lambda stack: len(stack.layers), reverse=True)
+        depth = len(rng.choice(parents).layers)
+        layers = []
+        for position in range(depth):
+            donors = [stack for stack in (longer, shorter) if position < len(stack.layers)]
+            layers.append(rng.choice(donors).layers[position])
+        stacks[name] = stack_space.build(rng.choice(parents).width, tuple(layers))
+    return space.build(stacks)
 
 
 def _at_random(items: Sequence[T], rng: Random) -> Iterator[T]:
@@ -62,24 +68,23 @@ def _next_to(values: tuple[T, ...], value: T) -> list[T]:
 
 
 def _width_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
-    return [space.build(width, a.decoder.layers) for width in _next_to(space.widths, a.decoder.width)]
+    return [
+        space.build({**a.stacks, name: replace(stack, width=width)})
+        for name, stack in a.stacks.items()
+        for width in _next_to(space.stacks[name].widths, stack.width)
+    ]
 
 
 def _depth_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
     moves = []
-    for depth in _next_to(space.depths, len(a.decoder.layers)):
-        layers = list(a.decoder.layers[:depth])
-        for position in range(len(layers), depth):
-            copy = layers[-1]
-            smallest = space.smallest_layer(position)
-            layers.append(copy if space.layers[position].why_not(copy) is None else smallest)
-        moves.append(space.build(a.decoder.width, tuple(layers)))
+    for name, stack in a.stacks.items():
+        choices = space.stacks[name]
+        for depth in _next_to(choices.depths, len(stack.layers)):
+            layers = list(stack.layers[:depth])
+            for layer_space in choices.layers[len(layers) : depth]:
+                layers.append(layers[-1] if layer_space.why_not(layers[-1]) is None else layer_space.smallest)
+            moves.append(space.build({**a.stacks, name: replace(stack, layers=tuple(layers))}))
     return moves
-
-
-def _with_layer(space: SearchSpace, a: Architecture, i: int, layer: Layer) -> Architecture:
-    layers = a.decoder.layers
-    return space.build(a.decoder.width, (*layers[:i], layer, *layers[i + 1 :]))
 
 
 def _attention_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
@@ -129,26 +134,26 @@ def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     return [Layer(layer.attention, FeedForward(part.expert_sizes, part.router, s)) for s in group.shared_sizes]
 
 
-NetworkMoves = Callable[[SearchSpace, Architecture], list[Architecture]]
+StackMoves = Callable[[SearchSpace, Architecture], list[Architecture]]
 LayerMoves = Callable[[LayerSpace, Layer], list[Layer]]
 
 
-def _network_step(kind: NetworkMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
+def _stack_step(kind: StackMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
     moves = [move for move in kind(space, a) if move != a]
     return rng.choice(moves) if moves else None
 
 
 def _layer_step(kind: LayerMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
-    for i in _at_random(range(len(a.decoder.layers)), rng):
-        layer = a.decoder.layers[i]
-        if moves := [move for move in kind(space.layers[i], layer) if move != layer]:
-            return _with_layer(space, a, i, rng.choice(moves))
+    for slot in _at_random(list(a.layers), rng):
+        layer = a.layers[slot]
+        if moves := [move for move in kind(space.layers[slot], layer) if move != layer]:
+            return a.with_layers({slot: rng.choice(moves)})
     return None
 
 
-_NETWORK_MOVES: list[NetworkMoves] = [_width_moves, _depth_moves]
+_STACK_MOVES: list[StackMoves] = [_width_moves, _depth_moves]
 _LAYER_MOVES: list[LayerMoves] = [_attention_moves, _count_moves, _size_moves, _router_moves, _shared_moves]
 _STEPS = [
-    *(partial(_network_step, kind) for kind in _NETWORK_MOVES),
+    *(partial(_stack_step, kind) for kind in _STACK_MOVES),
     *(partial(_layer_step, kind) for kind in _LAYER_MOVES),
 ]

@@ -1,13 +1,13 @@
 """Which architectures exist: a search space, its size, its members, its sampling.
 
-A space is the product of independent choices: one width and depth per network, and per layer a pair of head
+A space is the product of independent choices: one width and depth per stack, and per layer a pair of head
 counts and a feed-forward part. Feed-forward parts are grouped by their number of experts, since that decides
 which routers are distinct and how many multisets of sizes there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement
@@ -15,7 +15,8 @@ from math import comb, prod
 from random import Random
 from typing import TypeVar
 
-from moesaic.search_spaces.architecture import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
+from moesaic.search_spaces.architecture import Architecture, Slot, Stack
+from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
 
 T = TypeVar("T")
 
@@ -68,6 +69,11 @@ class LayerSpace:
     def raw_count(self) -> int:
         return len(self.attentions) * sum(group.raw_count for group in self.groups)
 
+    @cached_property
+    def smallest(self) -> Layer:
+        """The layer with the fewest active, then stored, neurons."""
+        return _smallest_layer(self)
+
     def group(self, experts: int) -> FeedForwardGroup | None:
         return next((group for group in self.groups if group.experts == experts), None)
 
@@ -90,23 +96,22 @@ class LayerSpace:
 
 
 @dataclass(frozen=True)
-class SearchSpace:
-    """Every architecture with one of ``widths``, one of ``depths`` and layer l out of ``layers[l]``."""
+class StackSpace:
+    """Every stack with one of ``widths``, one of ``depths`` and layer l out of ``layers[l]``."""
 
-    name: str
-    backbone: Backbone
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     layers: tuple[LayerSpace, ...]
+    causal: bool = True
 
     @cached_property
-    def cardinality(self) -> int:
-        """Number of distinct architectures (experts of a layer counted up to permutation)."""
+    def count(self) -> int:
+        """Number of distinct stacks."""
         return len(self.widths) * sum(self._depth_counts)
 
     @cached_property
-    def raw_cardinality(self) -> int:
-        """The same with the order of experts told apart, as encodings that carry a size per slot count."""
+    def raw_count(self) -> int:
+        """The same with the order of experts told apart."""
         counts = [layer.raw_count for layer in self.layers]
         return len(self.widths) * sum(prod(counts[:depth]) for depth in self.depths)
 
@@ -115,53 +120,126 @@ class SearchSpace:
         counts = [layer.count for layer in self.layers]
         return [prod(counts[:depth]) for depth in self.depths]
 
-    def build(self, width: int, layers: tuple[Layer, ...]) -> Architecture:
-        return Architecture(Stack(width, layers), self.backbone)
+    def build(self, width: int, layers: tuple[Layer, ...]) -> Stack:
+        return Stack(width, layers, self.causal)
 
-    def sample(self, rng: Random) -> Architecture:
-        """One architecture, uniform over all distinct ones. Nearly all of those are deep and have many experts."""
+    def sample(self, rng: Random) -> Stack:
+        """Uniform over all distinct stacks. Nearly all of those are deep and have many experts."""
         depth = _weighted(rng, self.depths, self._depth_counts)
         layers = tuple(_sample_uniform(space, rng) for space in self.layers[:depth])
         return self.build(rng.choice(self.widths), layers)
 
-    def sample_balanced(self, rng: Random) -> Architecture:
-        """One architecture, uniform over each choice in turn: depth, width, heads, number of experts, multiset, router.
-
-        Few experts and shallow networks come up as often as many and deep ones; a search starts from these.
-        """
+    def sample_balanced(self, rng: Random) -> Stack:
+        """Uniform over each choice in turn: depth, heads, number of experts, multiset, router, width."""
         depth = rng.choice(self.depths)
         layers = tuple(
             Layer(rng.choice(space.attentions), rng.choice(space.groups).sample(rng)) for space in self.layers[:depth]
         )
         return self.build(rng.choice(self.widths), layers)
 
+    def why_not(self, stack: Stack) -> tuple[str, object, object] | None:
+        """(key, found, allowed) of the first choice that this space lacks."""
+        if stack.causal != self.causal:
+            return "causal", stack.causal, self.causal
+        if stack.width not in self.widths:
+            return "width", stack.width, list(self.widths)
+        if len(stack.layers) not in self.depths:
+            return "layers", f"{len(stack.layers)} layers", list(self.depths)
+        for index, (layer, space) in enumerate(zip(stack.layers, self.layers, strict=False)):
+            if reason := space.why_not(layer):
+                return f"layers.{index}.{reason[0]}", reason[1], reason[2]
+        return None
+
+    @cached_property
+    def largest(self) -> Stack:
+        return self.build(self.widths[-1], tuple(_largest_layer(space) for space in self.layers[: self.depths[-1]]))
+
+    @cached_property
+    def smallest(self) -> Stack:
+        return self.build(self.widths[0], tuple(space.smallest for space in self.layers[: self.depths[0]]))
+
+    @cached_property
+    def envelope(self) -> Stack:
+        return self.build(self.widths[-1], tuple(_envelope_layer(space) for space in self.layers[: self.depths[-1]]))
+
+    def __iter__(self) -> Iterator[Stack]:
+        for width in self.widths:
+            for depth in self.depths:
+                for layers in _layer_tuples(self.layers[:depth]):
+                    yield self.build(width, layers)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every architecture on one backbone, each of whose stacks is one of a ``StackSpace``."""
+
+    name: str
+    backbone: Backbone
+    decoder: StackSpace
+
+    @cached_property
+    def stacks(self) -> dict[str, StackSpace]:
+        """By name, in the order of ``Architecture.stacks``."""
+        return {"decoder": self.decoder}
+
+    @cached_property
+    def layers(self) -> dict[Slot, LayerSpace]:
+        """The choices at every address that a member may have."""
+        return {
+            Slot(name, index): layer for name, stack in self.stacks.items() for index, layer in enumerate(stack.layers)
+        }
+
+    @property
+    def depth(self) -> int:
+        """Layers of the deepest member."""
+        return sum(stack.depths[-1] for stack in self.stacks.values())
+
+    @cached_property
+    def cardinality(self) -> int:
+        """Number of distinct architectures (experts of a layer counted up to permutation)."""
+        return prod(stack.count for stack in self.stacks.values())
+
+    @cached_property
+    def raw_cardinality(self) -> int:
+        """The same with the order of experts told apart, as encodings with a size per expert count."""
+        return prod(stack.raw_count for stack in self.stacks.values())
+
+    def build(self, stacks: Mapping[str, Stack]) -> Architecture:
+        """The architecture of these stacks, by name."""
+        return Architecture(**stacks, backbone=self.backbone)
+
+    def sample(self, rng: Random) -> Architecture:
+        """One architecture, uniform over all distinct ones."""
+        return self.build({name: stack.sample(rng) for name, stack in self.stacks.items()})
+
+    def sample_balanced(self, rng: Random) -> Architecture:
+        """One architecture, uniform over each choice in turn.
+
+        Few experts and shallow networks come up as often as many and deep ones; a search starts from these.
+        """
+        return self.build({name: stack.sample_balanced(rng) for name, stack in self.stacks.items()})
+
     def __contains__(self, architecture: object) -> bool:
         return isinstance(architecture, Architecture) and self.why_not(architecture) is None
 
     def why_not(self, architecture: Architecture) -> tuple[str, object, object] | None:
         """(key, found, allowed) of the first thing that puts ``architecture`` outside, None for a member."""
-        stack = architecture.decoder
         if architecture.backbone != self.backbone:
             return "backbone", architecture.backbone, self.backbone
-        if stack.width not in self.widths:
-            return "decoder.width", stack.width, list(self.widths)
-        if len(stack.layers) not in self.depths:
-            return "decoder.layers", f"{len(stack.layers)} layers", list(self.depths)
-        for index, (layer, space) in enumerate(zip(stack.layers, self.layers, strict=False)):
-            if reason := space.why_not(layer):
-                return f"decoder.layers.{index}.{reason[0]}", reason[1], reason[2]
+        for name, stack in architecture.stacks.items():
+            if reason := self.stacks[name].why_not(stack):
+                return f"{name}.{reason[0]}", reason[1], reason[2]
         return None
 
     @cached_property
     def largest(self) -> Architecture:
         """The member that is largest in every choice at once."""
-        return self.build(self.widths[-1], tuple(_largest_layer(space) for space in self.layers[: self.depths[-1]]))
+        return self.build({name: stack.largest for name, stack in self.stacks.items()})
 
     @cached_property
     def smallest(self) -> Architecture:
-        """The member with the least width and depth and, per layer, the fewest active, then stored, neurons."""
-        layers = tuple(self.smallest_layer(position) for position in range(self.depths[0]))
-        return self.build(self.widths[0], layers)
+        """The member with the least widths and depths and, per layer, the fewest active, then stored, neurons."""
+        return self.build({name: stack.smallest for name, stack in self.stacks.items()})
 
     @cached_property
     def envelope(self) -> Architecture:
@@ -170,25 +248,18 @@ class SearchSpace:
         The bank of a layer has a region per expert, each as large as the largest expert may be; the first region
         is longer where the largest dense layer needs more than all of them.
         """
-        return self.build(self.widths[-1], tuple(_envelope_layer(space) for space in self.layers[: self.depths[-1]]))
-
-    def smallest_layer(self, position: int) -> Layer:
-        """The layer at ``position`` with the fewest active, then stored, neurons."""
-        return _smallest_layer(self.layers[position])
+        return self.build({name: stack.envelope for name, stack in self.stacks.items()})
 
     def __iter__(self) -> Iterator[Architecture]:
         """Every member once. For small spaces: look at ``cardinality`` first."""
-        for width in self.widths:
-            for depth in self.depths:
-                for layers in _layer_tuples(self.layers[:depth]):
-                    yield self.build(width, layers)
+        yield from map(self.build, _choices(list(self.stacks.items())))
 
 
 def distinct_routers(routers: list[Router], experts: int) -> tuple[Router | None, ...]:
     """The routers that differ on a layer of ``experts`` experts; a dense layer has none."""
     if experts == 1:
         return (None,)
-    usable = (router for router in routers if router.kind == "threshold" or router.most <= experts)
+    usable = (router for router in routers if router.kind == "threshold" or router.max_experts <= experts)
     return tuple(dict.fromkeys(router.for_experts(experts) for router in usable))
 
 
@@ -210,7 +281,7 @@ def _weighted(rng: Random, items: tuple[T, ...], weights: list[int]) -> T:
 def _most_compute(router: Router | None) -> tuple[int, float]:
     if router is None:
         return (1, 0.0)
-    return router.most, 1.0 if router.kind == "top_k" else router.threshold or 0.0
+    return router.max_experts, 1.0 if router.kind == "top_k" else router.threshold or 0.0
 
 
 def _largest_layer(space: LayerSpace) -> Layer:
@@ -245,6 +316,17 @@ def _envelope_layer(space: LayerSpace) -> Layer:
     extra = max(0, (dense.sizes[-1] if dense else 0) - sparse.experts * region)
     sizes = (region + extra, *(region,) * (sparse.experts - 1))
     return Layer(Attention(heads, kv_heads), FeedForward(sizes, max(sparse.routers, key=_most_compute), shared))
+
+
+def _choices(spaces: list[tuple[str, StackSpace]]) -> Iterator[dict[str, Stack]]:
+    """One stack of each space by name, the last name's fastest. (``itertools.product`` would list them all first.)"""
+    if not spaces:
+        yield {}
+        return
+    name, last = spaces[-1]
+    for rest in _choices(spaces[:-1]):
+        for stack in last:
+            yield {**rest, name: stack}
 
 
 def _layer_tuples(spaces: tuple[LayerSpace, ...]) -> Iterator[tuple[Layer, ...]]:

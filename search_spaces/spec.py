@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from importlib import resources
+from itertools import product
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moesaic.search_spaces.architecture import TILE, Attention, Backbone, Router
 from moesaic.search_spaces.errors import MoesaicError, nearest_name
-from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, distinct_routers
+from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterWeights
+from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace, distinct_routers
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, validate
 
 Positive = Annotated[int, Field(ge=1)]
@@ -26,11 +27,15 @@ class RouterSpec(_Spec):
     k: list[Positive] | None = None
     threshold: list[float] | None = None
     max_k: list[Positive] | None = None
+    weights: RouterWeights = "sum"
 
     def routers(self) -> list[Router]:
         if self.kind == "top_k":
-            return [Router("top_k", k=k) for k in self.k or []]
-        return [Router("threshold", threshold=t, max_k=most) for t in self.threshold or [] for most in self.max_k or []]
+            return [Router("top_k", k=k, weights=self.weights) for k in self.k or []]
+        return [
+            Router("threshold", threshold=threshold, max_k=max_k, weights=self.weights)
+            for threshold, max_k in product(self.threshold or [], self.max_k or [])
+        ]
 
     @model_validator(mode="after")
     def _complete(self) -> RouterSpec:
@@ -127,7 +132,7 @@ class SpaceSpec(_Spec):
             merged = {**self.layer.model_dump(), **override}
             layers.append(validate(LayerSpec, source.at("layers", index, data=merged)).build())
         widths, depths = tuple(sorted(set(self.width))), tuple(sorted(set(self.depth)))
-        return SearchSpace(self.name, self.backbone, widths, depths, tuple(layers))
+        return SearchSpace(self.name, self.backbone, StackSpace(widths, depths, tuple(layers)))
 
 
 def preset_names() -> list[str]:
@@ -177,6 +182,12 @@ def load_space(source: YamlSource) -> SearchSpace:
                 nearest=error.nearest,
             ) from None
         data = _merged(base, data)
+    if isinstance(data.get("backbone"), dict) and "router_weights" in data["backbone"]:
+        raise MoesaicError(
+            "router_weights is a key of each router now",
+            where=source.where(("backbone", "router_weights")),
+            nearest=f"layer.routers: [{{kind: ..., weights: {data['backbone']['router_weights']}}}]",
+        )
     merged = source.at(data=data)
     return validate(SpaceSpec, merged).build(merged)
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -122,7 +123,7 @@ def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> I
             line = key_node.start_mark.line + 1
             if key in seen:
                 raise MoesaicError(
-                    f"key stands twice (first on line {seen[key]})", where=f"{name}:{line}: {dotted((*path, key))}"
+                    f"duplicate key (first on line {seen[key]})", where=f"{name}:{line}: {dotted((*path, key))}"
                 )
             seen[key] = line
             yield (*path, key), line
@@ -141,9 +142,15 @@ def validate(kind: type[T], source: YamlSource) -> T:
     MoesaicError : the first thing that does not fit, with its place and the nearest valid key.
     """
     try:
-        return TypeAdapter(kind).validate_python(source.data)
+        return adapter(kind).validate_python(source.data)
     except ValidationError as error:
         raise _explain(kind, error, source) from None
+
+
+@lru_cache(maxsize=64)
+def adapter(kind: Any) -> TypeAdapter:
+    """Kept, since building one takes milliseconds."""
+    return TypeAdapter(kind)
 
 
 def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.search_spaces import Architecture, MoesaicError, Slot
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class KeyValueCache:
     ):
         self.length, self.batch_size, self.capacity = 0, batch_size, capacity
         self.kv_heads = _kv_heads(architecture)
-        self._layers = []
-        for heads in self.kv_heads:
+        self._mask = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
+        self._padded = False
+        self._layers: dict[Slot, tuple[Tensor, Tensor]] = {}
+        for slot, heads in self.kv_heads.items():
             shape = (batch_size, heads, capacity, architecture.backbone.head_size)
-            self._layers.append(tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+            keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self._layers[slot] = keys, values
 
     def check(self, tokens: Tensor, architecture: Architecture) -> None:
         """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
@@ -60,22 +63,33 @@ class KeyValueCache:
         if (batch, heads) != (self.batch_size, self.kv_heads) or positions > self.capacity:
             raise MoesaicError(
                 "does not fit the key/value cache",
-                found=f"{batch} sequences, key/value heads {list(heads)}, {positions} positions",
-                allowed=f"{self.batch_size} sequences, {list(self.kv_heads)}, at most {self.capacity} positions",
+                found=f"{batch} sequences, key/value heads {list(heads.values())}, {positions} positions",
+                allowed=f"{self.batch_size} sequences, key/value heads {list(self.kv_heads.values())}, "
+                f"at most {self.capacity} positions",
             )
 
-    def layer(self, index: int) -> LayerCache:
-        keys, values = self._layers[index]
+    def seen(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """[B, P] which of the cached and ``length`` new positions hold tokens, those of ``mask`` [B, S] among the new
+        ones; None while there is no padding."""
+        end = self.length + length
+        self._padded = self._padded or mask is not None
+        if not self._padded:
+            return None
+        self._mask[:, self.length : end] = True if mask is None else mask
+        return self._mask[:, :end]
+
+    def layer(self, stack: str, index: int) -> LayerCache:
+        keys, values = self._layers[Slot(stack, index)]
         return LayerCache(keys, values, self.length)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [part for layer in self._layers for part in layer]
+        return [part for layer in self._layers.values() for part in layer]
 
     @property
     def bytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
 
-def _kv_heads(architecture: Architecture) -> tuple[int, ...]:
-    return tuple(layer.attention.kv_heads for layer in architecture.decoder.layers)
+def _kv_heads(architecture: Architecture) -> dict[Slot, int]:
+    return {slot: layer.attention.kv_heads for slot, layer in architecture.layers.items()}

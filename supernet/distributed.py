@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.supernet.batch import Batch
 from moesaic.supernet.model import Transformer
 
 BUCKET_ELEMENTS = 2**23
@@ -42,21 +43,21 @@ class Ranks:
         """Whether this process writes what all have in common."""
         return self.rank == 0
 
-    def rows(self, windows: Tensor) -> Tensor:
-        """This process's rows of a batch [B, ...]: every ``size``-th, so that each has as many.
+    def rows(self, batch: Batch) -> Batch:
+        """This process's sequences of a batch: every ``size``-th, so that each has as many.
 
         Raises
         ------
-        MoesaicError : ``size`` does not divide B.
+        MoesaicError : ``size`` does not divide their number.
         """
-        if len(windows) % self.size:
+        if len(batch) % self.size:
             raise MoesaicError(
                 "a batch cannot be dealt evenly",
                 where="train.workers",
-                found=f"{self.size} for {len(windows)} rows",
+                found=f"{self.size} for {len(batch)} rows",
                 allowed="a divisor of batch_size",
             )
-        return windows[self.rank :: self.size]
+        return batch[self.rank :: self.size]
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds in any process; all get the same answer."""
@@ -144,14 +145,9 @@ def joined(device: torch.device, shard: bool = False) -> Iterator[Ranks]:
 
 
 def used_parameters(model: Transformer, slices: Sequence[Architecture]) -> list[Tensor]:
-    """The parameters of ``model`` that get a gradient when ``slices`` train, in an order that follows from them."""
-    layers = [list(architecture.decoder.layers) for architecture in slices]
-    routed = {i for stack in layers for i, layer in enumerate(stack) if layer.feed_forward.router is not None}
-    used: list[Tensor] = [model.embedding.weight, model.norm.weight]
-    for index in range(max(map(len, layers))):
-        parts = model.layers[index].named_parameters()
-        used += [part for name, part in parts if name != "feed_forward.router" or index in routed]
-    return used
+    """The parameters of ``model`` that get a gradient when ``slices`` train, in the model's order."""
+    used = {name for architecture in slices for name in model.where(architecture)}
+    return [parameter for name, parameter in model.named_parameters() if name in used]
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,16 +1,19 @@
-"""Loss of an architecture on held-out text, how sure that loss is, and where its tokens went."""
+"""Loss of an architecture on held-out sequences, how sure that loss is, and where its tokens went."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture
+from moesaic.supernet.batch import Batch
+from moesaic.supernet.losses import LOSSES
 from moesaic.supernet.model import Transformer
 
 
@@ -20,14 +23,11 @@ class LayerLoad:
 
     pairs_per_token: tuple[float, ...]
 
-    @property
-    def experts_per_token(self) -> float:
-        return sum(self.pairs_per_token)
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each layer (None: dense).
+    """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each of
+    ``architecture.layers`` (None: dense).
 
     ``sequence_losses`` are the means of the single sequences: models judged on the same ones compare in pairs.
     """
@@ -38,38 +38,86 @@ class Evaluation:
     loads: tuple[LayerLoad | None, ...]
     sequence_losses: tuple[float, ...] = ()
 
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
 
 @torch.inference_mode()
 def evaluate(
     model: Transformer,
-    windows: Tensor,
+    batch: Batch,
     architecture: Architecture | None = None,
-    batch_size: int = 32,
-    on_batch: Callable[[], None] = lambda: None,
+    loss: str = "cross_entropy",
+    rows: int = 32,
+    on_rows: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Mean cross-entropy over ``windows`` [n, S + 1]: S tokens predicted in each, from the ones before them."""
+    """Mean of ``loss`` (a key of ``LOSSES``) over the tokens of ``batch``, computed ``rows`` sequences at a time."""
     architecture = model.architecture if architecture is None else architecture
-    device = model.embedding.weight.device
-    losses = []
-    pairs: list[Tensor | None] = [None] * len(architecture.decoder.layers)
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size].to(device)
-        output = model.run(batch[:, :-1], architecture)
-        loss = F.cross_entropy(output.logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(loss.view(len(batch), -1).mean(1).double().cpu())
+    losses, counts = [], batch.counts().double().cpu()
+    pairs: list[Tensor | None] = [None] * len(architecture.layers)
+    for first in range(0, len(batch), rows):
+        part = batch[first : first + rows].to(model.device)
+        output = model.run(part.tokens, architecture, mask=part.mask)
+        nats = LOSSES[loss](output, part)  # [B, S]
+        per_sequence = nats.mean(1) if part.mask is None else (nats * part.mask).sum(1) / part.counts().clamp(min=1)
+        losses.append(per_sequence.double().cpu())
         for index, routing in enumerate(output.routings):
             if routing is not None:
                 load = routing.load.double().cpu()
                 seen = pairs[index]
                 pairs[index] = load if seen is None else seen + load
-        on_batch()
-    per_sequence = torch.cat(losses)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    error = per_sequence.std().item() / len(per_sequence) ** 0.5 if len(per_sequence) > 1 else math.inf
+        on_rows()
+    per_sequence, tokens = torch.cat(losses), int(counts.sum())
+    mean, error = _mean_and_error(per_sequence, counts)
     loads = tuple(None if load is None else LayerLoad(tuple((load / tokens).tolist())) for load in pairs)
-    return Evaluation(per_sequence.mean().item(), error, tokens, loads, tuple(per_sequence.tolist()))
+    return Evaluation(mean, error, tokens, loads, tuple(per_sequence.tolist()))
+
+
+def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Mean over tokens of sequences with ``losses`` [n] and ``counts`` [n] tokens, and its standard error, infinite for
+    one sequence: that of a mean where all are of one length, else that of a ratio (Cochran 1977, 2.11)."""
+    size = len(losses)
+    if bool((counts == counts[0]).all()):
+        return losses.mean().item(), losses.std().item() / size**0.5 if size > 1 else math.inf
+    mean = (losses * counts).sum() / counts.sum()
+    deviations = counts / counts.mean() * (losses - mean)
+    return mean.item(), ((deviations**2).sum() / (size - 1) / size).sqrt().item()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates slices of ``model`` on ``batch`` by ``loss`` (a key of ``LOSSES``), in bfloat16 if asked."""
+
+    model: Transformer
+    batch: Batch
+    bfloat16: bool = False
+    loss: str = "cross_entropy"
+
+    def __call__(self, architecture: Architecture) -> Evaluation:
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            return evaluate(self.model, self.batch, architecture, self.loss)
+
+    def plain(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What another process makes the same judge of: facts that JSON can hold, and arrays."""
+        model = self.model
+        facts = {
+            "architecture": model.architecture.to_dict(),
+            "vocab_size": model.vocab_size,
+            "sharing": model.sharing,
+            "bfloat16": self.bfloat16,
+            "loss": self.loss,
+        }
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"batch.{name}": tensor for name, tensor in vars(self.batch).items() if tensor is not None}
+        return facts, {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+    @staticmethod
+    def of(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device) -> Judge:
+        """The judge of ``plain``, with views of ``arrays`` on a CPU and copies of them on a GPU."""
+        with torch.device("meta"):
+            architecture = Architecture.from_dict(facts["architecture"])
+            model = Transformer(architecture, facts["vocab_size"], facts["sharing"])
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        weights, batch = (
+            {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+            for part in ("model.", "batch.")
+        )
+        model.load_state_dict(weights, assign=True)
+        return Judge(model.to(device).eval(), Batch(**batch), facts["bfloat16"], facts["loss"])

@@ -7,22 +7,27 @@ into a model of its own with the same outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.kernels import Routing
-from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
-from moesaic.supernet.cache import KeyValueCache, LayerCache
-from moesaic.supernet.layers import RMSNorm, SelfAttention, SparseFeedForward
-from moesaic.supernet.sharing import Sharing, expert_layout
+from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError, Stack
+from moesaic.supernet.attention import SelfAttention
+from moesaic.supernet.batch import Inputs
+from moesaic.supernet.cache import KeyValueCache
+from moesaic.supernet.experts import SparseFeedForward
+from moesaic.supernet.norms import Norm
+from moesaic.supernet.regions import Region, inside
+from moesaic.supernet.sharing import Sharing
 
 
 @dataclass(frozen=True)
 class Output:
-    """``logits`` [B, S, V] and, per layer, where its tokens went (None for a dense layer)."""
+    """``logits`` [B, S, V] and, for each of ``architecture.layers``, where its tokens went (None for a dense layer)."""
 
     logits: Tensor
     routings: tuple[Routing | None, ...]
@@ -36,19 +41,113 @@ class Output:
 class TransformerLayer(nn.Module):
     def __init__(self, width: int, layer: Layer, backbone: Backbone, sharing: Sharing):
         super().__init__()
-        self.attention_norm = RMSNorm(width)
+        self.post_norm = backbone.norm_place == "post"
+        self.attention_norm = Norm(width, backbone)
         self.attention = SelfAttention(width, layer.attention, backbone)
-        self.feed_forward_norm = RMSNorm(width)
+        self.feed_forward_norm = Norm(width, backbone)
         self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
 
-    def forward(self, x: Tensor, layer: Layer, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.attention_norm(x), layer.attention, cache)
-        out, routing = self.feed_forward(self.feed_forward_norm(x).flatten(0, 1), layer.feed_forward)
-        return x + out.view_as(x), routing
+    def where(self, width: int, layer: Layer) -> dict[str, Region]:
+        """The region of each parameter that ``layer`` uses. Raises ValueError where it does not fit."""
+        return {
+            **inside("attention_norm", self.attention_norm.where(width)),
+            **inside("attention", self.attention.where(width, layer.attention)),
+            **inside("feed_forward_norm", self.feed_forward_norm.where(width)),
+            **inside("feed_forward", self.feed_forward.where(width, layer.feed_forward)),
+        }
+
+    def forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention(x, layer.attention, inputs))
+            out, routing = self._feed_forward(x, layer, inputs)
+            return self.feed_forward_norm(x + out), routing
+        x = x + self.attention(self.attention_norm(x), layer.attention, inputs)
+        out, routing = self._feed_forward(self.feed_forward_norm(x), layer, inputs)
+        return x + out, routing
+
+    def _feed_forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
+        """[B, S, D] to [B, S, D]; padding is not routed and gives zeros."""
+        flat = x.flatten(0, 1)
+        if inputs.mask is None:
+            out, routing = self.feed_forward(flat, layer.feed_forward)
+            return out.view_as(x), routing
+        places = inputs.mask[:, -x.shape[1] :].flatten().nonzero()[:, 0]
+        out, routing = self.feed_forward(flat[places], layer.feed_forward)
+        return torch.zeros_like(flat, dtype=out.dtype).index_copy(0, places, out).view_as(x), routing
+
+
+class TransformerStack(nn.Module):
+    """From token ids to hidden states: embedding, positions, layers, norm."""
+
+    def __init__(self, stack: Stack, vocab_size: int, backbone: Backbone, sharing: Sharing):
+        super().__init__()
+        width = stack.width
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(backbone.max_positions, width) if backbone.max_positions else None
+        self.embedding_norm = Norm(width, backbone) if backbone.embedding_norm else None
+        self.layers = nn.ModuleList(TransformerLayer(width, layer, backbone, sharing) for layer in stack.layers)
+        self.norm = Norm(width, backbone) if backbone.norm_place == "pre" else None
+
+    def initialise(self, write_std: float) -> None:
+        for embedding in (self.embedding, self.positions):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
+
+    def where(self, stack: Stack) -> dict[str, Region]:
+        """The region of each parameter that ``stack`` uses. Raises ValueError where it does not fit."""
+        if len(stack.layers) > len(self.layers):
+            raise ValueError(f"{len(stack.layers)} layers exceed {len(self.layers)}")
+        width = stack.width
+        regions = {"embedding.weight": Region.first(self.embedding.num_embeddings, width)}
+        if self.positions is not None:
+            regions["positions.weight"] = Region.first(self.positions.num_embeddings, width)
+        for name, norm in (("embedding_norm", self.embedding_norm), ("norm", self.norm)):
+            if norm is not None:
+                regions |= inside(name, norm.where(width))
+        for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
+            assert isinstance(module, TransformerLayer)
+            regions |= inside(f"layers.{index}", module.where(width, layer))
+        return regions
+
+    def forward(
+        self, name: str, tokens: Tensor, stack: Stack, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, list[Routing | None]]:
+        """Hidden states [B, S, D] of ``tokens`` [B, S], of which ``name`` is what the stack's slots say."""
+        length, start = tokens.shape[1], 0 if cache is None else cache.length
+        inputs = Inputs(stack.causal, mask if cache is None else cache.seen(mask, length))
+        x = F.embedding(tokens, self.embedding.weight[:, : stack.width])
+        if self.positions is not None:
+            x = x + self._positions(inputs.mask, start, length, x.device)[..., : stack.width]
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        routings = []
+        for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
+            own = inputs if cache is None else replace(inputs, cache=cache.layer(name, index))
+            x, routing = module(x, layer, own)
+            routings.append(routing)
+        return x if self.norm is None else self.norm(x), routings
+
+    def _positions(self, mask: Tensor | None, start: int, length: int, device: torch.device) -> Tensor:
+        """[S, D_max], or with padding [B, S, D_max]: a sequence's first token has position 0, wherever it stands.
+
+        Raises
+        ------
+        MoesaicError : there are more positions than vectors.
+        """
+        assert self.positions is not None
+        if start + length > self.positions.num_embeddings:
+            raise MoesaicError(
+                "the sequence is longer than the learned positions reach",
+                found=f"{start + length} positions",
+                allowed=f"at most max_positions = {self.positions.num_embeddings}",
+            )
+        if mask is None:
+            return self.positions.weight[start : start + length]
+        return self.positions((mask.cumsum(1) - 1).clamp(min=0)[:, -length:])
 
 
 class Transformer(nn.Module):
-    """A decoder language model.
+    """A language model: a stack that turns tokens into states, and a vocabulary layer that reads these.
 
     Parameters
     ----------
@@ -59,13 +158,16 @@ class Transformer(nn.Module):
 
     def __init__(self, architecture: Architecture, vocab_size: int, sharing: Sharing = "nested"):
         super().__init__()
-        stack, self.architecture = architecture.decoder, architecture
+        backbone, self.architecture, self.vocab_size = architecture.backbone, architecture, vocab_size
         self.sharing: Sharing = sharing
-        self.embedding = nn.Embedding(vocab_size, stack.width)
-        self.layers = nn.ModuleList(
-            TransformerLayer(stack.width, layer, architecture.backbone, sharing) for layer in stack.layers
+        self.stacks = nn.ModuleDict(
+            {
+                name: TransformerStack(stack, vocab_size, backbone, sharing)
+                for name, stack in architecture.stacks.items()
+            }
         )
-        self.norm = RMSNorm(stack.width)
+        width = architecture.output.width
+        self.output = None if backbone.tied else nn.Parameter(torch.empty(vocab_size, width))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -73,32 +175,37 @@ class Transformer(nn.Module):
         tokens apart at once; those that write to it at a tenth of the embedding's 0.02, smaller by sqrt(2 L), so that
         they do not drown it. With 0.02 everywhere (GPT-2), sized for wide models, narrow ones stay on a plateau for
         as long as chance has it."""
-        residual = 0.002 / (2 * len(self.layers)) ** 0.5
-        for name, parameter in self.named_parameters():
-            if parameter.dim() != 2:
-                continue
-            if name.endswith((".o", ".down")):
-                std = residual
-            elif name.endswith((".q", ".k", ".v", ".up", ".gate")):
-                std = parameter.shape[1] ** -0.5
-            else:
-                std = 0.02
-            nn.init.normal_(parameter, std=std)
+        write_std = 0.002 / (2 * len(self.architecture.layers)) ** 0.5
+        for module in self.modules():
+            if isinstance(module, TransformerStack | SelfAttention | SparseFeedForward):
+                module.initialise(write_std)
+        if self.output is not None:
+            nn.init.normal_(self.output, std=0.02)
 
     @property
-    def vocab_size(self) -> int:
-        return self.embedding.num_embeddings
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
-    def forward(self, tokens: Tensor, architecture: Architecture | None = None) -> Tensor:
+    @property
+    def layers(self) -> Iterator[TransformerLayer]:
+        """Every layer, in the order of ``architecture.layers``."""
+        return (module for module in self.modules() if isinstance(module, TransformerLayer))
+
+    def forward(self, tokens: Tensor, architecture: Architecture | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] of token ids [B, S], computed with the slice ``architecture`` (by default, all of it)."""
-        return self.run(tokens, architecture).logits
+        return self.run(tokens, architecture, mask=mask).logits
 
     def run(
-        self, tokens: Tensor, architecture: Architecture | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        architecture: Architecture | None = None,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
     ) -> Output:
         """``forward`` that also tells where the tokens were routed.
 
-        With ``cache``, the tokens come after those it holds and are added to it.
+        With ``cache``, the tokens come after those it holds and are added to it. ``mask`` [B, S] is False at padding,
+        whose logits mean nothing.
 
         Raises
         ------
@@ -106,19 +213,16 @@ class Transformer(nn.Module):
         """
         architecture = self.architecture if architecture is None else architecture
         if architecture is not self.architecture:
-            self._check_fits(architecture)
+            self.where(architecture)
         if cache is not None:
             cache.check(tokens, architecture)
-        stack = architecture.decoder
-        weight = self.embedding.weight[:, : stack.width]
-        x = F.embedding(tokens, weight)
-        routings = []
-        for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
-            x, routing = module(x, layer, None if cache is None else cache.layer(index))
-            routings.append(routing)
+        name, stack = next(iter(architecture.stacks.items()))
+        module = self._stack(name)
+        x, routings = module(name, tokens, stack, mask, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return Output(F.linear(self.norm(x), weight), tuple(routings))
+        weight = module.embedding.weight if self.output is None else self.output
+        return Output(F.linear(x, weight[:, : stack.width]), tuple(routings))
 
     @torch.no_grad()
     def extract(self, architecture: Architecture) -> Transformer:
@@ -128,61 +232,34 @@ class Transformer(nn.Module):
         ------
         MoesaicError : the architecture does not fit into this model.
         """
-        self._check_fits(architecture)
-        sources = self.slices(architecture)
+        regions, parameters = self.where(architecture), dict(self.named_parameters())
         with torch.device("meta"):  # initial weights would only be thrown away, and draw from the global generator
             extracted = Transformer(architecture, self.vocab_size, self.sharing)
-        weight = self.embedding.weight
-        extracted = extracted.to(weight.dtype).to_empty(device=weight.device)
+        extracted = extracted.to(next(self.parameters()).dtype).to_empty(device=self.device)
         for name, parameter in extracted.named_parameters():
-            parameter.copy_(sources[name])
+            parameter.copy_(regions[name].of(parameters[name]))
         return extracted
 
-    def slices(self, architecture: Architecture) -> dict[str, Tensor]:
-        """The slice's weights by parameter name, each as it would stand in a model of its own."""
-        stack, head_size = architecture.decoder, architecture.backbone.head_size
-        width = stack.width
-        found = {"embedding.weight": self.embedding.weight[:, :width], "norm.weight": self.norm.weight[:width]}
-        for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
-            assert isinstance(module, TransformerLayer)
-            attention, part = layer.attention, layer.feed_forward
-            bank = module.feed_forward
-            layout = expert_layout(bank.part, part, self.sharing)
-            rows = torch.cat(
-                [torch.arange(start, start + size) for start, size in ((0, part.shared_size), *layout.segments)]
-            )
-            q_rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
-            weights = {
-                "attention_norm.weight": module.attention_norm.weight[:width],
-                "attention.q": module.attention.q[:q_rows, :width],
-                "attention.k": module.attention.k[:kv_rows, :width],
-                "attention.v": module.attention.v[:kv_rows, :width],
-                "attention.o": module.attention.o[:width, :q_rows],
-                "feed_forward_norm.weight": module.feed_forward_norm.weight[:width],
-                "feed_forward.up": bank.up[rows, :width],
-                "feed_forward.down": bank.down[rows, :width],
-            }
-            if bank.gate is not None:
-                weights["feed_forward.gate"] = bank.gate[rows, :width]
-            if bank.router is not None and part.router is not None:
-                weights["feed_forward.router"] = bank.router[: part.experts, :width]
-            found.update({f"layers.{index}.{name}": weight for name, weight in weights.items()})
-        return found
+    def where(self, architecture: Architecture) -> dict[str, Region]:
+        """The region of each parameter that the slice ``architecture`` uses, by the parameter's name.
 
-    def _check_fits(self, architecture: Architecture) -> None:
-        """Raises MoesaicError unless ``architecture`` is a slice of this model."""
+        Raises
+        ------
+        MoesaicError : it is no slice of this model.
+        """
         try:
-            self._compare(architecture)
+            if architecture.backbone != self.architecture.backbone:
+                raise ValueError(f"backbone {architecture.backbone} is not {self.architecture.backbone}")
+            regions: dict[str, Region] = {}
+            for name, stack in architecture.stacks.items():
+                regions |= inside(f"stacks.{name}", self._stack(name).where(stack))
         except ValueError as error:
             raise MoesaicError(f"architecture {architecture.fingerprint} does not fit this model: {error}") from None
+        if self.output is not None:
+            regions["output"] = Region.first(self.vocab_size, architecture.output.width)
+        return regions
 
-    def _compare(self, architecture: Architecture) -> None:
-        mine, other = self.architecture.decoder, architecture.decoder
-        if architecture.backbone != self.architecture.backbone:
-            raise ValueError(f"backbone {architecture.backbone} is not {self.architecture.backbone}")
-        if other.width > mine.width or len(other.layers) > len(mine.layers):
-            raise ValueError(f"width {other.width} x {len(other.layers)} layers > {mine.width} x {len(mine.layers)}")
-        for have, want in zip(mine.layers, other.layers, strict=False):
-            if want.attention.heads > have.attention.heads or want.attention.kv_heads > have.attention.kv_heads:
-                raise ValueError(f"{want.attention} exceeds {have.attention}")
-            expert_layout(have.feed_forward, want.feed_forward, self.sharing)
+    def _stack(self, name: str) -> TransformerStack:
+        module = self.stacks[name]
+        assert isinstance(module, TransformerStack)
+        return module

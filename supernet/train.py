@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
+from moesaic.supernet.batch import Batch
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.distributed import ALONE, Ranks
+from moesaic.supernet.losses import LOSSES
 from moesaic.supernet.metrics import MetricLog
 from moesaic.supernet.model import Transformer
 
@@ -52,10 +53,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainData:
-    """``batch(step)`` gives token windows [B, S + 1]; ``slices(step)`` the architectures that train on them."""
+    """``batch(step)`` gives what a step learns from, ``slices(step)`` the architectures that train on it; ``loss`` is a
+    key of ``LOSSES``."""
 
-    batch: Callable[[int], Tensor]
+    batch: Callable[[int], Batch]
     slices: Callable[[int], Sequence[Architecture]]
+    loss: str = "cross_entropy"
 
 
 def train(
@@ -74,7 +77,7 @@ def train(
     ----------
     directory : receives ``checkpoint.safetensors``, ``metrics.jsonl`` and ``tensorboard/``.
     identity : fingerprint of everything that decides the result; a checkpoint with another one is refused.
-    on_step : called after each step with its figures (``loss`` of the first slice, nats per token, and others).
+    on_step : called after each step with its figures (``loss`` in nats per token, the mean over slices, and others).
     should_stop : asked before each step; True saves a checkpoint and raises Interrupted.
     ranks : the processes that train together, each of which calls this with the same arguments. The first one writes
         and reports; all stop, and fail, at the same step. Load-balance losses are those of each process's rows.
@@ -128,8 +131,8 @@ def _train_step(
     checkpoint: Path,
     ranks: Ranks,
 ) -> dict[str, float]:
-    device = model.embedding.weight.device
-    windows = ranks.rows(data.batch(step)).to(device)
+    device = model.device
+    batch = ranks.rows(data.batch(step)).to(device)
     rate = settings.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -138,9 +141,8 @@ def _train_step(
     losses, balances = [], []
     for architecture in slices:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-            output = model.run(windows[:, :-1], architecture)
-        logits = output.logits.float().flatten(0, 1)  # [T, V]
-        loss = F.cross_entropy(logits, windows[:, 1:].flatten())
+            output = model.run(batch.tokens, architecture, mask=batch.mask)
+        loss = batch.mean(LOSSES[data.loss](output, batch))
         balance = output.balance_loss()
         ((loss + settings.balance_weight * balance) / len(slices)).backward()
         losses.append(loss.item())

@@ -40,6 +40,7 @@ ROOMS = (
     ("stages",),
     ("pipeline",),
     ("plan", "doctor"),
+    ("api",),
     ("cli",),
 )
 """The rooms of nas, the lowest first; a module of nas' top level is a room of its own."""

@@ -1,8 +1,8 @@
 """What the search's engine costs beside the evaluations themselves: this process, one lane of Ray, two, four nodes.
 
-python experiments/executors/run.py lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
-python experiments/executors/run.py length [--trials 10000]               does a trial get dearer the more there are?
-python experiments/executors/run.py memory                                does a lane copy the weights?
+python -m experiments.executors.run lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
+python -m experiments.executors.run length [--trials 10000]               does a trial get dearer the more there are?
+python -m experiments.executors.run memory                                does a lane copy the weights?
 
 Searches are whole ones (proposals, budget, log on the disk, Optuna's journal) over the preset `small`. `lanes`
 evaluates with the supernet's random weights, which take as long as trained ones; `length` with a formula, so that the
@@ -11,15 +11,12 @@ engine is all there is. Let nothing else run beside `lanes`.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import multiprocessing
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,26 +25,40 @@ from typing import Any
 
 import ray
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray.cluster_utils import Cluster
 
-from moesaic.nas.config import Config, DeviceConfig, ExecutorConfig, SearchConfig
-from moesaic.nas.context import Context
-from moesaic.nas.costs.price import Pricer
-from moesaic.nas.device import choose_device
-from moesaic.nas.executors import Executor, LocalExecutor
-from moesaic.nas.executors.inherited import InheritedLoss
-from moesaic.nas.executors.ray_lanes import RayExecutor
-from moesaic.nas.report.summary import versions
-from moesaic.nas.search.budget import a_member_inside, resolve_budget
-from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.loop import Goal, run_search
-from moesaic.nas.search.mirror import Mirror, journal
-from moesaic.nas.search.samplers import make_sampler
-from moesaic.nas.search.samplers.genome import Genome
-from moesaic.nas.search.trials import Trial, TrialLog
-from moesaic.search_spaces import Architecture, load_space, preset_source
-from moesaic.search_spaces.files import write_json
-from moesaic.supernet import Evaluation, Transformer
+from experiments.common import Row, facts, in_processes, parser_of, run_script
+from moesaic import (
+    Architecture,
+    Batch,
+    BudgetSearch,
+    Config,
+    Context,
+    DeviceConfig,
+    Evaluation,
+    Executor,
+    ExecutorConfig,
+    FeasibleSampler,
+    Genome,
+    Judge,
+    LocalExecutor,
+    Mirror,
+    Pricer,
+    RayExecutor,
+    SearchConfig,
+    Transformer,
+    Trial,
+    TrialLog,
+    choose_device,
+    find_feasible,
+    make_sampler,
+    resolve_budget,
+    run_search,
+    write_value,
+)
+from moesaic.search_spaces import load_space, preset_source
 
 HERE = Path(__file__).parent
 SEED, VOCABULARY, WINDOWS, LENGTH = 0, 1024, 64, 128
@@ -57,23 +68,25 @@ PRIVATE = re.compile(r"^Private_(?:Clean|Dirty): +(\d+) kB", re.MULTILINE)
 """Of Linux's account of a process's memory."""
 
 
-def search(executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None):
+def search(
+    executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None
+) -> tuple[float, list[Trial]]:
     """Seconds of a whole search, and its trials."""
     config = SearchConfig.model_validate({"sampler": sampler, "trials": trials})
     pricer = Pricer(Context(VOCABULARY, LENGTH, 8))
-    budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}), SPACE, pricer)
-    feasible = FeasibleSampler(SPACE, budget, a_member_inside(SPACE, budget))
+    budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}).budget, SPACE, pricer)
+    feasible = FeasibleSampler(SPACE, budget, find_feasible(SPACE, budget))
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
-        goal = Goal("", budget, partial(make_sampler, config, feasible, SEED))
+        own = BudgetSearch("", budget, partial(make_sampler, config, feasible, SEED))
         started = time.perf_counter()
-        storage = journal(Path(folder) / "journal.log")
+        storage = JournalStorage(JournalFileBackend(str(Path(folder) / "journal.log")))
         with Mirror(storage, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
 
             def mirrored(finished: list[Trial]) -> None:
                 mirror.append(finished)
                 on_trial()
 
-            run_search(config, [goal], executor, log, SEED, mirrored)
+            run_search(config, [own], executor, log, SEED, mirrored)
         return time.perf_counter() - started, log.trials
 
 
@@ -91,7 +104,7 @@ def cluster_of(nodes: int) -> Iterator[str]:
         cluster.shutdown()
 
 
-def timed(executor: Executor, trials: int) -> dict:
+def timed(executor: Executor, trials: int) -> Row:
     """Figures of one search, after a first evaluation in every lane."""
     search(executor, 2 * executor.lanes)
     seconds, found = search(executor, trials)
@@ -106,10 +119,12 @@ def timed(executor: Executor, trials: int) -> dict:
     }
 
 
-def random_judge() -> InheritedLoss:
+def random_judge() -> Judge:
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)
     model = Transformer(SPACE.envelope, VOCABULARY).eval()
-    return InheritedLoss(model, torch.randint(0, VOCABULARY, (WINDOWS, LENGTH + 1)), choose_device(DEVICE))
+    windows = torch.randint(0, VOCABULARY, (WINDOWS, LENGTH + 1))
+    return Judge(model, Batch(windows[:, :-1], windows[:, 1:]))
 
 
 def bare_evaluations(count: int, start: Any) -> float:
@@ -126,21 +141,19 @@ def bare_evaluations(count: int, start: Any) -> float:
 
 def ceiling(count: int) -> float:
     """How near two processes that know nothing of each other come to twice the speed of one on this machine."""
-    spawn = multiprocessing.get_context("spawn")
     times = []
-    with spawn.Manager() as manager:
+    with multiprocessing.get_context("spawn").Manager() as manager:
         for processes in (1, 2):
-            with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-                start = manager.Barrier(processes)
-                jobs = [pool.submit(bare_evaluations, count, start) for _ in range(processes)]
-                times.append(statistics.mean(job.result() for job in jobs))
+            start = manager.Barrier(processes)
+            jobs = {number: (count, start) for number in range(processes)}
+            times.append(statistics.mean(job.result() for _, job in in_processes(bare_evaluations, jobs, processes)))
     return times[0] / times[1]
 
 
-def measure_lanes(trials: int, rounds: int) -> dict:
+def measure_lanes(trials: int, rounds: int) -> Row:
     """Rounds of all ways, one after another, so that a slow minute of the machine meets all of them."""
     judge = random_judge()
-    rows: list[dict] = []
+    rows: list[Row] = []
     ceilings: list[float] = []
 
     def note(way: str, executor: Executor) -> None:
@@ -174,14 +187,19 @@ def measure_lanes(trials: int, rounds: int) -> dict:
     }
 
 
-def measure_memory() -> list[dict]:
-    """Megabytes that belong to each of two lanes alone, for supernets that differ in their embedding."""
-    rows = []
+def measure_memory() -> list[Row]:
+    """Megabytes that belong to each of two lanes alone, once both have evaluated, for supernets that differ in their
+    embedding."""
+    rows, token = [], torch.zeros((1, 1), dtype=torch.int64)
     for vocabulary in (1_000, 200_000):
         model = Transformer(SPACE.envelope, vocabulary).eval()
-        judge = InheritedLoss(model, torch.zeros((1, 9), dtype=torch.int64), choose_device(DEVICE))
-        with closing(RayExecutor(ExecutorConfig(kind="ray", lanes=2), judge, DEVICE)) as executor:
-            ray.get([slot.actor.version.remote() for slot in executor._slots])
+        executor = RayExecutor(ExecutorConfig(kind="ray", lanes=2), Judge(model, Batch(token, token)), DEVICE)
+        with closing(executor):
+            seen: set[int] = set()
+            while len(seen) < executor.lanes:
+                while executor.free:
+                    executor.submit(SPACE.smallest)
+                seen.add(executor.next().lane)
             lanes = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Lane" in path.read_bytes()]
             private = [sum(map(int, PRIVATE.findall((lane / "smaps_rollup").read_text()))) / 1024 for lane in lanes]
         weights = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
@@ -192,12 +210,13 @@ def measure_memory() -> list[dict]:
 
 def formula(architecture: Architecture) -> Evaluation:
     """More active neurons are better, with falling returns."""
-    active = sum(layer.feed_forward.worst_active_neurons for layer in architecture.decoder.layers)
-    loads = tuple(None for _ in architecture.decoder.layers)
-    return Evaluation(3 + 20 / architecture.decoder.width + 100 / (100 + active), 0.01, 1000, loads)
+    layers = architecture.layers.values()
+    active = sum(layer.feed_forward.worst_active_neurons for layer in layers)
+    loss = 3 + 20 / architecture.output.width + 100 / (100 + active)
+    return Evaluation(loss, 0.01, 1000, tuple(None for _ in layers))
 
 
-def measure_length(trials: int) -> dict:
+def measure_length(trials: int) -> Row:
     """Milliseconds of the engine per trial in the last tenth before so many trials."""
     found = {}
     for sampler in ("random", "evolution"):
@@ -210,22 +229,21 @@ def measure_length(trials: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=["lanes", "length", "memory"])
     parser.add_argument("--trials", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the result")
     chosen = parser.parse_args()
-    result: dict[str, Any]
+    result: Row
     if chosen.what == "lanes":
         result = measure_lanes(chosen.trials or 200, chosen.rounds)
     elif chosen.what == "memory":
         result = {"supernets": measure_memory()}
     else:
         result = measure_length(chosen.trials or 10_000)
-    device = choose_device(DEVICE)
-    facts = {"date": datetime.date.today().isoformat(), "device": str(device), "versions": versions(), "seed": SEED}
-    write_json(HERE / f"{chosen.what}.json", {**facts, **result})
+    write_value(chosen.out / f"{chosen.what}.json", {**facts(choose_device(DEVICE)), "seed": SEED, **result})
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

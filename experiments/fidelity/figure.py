@@ -1,20 +1,19 @@
 """Draws what the ground truth says of its own seeds, of inherited losses, and of each change of the supernet.
 
-python experiments/fidelity/figure.py small|gpu [CHANGE]     whose inherited losses are shown; base without one
+python -m experiments.fidelity.figure small|gpu [CHANGE]     whose inherited losses are shown; base without one
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from score import Truth, read_truth
-from truth import HERE, read_rows
 
-FIGURE = HERE.parent.parent / "docs"
+from experiments.common import DOCS, parser_of, read_rows, run_script
+from experiments.fidelity.score import read_truth
+from experiments.fidelity.truth import HERE
+from moesaic import read_value
+
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6b7785"
 
 
@@ -27,8 +26,7 @@ def scatter(axis: Axes, judged: np.ndarray, truth: np.ndarray, band: np.ndarray,
 
 def draw(variant: str, change: str) -> None:
     folder = HERE / variant
-    truth: Truth = read_truth(folder)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    truth, result = read_truth(folder), read_value(folder / "result.json", dict)
     rows = [row for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
     inherited = np.mean([row["losses"] for row in rows], axis=0)
     chosen = next(row for row in result["changes"] if row["change"] == change)
@@ -57,7 +55,7 @@ def draw(variant: str, change: str) -> None:
     axes[2].set_xlabel("tau over pairs of nearly equal FLOPs")
     axes[2].set_title("bars: 95 % of the difference to base", fontsize=9)
     figure.suptitle(f"{result['device']}, {result['date']}", fontsize=8, color=GREY)
-    figure.savefig(FIGURE / f"fidelity_{variant}.png", dpi=130)
+    figure.savefig(DOCS / f"fidelity_{variant}.png", dpi=130)
 
 
 def _near(judge: dict) -> str:
@@ -65,7 +63,7 @@ def _near(judge: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("variant", choices=("small", "gpu"))
     parser.add_argument("change", nargs="?", default="base")
     arguments = parser.parse_args()
@@ -73,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

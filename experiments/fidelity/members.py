@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from moesaic.nas.costs.price import Pricer
-from moesaic.nas.search.rivals import uniform_layouts
-from moesaic.search_spaces import Architecture, Router, SearchSpace
+from moesaic import Architecture, Pricer, SearchSpace, uniform_layouts
+from moesaic.search_spaces import Router
 
 SPREAD, BAND_RANDOM, BAND_UNIFORM, BAND_DENSE = 28, 12, 5, 3
 BAND_WIDTH = 0.05

@@ -1,11 +1,10 @@
 """Score judges of architectures against the ground truth: supernets, trivial proxies, and predictors that correct them.
 
-python experiments/fidelity/score.py small|gpu     writes result.json, result.md and the figure
+python -m experiments.fidelity.score small|gpu     writes result.json and result.md
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import getitem
@@ -13,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from truth import HERE, read_rows
 
-from moesaic.nas.report.summary import versions
-from moesaic.nas.trust.correction import Correction, Judged, features
-from moesaic.nas.trust.ranking import agreement, bootstrap, kendall_tau
-from moesaic.search_spaces import Architecture
-from moesaic.search_spaces.files import write_json, write_text
+from experiments.common import Row, markdown, parser_of, read_rows, run_script
+from experiments.fidelity.truth import HERE
+from moesaic import (
+    Architecture,
+    Correction,
+    Judged,
+    agreement,
+    bootstrap,
+    correction_features,
+    kendall_tau,
+    versions,
+    write_value,
+)
 
 NEAR = 0.1
 """Two members are of one FLOP band when their FLOPs differ by at most this share."""
@@ -77,7 +83,7 @@ def near_tau(judged: np.ndarray, truth: np.ndarray, flops: np.ndarray) -> float:
     return float(agree[pairs].mean()) if pairs.any() else float("nan")
 
 
-def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) -> dict[str, Any]:
+def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) -> Row:
     """Agreement with the truth overall, in the band, and over pairs of nearly equal FLOPs."""
     loss = truth.loss if against is None else against
     band = truth.band
@@ -96,7 +102,7 @@ def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) 
 def columns(truth: Truth, inherited: np.ndarray) -> np.ndarray:
     """[n, columns] what the tool's correction knows of each member, the inherited loss first."""
     rows = zip(truth.architectures, inherited, truth.flops, truth.parameters, strict=True)
-    return features([Judged(architecture, *values) for architecture, *values in rows])
+    return correction_features([Judged(architecture, *values) for architecture, *values in rows])
 
 
 def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
@@ -129,7 +135,7 @@ def first_regret(judged: np.ndarray, truth: np.ndarray) -> float:
     return float(truth[judged.argmin()] / truth.min() - 1)
 
 
-def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarray], truth: Truth) -> dict[str, Any]:
+def change_row(name: str, seeds: list[Row], base: dict[int, np.ndarray], truth: Truth) -> Row:
     """One change of the supernet: means over its seeds, and its difference to the base with the same seed."""
     losses = [np.array(row["losses"]) for row in seeds]
     scores = [assess(loss, truth) for loss in losses]
@@ -161,15 +167,15 @@ def change_row(name: str, seeds: list[dict[str, Any]], base: dict[int, np.ndarra
     }
 
 
-def ablation_rows(folder: Path, truth: Truth) -> list[dict[str, Any]]:
-    by_change: dict[str, list[dict[str, Any]]] = {}
+def ablation_rows(folder: Path, truth: Truth) -> list[Row]:
+    by_change: dict[str, list[Row]] = {}
     for row in read_rows(folder / "ablation.jsonl"):
         by_change.setdefault(row["change"], []).append(row)
     base = {row["seed"]: np.array(row["losses"]) for row in by_change.get("base", [])}
     return [change_row(name, seeds, base, truth) for name, seeds in by_change.items()]
 
 
-def correction_rows(folder: Path, truth: Truth, change: str) -> list[dict[str, Any]]:
+def correction_rows(folder: Path, truth: Truth, change: str) -> list[Row]:
     """How far few stand-alone trainings correct the ranking: with costs alone, with the coarse shape as well, and with
     the inherited losses of ``change`` (the mean over its seeds) as well."""
     inherited = [np.array(row["losses"]) for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
@@ -198,7 +204,7 @@ def proxies(truth: Truth) -> dict[str, np.ndarray]:
     }
 
 
-def ceiling(truth: Truth) -> dict[str, Any]:
+def ceiling(truth: Truth) -> Row:
     """One seed of the ground truth as the judge of another: what a judge can reach that is as good as a training."""
     first, second = truth.losses[:2]
     noise = float((first - second - (first - second).mean()).std(ddof=1) / 2**0.5)
@@ -210,7 +216,7 @@ def ceiling(truth: Truth) -> dict[str, Any]:
     }
 
 
-def tables(result: dict[str, Any]) -> str:
+def tables(result: Row) -> str:
     """The result as Markdown."""
     judges = {"one seed of the truth by the other": result["ceiling"], **result["proxies"]}
     return (
@@ -251,16 +257,11 @@ def tables(result: dict[str, Any]) -> str:
     )
 
 
-def markdown(columns: str, rows: list[list[str]]) -> str:
-    names = columns.split("|")
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ["---"] * len(names), *rows))
-
-
-def _interval(judge: dict[str, Any]) -> str:
+def _interval(judge: Row) -> str:
     return f"{judge['tau']:.2f} [{judge['tau_low']:.2f}, {judge['tau_high']:.2f}]"
 
 
-def _change_cells(row: dict[str, Any]) -> list[str]:
+def _change_cells(row: Row) -> list[str]:
     difference = ""
     if row["gain_interval"]:
         low, high = row["gain_interval"]
@@ -272,7 +273,7 @@ def _change_cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("variant", choices=("small", "gpu"))
     folder = HERE / parser.parse_args().variant
     truth = read_truth(folder)
@@ -291,10 +292,10 @@ def main() -> None:
         "changes": changes,
         "corrections": correction_rows(folder, truth, "base"),
     }
-    write_json(folder / "result.json", result)
-    write_text(folder / "result.md", tables(result))
+    write_value(folder / "result.json", result)
+    (folder / "result.md").write_text(tables(result), encoding="utf-8")
     print(tables(result))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

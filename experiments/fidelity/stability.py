@@ -1,65 +1,62 @@
 """What makes a stand-alone loss repeatable: initial weights, and the length of training. Two seeds each.
 
-python experiments/fidelity/stability.py > experiments/fidelity/small/stability.json
+python -m experiments.fidelity.stability
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from truth import HERE, open_run, read_rows
 
-from moesaic.nas.stages.run import Run
-from moesaic.nas.training.recipe import train_settings
-from moesaic.search_spaces import Architecture
-from moesaic.supernet import TrainData, Transformer, evaluate, train
+from experiments.common import Row, facts, parser_of, read_rows, run_script
+from experiments.fidelity.truth import HERE, open_variant
+from moesaic import Architecture, Run, Transformer, single_recipe, write_value
+from moesaic.supernet import train
 
 Start = Literal["0.02 everywhere", "this tool's"]
-INITIAL_STEPS, LONG_STEPS, EVERY = 300, 1600, 100
+FOLDER = HERE / "small"
+INITIAL_STEPS, LONG_STEPS, EVERY, WINDOWS = 300, 1600, 100, 512
 
 
 def gpt2_weights(model: Transformer) -> None:
     """Normal(0, 0.02), smaller by sqrt(2 L) where a layer writes to the residual stream (Radford et al. 2019)."""
-    residual = 0.02 / (2 * len(model.layers)) ** 0.5
+    residual = 0.02 / (2 * len(model.architecture.layers)) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=residual if name.endswith((".o", ".down")) else 0.02)
 
 
-def curve(run: Run, member: int, seed: int, steps: int, start: Start) -> dict[str, Any]:
+def curve(run: Run, member: int, seed: int, steps: int, start: Start) -> Row:
     """Test loss of a member every ``EVERY`` steps of a training of ``steps``."""
-    architecture = Architecture.from_dict(read_rows(HERE / "small" / "members.jsonl")[member]["architecture"])
+    architecture = Architecture.from_dict(read_rows(FOLDER / "members.jsonl")[member]["architecture"])
     config = run.config.retrain.model_copy(update={"steps": steps})
-    torch.manual_seed(seed)
-    model = Transformer(architecture, run.corpus.vocab_size)
+    recipe = single_recipe(architecture, config, seed, run.device.bfloat16)
+    model = recipe.weights(run.task)(architecture)
     if start == "0.02 everywhere":
         gpt2_weights(model)
-    windows, losses = run.windows("test", 512), []
+    judge, losses = run.judge("test", WINDOWS, model), []
 
     def on_step(step: int, record: dict[str, float]) -> None:
         if step % EVERY == 0:
-            losses.append(round(evaluate(model, windows).loss, 4))
+            losses.append(round(judge(architecture).loss, 4))
 
-    data = TrainData(lambda step: run.corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture])
     with tempfile.TemporaryDirectory() as folder:
-        train(model, data, train_settings(config, run.device.bfloat16), Path(folder), "stability", on_step)
+        train(model, recipe.data(run.task), recipe.settings, Path(folder), "stability", on_step)
     return {"start": start, "member": member, "seed": seed, "steps": steps, "losses": losses}
 
 
 def main() -> None:
-    run = open_run("small")
+    parser_of(__doc__).parse_args()
+    run = open_variant("small")
     old: Start = "0.02 everywhere"
     new: Start = "this tool's"
     rows = [curve(run, m, seed, INITIAL_STEPS, s) for s in (old, new) for m in (16, 21, 23) for seed in (0, 1)]
     rows += [curve(run, m, seed, LONG_STEPS, new) for m in (10, 11) for seed in (0, 1)]
-    facts = {"date": datetime.date.today().isoformat(), "device": str(run.device), "every": EVERY}
-    print(json.dumps({**facts, "rows": rows}, indent=1))
+    write_value(FOLDER / "stability.json", {**facts(run.device), "every": EVERY, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

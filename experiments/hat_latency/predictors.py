@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.nas.costs.latency.fitting import Drift, fit
-from moesaic.search_spaces import MoesaicError
+from moesaic import Drift, MoesaicError, fit
 
 FEATURES = {  # column: what HAT's predictor divides it by
     "encoder_embed_dim": 640,

@@ -2,31 +2,35 @@
 
 The measurements are of HAT (Wang et al., ACL 2020), https://github.com/mit-han-lab/hardware-aware-transformers, folder
 latency_dataset: one row per network, in measuring order. Results are means over random 80/10/10 splits.
-python experiments/hat_latency/run.py CSV... [--json] [--seeds 5] [--out FOLDER for result.json and the figure]
+
+python -m experiments.hat_latency.run CSV... [--json] [--seeds 5] [--out FOLDER for result.json and the figure]
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from predictors import Drifting, Rows, anchored, boosting, depth_mean, hat_mlp, nnls, read, scikit_learn
 
-from moesaic.nas.config import DeviceConfig
-from moesaic.nas.costs.latency.fitting import Accuracy, Interval, fit, leave_one_out
-from moesaic.nas.device import choose_device
-from moesaic.nas.report.summary import versions
-from moesaic.nas.terminal.tables import output_console, plain_table
-from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import write_json
+from experiments.common import facts, markdown, parser_of, run_script
+from experiments.hat_latency.predictors import (
+    Drifting,
+    Rows,
+    anchored,
+    boosting,
+    depth_mean,
+    hat_mlp,
+    nnls,
+    read,
+    scikit_learn,
+)
+from moesaic import Accuracy, DeviceConfig, Interval, choose_device, fit, leave_one_out, versions, write_value
 
 TRAINING_ROWS = (25, 50, 100, 400, 1600)
 CALIBRATION = 40  # whole models that an interval is made from, as in a calibration of Moesaic
@@ -190,8 +194,8 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def tables(result: dict[str, Any]) -> Iterable[Any]:
-    """What a person reads of one file."""
+def tables(result: dict[str, Any]) -> str:
+    """What a person reads of one file, as Markdown."""
 
     def percent(share: float) -> str:
         return f"{100 * share:.2f}"
@@ -199,34 +203,35 @@ def tables(result: dict[str, Any]) -> Iterable[Any]:
     def rank(tau: float | None) -> str:
         return "-" if tau is None else f"{tau:.3f}"
 
-    title = f"{result['file']}: {result['rows']} rows, random 80/10/10 splits"
-    table = plain_table(title, "predictor|MAPE %|RMSE ms|bias %|Spearman|tau|tau in depth", "predictor")
+    accuracy = []
     for name, of in result["random_splits"].items():
         ranks = [rank(of[key]) for key in ("spearman", "tau", "tau_within_depth")]
-        table.add_row(name, percent(of["mape"]), f"{of['rmse']:.1f}", percent(of["bias"]), *ranks)
-    yield table
-    exact = result["random_splits"]["ours, drift taken out"]["tau_within_depth_if_exact"]
-    yield (
-        f"Drift is {100 * result['drift_share_of_squared_error']:.0f} % of the squared log error. Order not known: a "
-        "model that will be measured some day. Order known: the gaps of a table whose neighbours in time were "
-        "measured; of ranks it orders the drift too. Drift taken out: architectures at one speed; an exact model with "
-        f"this noise would have tau in depth {rank(exact)}.\n"
-    )
+        accuracy.append([name, percent(of["mape"]), f"{of['rmse']:.1f}", percent(of["bias"]), *ranks])
     by_rows = result["mape_by_training_rows"]
     counts = list(by_rows["NNLS"])
-    table = plain_table("MAPE % by training rows", "|".join(["predictor", *map(str, counts)]), "predictor")
-    for name, errors in by_rows.items():
-        table.add_row(name, *(percent(errors[count]) for count in counts))
-    yield table
-    title = "Measured later than all training rows"
-    table = plain_table(title, "predictor|last tenth %|bias %|tau in depth|tenths 4-10 %|worst tenth %", "predictor")
+    few = [[name, *(percent(errors[count]) for count in counts)] for name, errors in by_rows.items()]
+    later = []
     for name, of in result["chronological"]["last_tenth"].items():
         each = result["chronological"]["tenths_4_to_10_mape"][name]
         cells = [percent(of["mape"]), percent(of["bias"]), rank(of["tau_within_depth"])]
-        table.add_row(name, *cells, percent(float(np.mean(each))), percent(max(each)))
-    yield table
+        later.append([name, *cells, percent(float(np.mean(each))), percent(max(each))])
+    exact = result["random_splits"]["ours, drift taken out"]["tau_within_depth_if_exact"]
     covered = ", ".join(f"{name} {100 * of:.1f}" for name, of in result["coverage_of_95_percent_interval"].items())
-    yield f"Test rows inside the 95 % interval, %: {covered}\n"
+    return "\n".join(
+        (
+            f"{result['file']}: {result['rows']} rows, random 80/10/10 splits\n",
+            markdown("predictor|MAPE %|RMSE ms|bias %|Spearman|tau|tau in depth", accuracy),
+            f"Drift is {100 * result['drift_share_of_squared_error']:.0f} % of the squared log error. Order not known: "
+            "a model that will be measured some day. Order known: the gaps of a table whose neighbours in time were "
+            "measured; of ranks it orders the drift too. Drift taken out: architectures at one speed; an exact model "
+            f"with this noise would have tau in depth {rank(exact)}.\n",
+            "MAPE % by training rows\n",
+            markdown("|".join(["predictor", *map(str, counts)]), few),
+            "Measured later than all training rows\n",
+            markdown("predictor|last tenth %|bias %|tau in depth|tenths 4-10 %|worst tenth %", later),
+            f"Test rows inside the 95 % interval, %: {covered}\n",
+        )
+    )
 
 
 def draw(found: list[tuple[dict[str, Any], Rows, list[Split]]], path: Path) -> None:
@@ -258,8 +263,8 @@ def draw(found: list[tuple[dict[str, Any], Rows, list[Split]]], path: Path) -> N
     figure.savefig(path, dpi=110)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="CSV")
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     parser.add_argument("--seeds", type=int, default=5, help="number of random splits (default 5)")
@@ -267,34 +272,22 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.seeds < 1:
         parser.error("--seeds must be at least 1")
-    try:
-        scikit_learn()
-        for path in chosen.files:
-            read(path)  # a wrong file is known before the first takes minutes
-        device = choose_device(DeviceConfig(device="cpu", threads=1))
-        found = [experiment(path, chosen.seeds) for path in chosen.files]
-    except MoesaicError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "device": str(device),
+    scikit_learn()
+    for path in chosen.files:
+        read(path)  # a wrong file is known before the first takes minutes
+    device = choose_device(DeviceConfig(device="cpu", threads=1))
+    found = [experiment(path, chosen.seeds) for path in chosen.files]
+    result = {
+        **facts(device),
         "versions": {**versions(), "scikit-learn": metadata.version("scikit-learn")},
         "seeds": list(range(chosen.seeds)),
-        "files": [_rounded(result) for result, _, _ in found],
+        "files": [_rounded(one) for one, _, _ in found],
     }
     if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        write_json(chosen.out / "result.json", facts)
+        write_value(chosen.out / "result.json", result)
         draw(found, chosen.out / "predicted_measured.png")
-    if chosen.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        console = output_console()
-        for result, _, _ in found:
-            console.print(*tables(result), sep="\n")
-    return 0
+    print(json.dumps(result, indent=2) if chosen.json else "\n".join(tables(one) for one, _, _ in found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -1,17 +1,13 @@
-"""What the trainings came to: each contestant's mean loss, its difference to the searched model, tables and figure."""
+"""What the trainings came to: each model's mean loss, its difference to the searched one, tables and figure."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from moesaic.nas.trust.ranking import mean_interval
-from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import read_json, write_json, write_text
+from experiments.common import Row, markdown, read_rows
+from moesaic import DIMENSIONS, MoesaicError, mean_interval, read_value, write_value
 
 SEARCHED = "searched"
 COLOURS = {"searched": "#0072b2", "random": "#cc79a7", "uniform": "#d55e00", "dense": "#009e73"}
@@ -22,15 +18,10 @@ NOTE = (
     "with a 95 % Student interval; positive: worse than the searched model. FLOPs are per token, by measured routing; "
     "both costs were measured before training."
 )
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def verdict(low: float, high: float) -> str:
-    """Of the interval of how much worse than the searched model a contestant is."""
+    """Of the interval of how much worse than the searched model another one is."""
     if low <= 0 <= high:
         return "no significant difference"
     return "paid" if low > 0 else "did not pay"
@@ -48,13 +39,13 @@ def known_interval(values: np.ndarray) -> tuple[float, float] | None:
     return mean_interval(values) if len(values) > 1 else None
 
 
-def compare(contestants: list[Row], trainings: list[Row]) -> list[Row]:
-    """A row per contestant under one budget, from the seeds that all of them were trained with; none without such.
+def compare(models: list[Row], trainings: list[Row]) -> list[Row]:
+    """A row per model under one budget, from the seeds that all of them were trained with; none without such.
 
-    ``contestants`` are ``{kind, rank, fingerprint, ...}``, those without a rank were not trained; ``trainings`` are
+    ``models`` are ``{kind, rank, fingerprint, ...}``, those without a rank were not trained; ``trainings`` are
     ``{fingerprint, seed, test_loss, costs, ...}``.
     """
-    members = [row for row in contestants if row["rank"]]
+    members = [row for row in models if row["rank"]]
     by_member: dict[str, dict[int, Row]] = {row["fingerprint"]: {} for row in members}
     for training in trainings:
         by_member.get(training["fingerprint"], {})[training["seed"]] = training
@@ -94,28 +85,30 @@ def compare(contestants: list[Row], trainings: list[Row]) -> list[Row]:
 
 def collect(folder: Path) -> Row:
     """The result over all data sets in ``folder``."""
-    files = sorted(folder.glob("*.contestants.json"))
+    files = sorted(folder.glob("*.models.json"))
     if not files:
-        raise MoesaicError("no contestants are chosen yet", where=str(folder), nearest="run.py stdlib")
+        raise MoesaicError(
+            "no models are chosen yet", where=str(folder), nearest="python -m experiments.headline.run stdlib"
+        )
     results = []
     for file in files:
-        facts = read_json(file)
+        facts = read_value(file, dict)
         trainings = read_rows(folder / f"{facts['dataset']}.jsonl")
         for cost, budget in facts["budgets"].items():
             same = [row for row in trainings if row["settings"] == budget["settings"]]
-            over = [row["kind"] for row in budget["contestants"] if not row["rank"]]
+            over = [row["kind"] for row in budget["models"] if not row["rank"]]
             results.append(
                 {
                     "dataset": facts["dataset"],
                     "budget": cost,
                     "limit": budget["limit"],
                     "refused_over_budget": {kind: over.count(kind) for kind in dict.fromkeys(over)},
-                    "contestants": compare(budget["contestants"], same),
+                    "models": compare(budget["models"], same),
                     **{key: facts[key] for key in ("device", "context", "versions", "date", "steps", "trials")},
                     "training_hours": sum(row["seconds"] for row in same) / 3600,
                 }
             )
-    return {"note": NOTE, "results": [result for result in results if result["contestants"]]}
+    return {"note": NOTE, "results": [result for result in results if result["models"]]}
 
 
 def difference_text(row: Row, reference: str) -> str:
@@ -128,15 +121,11 @@ def difference_text(row: Row, reference: str) -> str:
 
 def tables(result: Row) -> str:
     """The result as Markdown."""
-    lines = [
-        "| text, budget | model | seeds | test loss | bits/byte | above searched | did the search pay? "
-        "| above searched, best of several | FLOPs | latency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for one in result["results"]:
         limit = f"{one['dataset']}, {one['budget']} ≤ {DIMENSIONS[one['budget']].format(one['limit'])}"
-        best = next((row["name"] for row in one["contestants"][1:] if row["kind"] == SEARCHED), SEARCHED)
-        for index, row in enumerate(one["contestants"]):
+        best = next((row["name"] for row in one["models"][1:] if row["kind"] == SEARCHED), SEARCHED)
+        for index, row in enumerate(one["models"]):
             half = f" ± {(row['interval'][1] - row['interval'][0]) / 2:.3f}" if row["interval"] else ""
             costs = [DIMENSIONS[cost].format(row["costs"][cost]) for cost in ("flops", "latency")]
             judged = row["above"].get(SEARCHED, {}).get("verdict", "") if row["kind"] != SEARCHED else ""
@@ -151,13 +140,17 @@ def tables(result: Row) -> str:
                 difference_text(row, best) if best != SEARCHED and row["kind"] != SEARCHED else "",
                 *costs,
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(cells)
     made = {
         f"{one['dataset']}: supernet {one['steps']['supernet']} steps, {one['trials']} evaluations per search, "
         f"trainings {one['steps']['retrain']} steps from scratch; {one['context']}; {one['device']}; {one['date']}."
         for one in result["results"]
     }
-    return "\n".join([*lines, "", result["note"], "", *sorted(made), ""])
+    columns = (
+        "text, budget|model|seeds|test loss|bits/byte|above searched|did the search pay?|"
+        "above searched, best of several|FLOPs|latency"
+    )
+    return "\n".join([markdown(columns, lines), result["note"], "", *sorted(made), ""])
 
 
 def draw(result: Row, path: Path) -> None:
@@ -172,15 +165,15 @@ def draw(result: Row, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, one in zip(panels, results, strict=False):
-        for place, row in enumerate(one["contestants"]):
+        for place, row in enumerate(one["models"]):
             colour = COLOURS[row["kind"]]
             if row["interval"]:
                 panel.plot(row["interval"], [place, place], color=colour, linewidth=2, alpha=0.5)
             panel.plot(row["losses"], [place] * len(row["losses"]), "o", markersize=4, color=colour, alpha=0.7)
             panel.plot(row["mean"], place, "|", markersize=16, markeredgewidth=2.5, color=colour)
-        panel.axvline(one["contestants"][0]["mean"], color="#6b7785", linewidth=0.8, linestyle="--", zorder=0)
-        panel.set_yticks(range(len(one["contestants"])), [row["name"] for row in one["contestants"]])
-        panel.set_ylim(len(one["contestants"]) - 0.5, -0.5)
+        panel.axvline(one["models"][0]["mean"], color="#6b7785", linewidth=0.8, linestyle="--", zorder=0)
+        panel.set_yticks(range(len(one["models"])), [row["name"] for row in one["models"]])
+        panel.set_ylim(len(one["models"]) - 0.5, -0.5)
         limit = DIMENSIONS[one["budget"]].format(one["limit"])
         panel.set_title(f"{one['dataset']}, {one['budget']} ≤ {limit}", fontsize=10)
         panel.set_xlabel("test loss, nats per token", fontsize=9)
@@ -195,8 +188,8 @@ def summarise(folder: Path, figure: Path) -> None:
     """Write result.json and result.md in ``folder``, and the figure."""
     result = collect(folder)
     if not result["results"]:
-        raise MoesaicError("no budget has all contestants trained with a seed yet", where=str(folder))
-    write_json(folder / "result.json", result)
-    write_text(folder / "result.md", tables(result))
+        raise MoesaicError("no budget has all models trained with a seed yet", where=str(folder))
+    write_value(folder / "result.json", result)
+    (folder / "result.md").write_text(tables(result), encoding="utf-8")
     draw(result, figure)
     print(tables(result))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from moesaic.kernels import Bank, ExpertLayout, gpu, sparse_ffn
+from moesaic.kernels import ACTIVATIONS, Bank, ExpertLayout, gpu, sparse_ffn
 from moesaic.kernels.gpu import tuning
 
 LIMITS = {80: 163, 90: 227}
@@ -56,19 +57,22 @@ class Elsewhere:
 
 
 @contextmanager
-def compiling(capability: int, rows: list[dict[str, Any]] | None, facts: dict[str, Any]) -> Iterator[None]:
-    """Inside, every launch compiles for ``capability`` instead of running, and adds to ``rows`` if they are wanted."""
-    run, seen = JITFunction.run, set()
+def compiling(capability: int, rows: dict[str, dict[str, Any]] | None, facts: dict[str, Any]) -> Iterator[None]:
+    """Inside, every launch compiles for ``capability`` instead of running, and adds to ``rows`` if they are wanted.
+
+    A row's key is the compiled kernel's hash: one that several layers have in common has the ``facts`` of the first.
+    """
+    run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel: Any = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if rows is not None and kernel.hash not in seen:
-            seen.add(kernel.hash)
+        if rows is not None and kernel.hash not in rows:
             tile = {name: kwargs[name] for name in ("BM", "BN", "BK") if name in kwargs}
             metadata = kernel.metadata
             launch = {"warps": metadata.num_warps, "stages": metadata.num_stages}
             name = self.fn.__name__ + ("_two" if kwargs.get("TWO") else "")
-            rows.append({"kernel": name, "sm": capability, **facts, **tile, **launch, **resources(kernel, capability)})
+            found = resources(kernel, capability)
+            rows[kernel.hash] = {"kernel": name, "sm": capability, **facts, **tile, **launch, **found}
         return kernel
 
     JITFunction.run = compile_only
@@ -103,20 +107,22 @@ def resources(kernel: Any, capability: int) -> dict[str, Any]:
     }
 
 
-def passes(case: Case, bank_dtype: torch.dtype) -> None:
+def passes(case: Case, bank_dtype: torch.dtype, up_bias: bool = False) -> None:
     """Routing, forward and backward of a layer in bfloat16, and a forward pass that keeps nothing."""
     neurons = sum(case.sizes)
     logits = torch.zeros(case.tokens, len(case.sizes), requires_grad=True)
 
-    def matrix() -> torch.Tensor:
-        return torch.zeros(neurons, case.width, dtype=bank_dtype, requires_grad=True)
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=bank_dtype, requires_grad=True)
 
     x = torch.zeros(case.tokens, case.width, dtype=torch.bfloat16, requires_grad=True)
     starts = tuple(sum(case.sizes[:i]) for i in range(len(case.sizes)))
-    bank = Bank(matrix(), matrix() if case.activation == "swiglu" else None, matrix())
+    up, down = parameter(neurons, case.width), parameter(neurons, case.width)
+    gate = parameter(neurons, case.width) if ACTIVATIONS[case.activation].gated else None
+    bank = Bank(up, gate, down, parameter(neurons) if up_bias else None)
 
     def forward() -> torch.Tensor:
-        routing = gpu.route(logits, most=case.most, threshold=case.threshold)
+        routing = gpu.route(logits, max_experts=case.max_experts, threshold=case.threshold)
         return sparse_ffn(x, bank, ExpertLayout(starts, case.sizes), routing, case.activation, "triton")
 
     forward().backward(torch.zeros_like(x))
@@ -147,32 +153,33 @@ def each_candidate(capability: int, rows: int) -> Iterator[Iterator[int]]:
 
 def compile_candidates(capability: int, case: Case) -> None:
     """Leave every candidate for a case in Triton's cache, so that tuning on the device finds them compiled."""
-    rows = tuning.row_tile(case.tokens * case.most, len(case.sizes))
+    rows = tuning.row_tile(case.tokens * case.max_experts, len(case.sizes))
     with each_candidate(capability, rows) as candidates, compiling(capability, None, {}):
         for _ in candidates:
             passes(case, torch.bfloat16)
 
 
 def compile_all(capabilities: list[int], quick: bool) -> list[dict[str, Any]]:
-    """Rows for each kernel. ``quick`` leaves out all candidates but the first, and two of the row tiles."""
-    rows: list[dict[str, Any]] = []
-    for capability in capabilities:
-        for tile in (16, 128) if quick else tuning.ROW_TILES:
-            for activation in ("swiglu",) if quick else ("relu", "gelu", "swiglu"):
-                case = Case("", "", tile * EXPERTS // 2, 512, (256,) * EXPERTS, 2, activation=activation)
-                for bank_dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
-                    facts = {"activation": activation, "bank": str(bank_dtype).removeprefix("torch.")}
-                    with each_candidate(capability, tile) as candidates, compiling(capability, rows, facts):
-                        for step in candidates:
-                            if step == 0 or not quick:
-                                passes(case, bank_dtype)
-    return rows
+    """Rows for each kernel. ``quick`` takes two activations, one of them with a bias, the first candidates, and two of
+    the row tiles."""
+    rows: dict[str, dict[str, Any]] = {}
+    layers = [("swiglu", False), ("gelu_tanh", True)] if quick else list(product(ACTIVATIONS, (False, True)))
+    bank_dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+    tiles = [16, 128] if quick else tuning.ROW_TILES
+    for capability, tile, (activation, up_bias), dtype in product(capabilities, tiles, layers, bank_dtypes):
+        case = Case("", "", tile * EXPERTS // 2, 512, (256,) * EXPERTS, 2, activation=activation)
+        facts = {"activation": activation, "up_bias": up_bias, "bank": str(dtype).removeprefix("torch.")}
+        with each_candidate(capability, tile) as candidates, compiling(capability, rows, facts):
+            for step in candidates:
+                if step == 0 or not quick:
+                    passes(case, dtype, up_bias)
+    return list(rows.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
-    parser.add_argument("--quick", action="store_true", help="first candidates, bfloat16, swiglu")
+    parser.add_argument("--quick", action="store_true", help="first candidates, bfloat16, two activations")
     parser.add_argument("--out", type=Path, help="write the rows as JSON here")
     arguments = parser.parse_args()
     rows = compile_all(arguments.sm, arguments.quick)
@@ -184,7 +191,8 @@ def main() -> None:
     Console(width=160).print(table)
     if arguments.out:
         facts = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "torch": torch.__version__}
-        arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        arguments.out.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{lines}\n]}}\n')
     sys.exit(any(row["spills"] or not row["fits"] for row in rows))
 
 

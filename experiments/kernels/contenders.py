@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
+from moesaic.kernels import ACTIVATIONS, Bank, ExpertLayout, Routing, route, sparse_ffn
+from moesaic.kernels.reference import activate
 from moesaic.kernels.routing import route as torch_route
 
 Run = Callable[[], Tensor]
@@ -25,9 +26,9 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer: ``tokens`` of ``width`` through experts of ``sizes``, top-``most`` or ``threshold`` (at most ``most``).
+    """A layer: ``tokens`` of ``width`` through experts of ``sizes``, at most ``max_experts`` of them for each token.
 
-    ``source`` says who published the shape.
+    Without a ``threshold`` every token uses ``max_experts`` experts. ``source`` says who published the shape.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Case:
     tokens: int
     width: int
     sizes: tuple[int, ...]
-    most: int
+    max_experts: int
     threshold: float | None = None
     activation: str = "swiglu"
 
@@ -60,10 +61,10 @@ class Problem:
         self.logits = normal(case.tokens, len(case.sizes), kind=torch.float32)
         scale = width**-0.5
         self.up, self.down = normal(neurons, width, scale=scale), normal(neurons, width, scale=scale)
-        self.gate = normal(neurons, width, scale=scale) if case.activation == "swiglu" else None
+        self.gate = normal(neurons, width, scale=scale) if ACTIVATIONS[case.activation].gated else None
         starts = [sum(case.sizes[:i]) for i in range(len(case.sizes))]
         self.layout = ExpertLayout(tuple(starts), case.sizes)
-        load = torch_route(self.logits.detach(), most=case.most, threshold=case.threshold).load.tolist()
+        load = torch_route(self.logits.detach(), max_experts=case.max_experts, threshold=case.threshold).load.tolist()
         self.pairs = sum(load)
         self.largest_load = max(load)
         matrices = 2 if self.gate is None else 3
@@ -93,25 +94,23 @@ class Problem:
         return stack(self.up), None if self.gate is None else stack(self.gate), stack(self.down)
 
     def route(self) -> Routing:
-        return torch_route(self.logits, most=self.case.most, threshold=self.case.threshold)
+        return torch_route(self.logits, max_experts=self.case.max_experts, threshold=self.case.threshold)
 
     def top_k(self) -> tuple[Tensor, Tensor]:
         """Normalised weights and experts [T, k], as torch code writes it."""
-        weights, experts = self.logits.softmax(-1).topk(self.case.most, dim=-1)
+        weights, experts = self.logits.softmax(-1).topk(self.case.max_experts, dim=-1)
         return weights / weights.sum(-1, keepdim=True), experts
 
     def hidden(self, product: Callable[[Tensor], Tensor]) -> Tensor:
         """Activation over ``product`` with up and gate, stacked."""
         up, gate, _ = self.stacked
-        if gate is not None:
-            return F.silu(product(gate)) * product(up)
-        return F.gelu(product(up)) if self.case.activation == "gelu" else F.relu(product(up))
+        return activate(product(up), None if gate is None else product(gate), self.case.activation)
 
 
 def ours(problem: Problem) -> Run:
     def run() -> Tensor:
         case = problem.case
-        found = route(problem.logits, most=case.most, threshold=case.threshold)
+        found = route(problem.logits, max_experts=case.max_experts, threshold=case.threshold)
         return sparse_ffn(problem.x, problem.bank, problem.layout, found, case.activation, "triton")
 
     return run
@@ -120,7 +119,7 @@ def ours(problem: Problem) -> Run:
 def ours_given_routing(problem: Problem) -> Run:
     case = problem.case
     with torch.no_grad():
-        found = route(problem.logits, most=case.most, threshold=case.threshold)
+        found = route(problem.logits, max_experts=case.max_experts, threshold=case.threshold)
     return lambda: sparse_ffn(problem.x, problem.bank, problem.layout, found, case.activation, "triton")
 
 
@@ -173,11 +172,9 @@ def foreach_mm(problem: Problem) -> Run:
             return [matrix[start : start + size] for start, size in problem.layout.segments]
 
         ups = product(list(rows), [m.t() for m in pieces(problem.up)])
-        if problem.gate is not None:
-            gates = product(list(rows), [m.t() for m in pieces(problem.gate)])
-            hidden = [F.silu(g) * u for g, u in zip(gates, ups, strict=True)]
-        else:
-            hidden = [F.gelu(u) if problem.case.activation == "gelu" else F.relu(u) for u in ups]
+        gate = problem.gate
+        gates = [None] * len(ups) if gate is None else product(list(rows), [m.t() for m in pieces(gate)])
+        hidden = [activate(u, g, problem.case.activation) for u, g in zip(ups, gates, strict=True)]
         return _combine(problem, found, torch.cat(list(product(hidden, pieces(problem.down)))))
 
     return run
@@ -221,7 +218,7 @@ def scattermoe(problem: Problem) -> Run:
     case, gated = problem.case, problem.gate is not None
     kind = module.GLUMLP if gated else module.MLP
     activation = torch.nn.SiLU() if gated else torch.nn.GELU() if case.activation == "gelu" else torch.nn.ReLU()
-    layer = kind(case.width, max(case.sizes), len(case.sizes), case.most, activation=activation)
+    layer = kind(case.width, max(case.sizes), len(case.sizes), case.max_experts, activation=activation)
     layer = layer.to(problem.x.device, problem.x.dtype)
     up, gate, down = problem.stacked
     with torch.no_grad():

@@ -45,11 +45,9 @@ _MIXED_512 = (512, 256, 256, 128, 128, 64, 64, 32)
 _MIXED_1024 = (1024, 512, 512, 256, 256, 128, 128, 64)
 
 
-def case(tokens: int, width: int, sizes: tuple[int, ...], most: int, activation: str = "relu") -> Case:
+def case(tokens: int, width: int, sizes: tuple[int, ...], k: int, activation: str = "relu") -> Case:
     span = f"{sizes[0]}" if len(set(sizes)) == 1 else f"{min(sizes)}..{max(sizes)}"
-    return Case(
-        f"{tokens} x {width}, {len(sizes)} x {span}, top-{most}", "", tokens, width, sizes, most, None, activation
-    )
+    return Case(f"{tokens} x {width}, {len(sizes)} x {span}, top-{k}", "", tokens, width, sizes, k, None, activation)
 
 
 ROWS = [

@@ -147,7 +147,7 @@ def relative_error(run: Run, problem: Problem) -> float:
     exact = {id(leaf): leaf.detach().float().requires_grad_() for leaf in leaves}
     gate = None if problem.gate is None else exact[id(problem.gate)]
     bank = Bank(exact[id(problem.up)], gate, exact[id(problem.down)])
-    routing = route(exact[id(problem.logits)], most=case.most, threshold=case.threshold)
+    routing = route(exact[id(problem.logits)], max_experts=case.max_experts, threshold=case.threshold)
     out = reference.sparse_ffn(exact[id(problem.x)], bank, problem.layout, routing, case.activation)
     expected = [out, *torch.autograd.grad(out, list(exact.values()), direction.float())]
     pairs = zip(found, expected, strict=True)
@@ -188,8 +188,8 @@ def measure(case: Case, device: torch.device, clock: Clock, path: Path | None, s
     both = interleaved(steps, clock, seconds)
     row: dict[str, Any] = {
         "case": case.name, "source": case.source, "tokens": case.tokens, "width": case.width,
-        "experts": len(case.sizes), "sizes": sorted(set(case.sizes)), "most": case.most, "threshold": case.threshold,
-        "activation": case.activation, "pairs": problem.pairs, "contenders": {},
+        "experts": len(case.sizes), "sizes": sorted(set(case.sizes)), "max_experts": case.max_experts,
+        "threshold": case.threshold, "activation": case.activation, "pairs": problem.pairs, "contenders": {},
     }  # fmt: skip
     for name in runs:
         row["contenders"][name] = {
@@ -211,12 +211,12 @@ def measure(case: Case, device: torch.device, clock: Clock, path: Path | None, s
 def proportion(device: torch.device, clock: Clock, seconds: float) -> dict[str, Any]:
     """Time per executed pair against its mean over 1, 2, 4 and 8 experts per token."""
     per_pair = {}
-    for most in (1, 2, 4, 8):
-        problem = Problem(Case(**{**PROPORTION.__dict__, "most": most}), device)
+    for count in (1, 2, 4, 8):
+        problem = Problem(Case(**{**PROPORTION.__dict__, "max_experts": count}), device)
         run = contenders(problem.case, None)["moesaic, routing given"](problem)
-        per_pair[most] = interleaved({"": without_gradients(run)}, clock, seconds)[""] / problem.pairs
+        per_pair[count] = interleaved({"": without_gradients(run)}, clock, seconds)[""] / problem.pairs
     mean = sum(per_pair.values()) / len(per_pair)
-    deviation = {most: round(value / mean - 1, 3) for most, value in per_pair.items()}
+    deviation = {count: round(value / mean - 1, 3) for count, value in per_pair.items()}
     return {"deviation": deviation, "worst": max(map(abs, deviation.values()))}
 
 

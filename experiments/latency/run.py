@@ -1,11 +1,11 @@
 """How good is the latency predictor on models that it has not seen? Calibrate, then measure new models beside it.
 
-python experiments/latency/run.py prefill|decode    calibrates on space small and measures 120 new models: a result file
-python experiments/latency/run.py figure            draws both results
+python -m experiments.latency.run prefill|decode    calibrates on space small and measures 120 new models: a result file
+python -m experiments.latency.run figure            draws both results
 """
 
-import argparse
-import datetime
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path
@@ -14,55 +14,72 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.nas.config import DeviceConfig, LatencyConfig
-from moesaic.nas.context import Context, Phase
-from moesaic.nas.costs.analytic import flops
-from moesaic.nas.costs.latency.calibrate import Calibration, Survey, calibrate
-from moesaic.nas.costs.latency.fitting import Accuracy, fit
-from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
-from moesaic.nas.costs.latency.probe import random_passes
-from moesaic.nas.costs.latency.timing import Series, Timer
-from moesaic.nas.costs.measure import rebuilt_anchors
-from moesaic.nas.costs.price import Pricer
-from moesaic.nas.device import Device, choose_device
-from moesaic.nas.report.summary import versions
-from moesaic.search_spaces import Architecture, SearchSpace, load_space, preset_source
-from moesaic.search_spaces.files import write_json
+from experiments.common import DOCS, Row, facts, parser_of, run_script
+from moesaic import (
+    TERMS,
+    Accuracy,
+    Architecture,
+    Context,
+    Device,
+    DeviceConfig,
+    LatencyConfig,
+    LatencyPredictor,
+    LayerUse,
+    Pricer,
+    Series,
+    Survey,
+    Timer,
+    calibrate,
+    choose_device,
+    fit,
+    flops,
+    model_terms,
+    random_passes,
+    read_value,
+    write_value,
+)
+from moesaic.search_spaces import load_space, preset_source
 
 HERE = Path(__file__).parent
-FIGURE = HERE.parent.parent / "docs" / "latency_calibration.png"
-CONTEXTS: dict[Phase, Context] = {"prefill": Context(1024, 128, 8), "decode": Context(1024, 512, 8, phase="decode")}
-MODELS = 120
+CONTEXTS = {"prefill": Context(1024, 128, 8), "decode": Context(1024, 512, 8, phase="decode")}
+SPACE = load_space(preset_source("small"))
+CALIBRATED, MODELS = 80, 120
 CONFIDENCES = (0.8, 0.9, 0.95)
 
 
 def measure(
     architectures: list[Architecture], context: Context, device: Device, predictor: LatencyPredictor, rounds: int
-) -> tuple[Survey, np.ndarray, list]:
+) -> tuple[Survey, np.ndarray, list[list[LayerUse]]]:
     """A survey, its figures at the speed of the calibration, and the use of each model's layers."""
     passes = random_passes(architectures, context, device, seed=1)
     uses = [one.uses() for one in passes]
-    anchors = [Series(one) for one in rebuilt_anchors(predictor, device)]
-    survey = Survey([Series(one) for one in passes], anchors, Timer.of(device.kind), Random(1))
+    anchors = random_passes(
+        [anchor.architecture for anchor in predictor.anchors], context, device, predictor.anchor_seed
+    )
+    survey = Survey(list(map(Series, passes)), list(map(Series, anchors)), Timer.of(device.kind), Random(1))
     survey.measure(rounds)
     then = np.array([anchor.milliseconds for anchor in predictor.anchors])
     scale = float(np.exp(np.log(then / survey.anchor_milliseconds()).mean()))
     return survey, survey.milliseconds() * scale, uses
 
 
-def judge(phase: Phase, seed: int, rounds: int) -> dict[str, Any]:
-    space, context = load_space(preset_source("small")), CONTEXTS[phase]
-    device = choose_device(DeviceConfig(device="cpu"))
-    config = LatencyConfig(phase=phase, batch_size=context.batch_size, models=80, repeats=rounds)
-    calibration = calibrate(space, context, config, device, seed)
-    predictor = calibration.predictor
+def new_models(seed: int) -> list[Architecture]:
     rng = Random(f"{seed}/new models")
-    new = [space.sample_balanced(rng) for _ in range(MODELS)]
+    return [SPACE.sample_balanced(rng) for _ in range(MODELS)]
+
+
+def judge(phase: str, seed: int, rounds: int) -> Row:
+    context = CONTEXTS[phase]
+    device = choose_device(DeviceConfig(device="cpu"))
+    config = LatencyConfig(phase=context.phase, batch_size=context.batch_size, models=CALIBRATED, repeats=rounds)
+    calibration = calibrate(SPACE, context, config, device, seed)
+    predictor = calibration.predictor
+    new = new_models(seed)
     started = time.perf_counter()
     survey, measured, uses = measure(new, context, device, predictor, rounds)
     seconds = time.perf_counter() - started
 
-    depths = np.array([len(architecture.decoder.layers) for architecture in new])
+    depths = np.array([len(architecture.layers) for architecture in new])
     predicted = np.array([predictor.predict(a, use) for a, use in zip(new, uses, strict=True)])
     pricer = Pricer(context)
     even = np.array([predictor.predict(a, pricer.expected_uses(a)) for a in new])
@@ -79,11 +96,9 @@ def judge(phase: Phase, seed: int, rounds: int) -> dict[str, Any]:
     return {
         "phase": phase,
         "context": str(context),
-        "space": space.name,
+        "space": SPACE.name,
         "seed": seed,
-        "date": datetime.date.today().isoformat(),
-        "device": str(device),
-        "versions": versions(),
+        **facts(device),
         "calibration": {
             "models": config.models,
             "fitted": len(predictor.log_residuals),
@@ -106,27 +121,27 @@ def judge(phase: Phase, seed: int, rounds: int) -> dict[str, Any]:
             "predictor": vars(Accuracy.of(predicted, measured, depths)),
             "coverage": coverage,
         },
-        "baselines": baselines(calibration, space, context, survey, new, uses, measured, even, depths),
+        "baselines": baselines(calibration.rows, context, survey, new, uses, measured, even, depths),
         "rows": [
-            {"fingerprint": a.fingerprint, "layers": len(a.decoder.layers), "predicted_ms": p, "measured_ms": m}
+            {"fingerprint": a.fingerprint, "layers": len(a.layers), "predicted_ms": p, "measured_ms": m}
             for a, p, m in zip(new, predicted.tolist(), measured.tolist(), strict=True)
         ],
     }
 
 
 def baselines(
-    calibration: Calibration,
-    space: SearchSpace,
+    calibrated: list[dict[str, float | str]],
     context: Context,
     survey: Survey,
     new: list[Architecture],
-    uses: list,
+    uses: list[list[LayerUse]],
     measured: np.ndarray,
     even: np.ndarray,
     depths: np.ndarray,
-) -> dict[str, dict]:
-    """The same new models by simpler means: what each part of the method is worth."""
-    fitted = [row for row in calibration.rows if row["kind"] == "model"]
+) -> dict[str, dict[str, Any]]:
+    """The same new models by simpler means: what each part of the method is worth. ``calibrated`` has a row per model
+    of the calibration."""
+    fitted = [row for row in calibrated if row["kind"] == "model"]
 
     def column(name: str) -> np.ndarray:
         return np.array([float(row[name]) for row in fitted])
@@ -136,7 +151,7 @@ def baselines(
     raw_fit = fit(terms, column("raw_ms"))
     raw = np.array([np.median(case.milliseconds) for case in survey.cases])
     work = np.array([flops(a, use, context) for a, use in zip(new, uses, strict=True)])
-    by_depth = {depth: column("measured_ms")[column("layers") == depth].mean() for depth in space.depths}
+    by_depth = {depth: column("measured_ms")[column("layers") == depth].mean() for depth in set(column("layers"))}
     return {
         "FLOPs x constant, fitted to the new models themselves": vars(
             Accuracy.of(work * np.median(measured / work), measured, depths)
@@ -150,7 +165,7 @@ def baselines(
 def draw() -> None:
     import matplotlib.pyplot as plt
 
-    results = [json.loads((HERE / f"{phase}.json").read_text()) for phase in CONTEXTS]
+    results = [read_value(HERE / f"{phase}.json", dict) for phase in CONTEXTS]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
     for axis, result in zip(axes, results, strict=True):
         measured = np.array([row["measured_ms"] for row in result["rows"]])
@@ -172,11 +187,11 @@ def draw() -> None:
         axis.set(xlabel="measured, ms", ylabel="predicted, ms", xlim=ends, ylim=ends, aspect="equal")
         axis.legend(title=f"band: 95 % interval, holds {edges['share']:.0%}", frameon=False, fontsize=9)
     figure.suptitle(f"{results[0]['device']}, {results[0]['date']}", fontsize=8, color="#6b7785")
-    figure.savefig(FIGURE, dpi=130)
+    figure.savefig(DOCS / "latency_calibration.png", dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("what", choices=[*CONTEXTS, "figure"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=8)
@@ -185,9 +200,9 @@ def main() -> None:
         draw()
         return
     result = judge(arguments.what, arguments.seed, arguments.rounds)
-    write_json(HERE / f"{arguments.what}.json", result)
+    write_value(HERE / f"{arguments.what}.json", result)
     print(json.dumps({key: result[key] for key in ("calibration", "new_models", "baselines")}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

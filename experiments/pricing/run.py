@@ -1,20 +1,17 @@
 """How many architectures are priced per second on one core (FLOPs, parameters, memory), without training any.
 
-python experiments/pricing/run.py --out experiments/pricing/result.json
+python -m experiments.pricing.run [--out FILE]
 """
 
-import argparse
-import datetime
+from __future__ import annotations
+
 import time
 from pathlib import Path
 from random import Random
 
-from moesaic.nas.context import Context
-from moesaic.nas.costs.price import Pricer
-from moesaic.nas.device import processor_name
-from moesaic.nas.report.summary import versions
+from experiments.common import facts, parser_of, run_script
+from moesaic import Context, DeviceConfig, Pricer, choose_device, write_value
 from moesaic.search_spaces import load_space, preset_source
-from moesaic.search_spaces.files import write_json
 
 SEED = 0
 COUNT = 5000
@@ -32,14 +29,14 @@ def priced_per_second() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))
     out = parser.parse_args().out
     result = round(priced_per_second())
-    facts = {"date": datetime.date.today().isoformat(), "device": processor_name(), "versions": versions()}
-    write_json(out, {**facts, "seed": SEED, "architectures": COUNT, "priced_per_second": result})
+    device = choose_device(DeviceConfig(device="cpu", threads=1))
+    write_value(out, {**facts(device), "seed": SEED, "architectures": COUNT, "priced_per_second": result})
     print(f"{result} architectures per second")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.nas.search.budget import Budget
-from moesaic.nas.search.pareto import hypervolume, non_dominated
-from moesaic.search_spaces import Architecture
-from moesaic.supernet import Evaluation
+from moesaic import Architecture, Budget, Evaluation, hypervolume, non_dominated
 
 MARGIN = 0.1
 """The reference point is the front's worst value of each objective, this share of its range further out."""

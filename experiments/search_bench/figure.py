@@ -1,19 +1,19 @@
 """Draws what is still missing of the hypervolume after each evaluation: docs/search_bench.png.
 
-python experiments/search_bench/figure.py
+python -m experiments.search_bench.figure
 """
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
-from curves import shares
-from large import COUNT, best_known, read_points
 from matplotlib.axes import Axes
-from run import LENGTH, history_of, read_rows
-from table import HERE
 
-FIGURE = HERE.parent.parent / "docs" / "search_bench.png"
+from experiments.common import DOCS, parser_of, read_rows, run_script
+from experiments.search_bench.curves import shares
+from experiments.search_bench.large import COUNT, best_known, read_points
+from experiments.search_bench.run import CURVES, LENGTH, history_of
+
 COLOURS = {
     "evolution": "#d55e00",
     "puzzle": "#009e73",
@@ -40,7 +40,8 @@ def draw(axis: Axes, method: str, histories: list[np.ndarray], length: int) -> N
 
 
 def main() -> None:
-    rows, points = read_rows(), read_points()
+    parser_of(__doc__).parse_args()
+    rows, points = read_rows(CURVES), read_points()
     figure, axes = plt.subplots(1, 3, figsize=(14, 5), layout="constrained", sharey=True)
     titles = {
         "moe": "6,840 architectures: counts, sizes, routers",
@@ -64,8 +65,8 @@ def main() -> None:
         axis.grid(alpha=0.2)
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label() in COLOURS}
     axes[2].legend(handles=[lines[method] for method in COLOURS if method in lines], fontsize=8, frameon=False)
-    figure.savefig(FIGURE, dpi=110)
+    figure.savefig(DOCS / "search_bench.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

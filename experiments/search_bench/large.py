@@ -1,6 +1,6 @@
 """The same searches on a space too large to be known: the quickstart's, 2.5e16 architectures, on its supernet.
 
-python experiments/search_bench/large.py [--seeds 3]     searches that are not in large.jsonl yet
+python -m experiments.search_bench.large [--seeds 3]     searches that are not in large.jsonl yet
 
 Trains the supernet of ``experiments/quickstart.yaml`` in ``runs/large`` unless it is there. Evaluations are kept, so
 that two searches do not repeat each other's; each still counts for both. ``run.py`` sums up.
@@ -8,25 +8,17 @@ that two searches do not repeat each other's; each still counts for both. ``run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
 import numpy as np
 import torch
-from curves import Truth, point
-from methods import METHODS
-from table import HERE
 
-from moesaic.nas.config import load_config
-from moesaic.nas.costs.price import Pricer
-from moesaic.nas.costs.use import Occupancy
-from moesaic.nas.search.budget import resolve_budget
-from moesaic.nas.stages.run import Run
-from moesaic.nas.stages.train_supernet import run_supernet
-from moesaic.search_spaces import Architecture
-from moesaic.search_spaces.files import read_json
-from moesaic.supernet import Evaluation, LayerLoad, evaluate
+from experiments.common import append_row, do_stage, parser_of, read_rows, run_script, today
+from experiments.search_bench.curves import Truth, point
+from experiments.search_bench.methods import METHODS
+from experiments.search_bench.table import HERE, measured_occupancy
+from moesaic import Architecture, Evaluation, Occupancy, Pricer, Run, open_run, resolve_budget
+from moesaic.supernet import LayerLoad, evaluate
 
 POINTS = HERE / "large.jsonl"
 COUNT, WINDOWS = 300, 24
@@ -36,33 +28,31 @@ BUDGET = "budget={flops: 1.2 MFLOPs}"
 CHOSEN = ("evolution", "nsga2", "random", "puzzle", "AutoMoE's evolution", "tpe", "Optuna's NSGA-II, plain")
 
 
-class Judge:
-    """The supernet's evaluation, remembered in a file."""
+class Remembered:
+    """The supernet's evaluations, remembered in a file."""
 
     def __init__(self, run: Run):
-        self.model, self.windows = run.supernet, run.windows("validation", WINDOWS)
+        self.model, self.batch = run.supernet, run.task.held_out("validation", WINDOWS)
         self.path = run.path / "evaluations.jsonl"
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        self.known = {row["fingerprint"]: row for row in map(json.loads, lines)}
+        self.known = {row["fingerprint"]: row for row in read_rows(self.path)}
 
     def __call__(self, architecture: Architecture) -> Evaluation:
         row = self.known.get(architecture.fingerprint)
         if row is None:
-            found = evaluate(self.model, self.windows, architecture)
+            found = evaluate(self.model, self.batch, architecture)
             loads = [load and load.pairs_per_token for load in found.loads]
             row = {"fingerprint": architecture.fingerprint, "loss": found.loss, "loads": loads}
             self.known[architecture.fingerprint] = row
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.path, row)
         loads = tuple(load and LayerLoad(tuple(load)) for load in row["loads"])
-        return Evaluation(row["loss"], 0.0, self.windows[:, 1:].numel(), loads)
+        return Evaluation(row["loss"], 0.0, self.batch.tokens.numel(), loads)
 
 
 def read_points() -> dict[tuple[str, int], list[np.ndarray | None]]:
     """(loss, FLOPs) of each evaluation by method and seed; None outside the budget."""
-    rows = map(json.loads, POINTS.read_text().splitlines()) if POINTS.exists() else []
     return {
-        (row["method"], row["seed"]): [None if one is None else np.array(one) for one in row["points"]] for row in rows
+        (row["method"], row["seed"]): [None if one is None else np.array(one) for one in row["points"]]
+        for row in read_rows(POINTS)
     }
 
 
@@ -72,28 +62,26 @@ def best_known(points: dict[tuple[str, int], list[np.ndarray | None]]) -> Truth:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     seeds = parser.parse_args().seeds
-    run = Run(load_config(CONFIG, [BUDGET]), HERE / "runs" / "large")
-    run_supernet(run)
+    run = open_run(CONFIG, [BUDGET], HERE / "runs" / "large")
+    do_stage(run, "supernet")
     torch.set_num_threads(1)
-    occupancy = Occupancy.from_rows(read_json(run.stages["supernet"].path / "occupancy.json"))
-    budget = resolve_budget(run.config, run.space, Pricer(run.context, occupancy))
-    judge, done = Judge(run), read_points()
+    pricer = Pricer(run.context, Occupancy.of(measured_occupancy(run)))
+    budget = resolve_budget(run.config.budget, run.space, pricer)
+    evaluations, done = Remembered(run), read_points()
     for seed in range(seeds):
         for method in CHOSEN:
             if (method, seed) in done:
                 continue
             started = time.process_time()
-            asked = METHODS[method](run.space, budget, judge, seed, COUNT)
-            found = [point(budget, architecture, judge(architecture)) for architecture in asked]
+            asked = METHODS[method](run.space, budget, evaluations, seed, COUNT)
+            found = [point(budget, architecture, evaluations(architecture)) for architecture in asked]
             rounded = [None if one is None else [round(one[0], 5), round(one[1])] for one in found]
-            row = {"method": method, "seed": seed, "date": time.strftime("%Y-%m-%d"), "points": rounded}
-            with POINTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(POINTS, {"method": method, "seed": seed, "date": today(), "points": rounded})
             print(f"{method} seed {seed}: {time.process_time() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

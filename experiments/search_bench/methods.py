@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,16 +15,22 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 
-from moesaic.nas.config import SearchConfig
-from moesaic.nas.executors import LocalExecutor
-from moesaic.nas.search.budget import Budget, a_member_inside
-from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.loop import Goal, run_search
-from moesaic.nas.search.samplers import make_sampler
-from moesaic.nas.search.samplers.genome import Genome
-from moesaic.nas.search.trials import Trial, TrialLog
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, SearchSpace
-from moesaic.supernet import Evaluation
+from moesaic import (
+    Architecture,
+    Budget,
+    BudgetSearch,
+    Evaluation,
+    FeasibleSampler,
+    Genome,
+    LocalExecutor,
+    SearchConfig,
+    SearchSpace,
+    TrialLog,
+    find_feasible,
+    make_sampler,
+    run_search,
+)
+from moesaic.search_spaces import Attention, FeedForward, Layer
 
 Evaluate = Callable[[Architecture], Evaluation]
 Search = Callable[[SearchSpace, Budget, Evaluate, int, int], list[Architecture]]
@@ -34,21 +41,12 @@ def moesaic(
     sampler: str, space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
 ) -> list[Architecture]:
     """A sampler of this tool in its own loop, as it is configured by default."""
-    return [trial.architecture for trial in trials_of(sampler, space, budget, evaluate, seed, count)]
-
-
-def trials_of(
-    sampler: str, space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
-) -> list[Trial]:
-    """The same as its log."""
     config = SearchConfig.model_validate({"sampler": sampler, "trials": count})
-    feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
-    with tempfile.TemporaryDirectory() as folder:
-        log = TrialLog(Path(folder) / "trials.jsonl")
-        goal = Goal("", budget, partial(make_sampler, config, feasible, seed), log.trials)
-        run_search(config, [goal], LocalExecutor(evaluate), log, seed)
-        log.close()
-    return [trial for trial in log.trials if trial.ended]
+    feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
+    with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
+        search = BudgetSearch("", budget, partial(make_sampler, config, feasible, seed))
+        run_search(config, [search], LocalExecutor(evaluate), log, seed)
+    return [trial.architecture for trial in log.trials if trial.ended]
 
 
 def plain(
@@ -81,16 +79,16 @@ def suggest(trial: optuna.Trial, space: SearchSpace) -> Architecture:
     def choose(name, values):
         return values[trial.suggest_categorical(name, list(range(len(values))))]
 
-    layers = []
-    width, depth = choose("width", space.widths), choose("depth", space.depths)
-    for i, layer in enumerate(space.layers[:depth]):
+    layers, stack = [], space.decoder
+    width, depth = choose("width", stack.widths), choose("depth", stack.depths)
+    for i, layer in enumerate(stack.layers[:depth]):
         attention: Attention = choose(f"{i}.attention", layer.attentions)
         group = choose(f"{i}.experts", layer.groups)
         sizes = tuple(choose(f"{i}.{group.experts}.size{j}", group.sizes) for j in range(group.experts))
         router = choose(f"{i}.{group.experts}.router", group.routers)
         shared = choose(f"{i}.{group.experts}.shared", group.shared_sizes)
         layers.append(Layer(attention, FeedForward(sizes, router, shared)))
-    return space.build(width, tuple(layers))
+    return space.build({"decoder": stack.build(width, tuple(layers))})
 
 
 POPULATION, PARENTS, MUTATED, CROSSED, REDRAWN = 125, 25, 50, 50, 0.3

@@ -1,6 +1,6 @@
 """Search the exhaustive tables with every method and say how many evaluations each needs.
 
-python experiments/search_bench/run.py [--seeds 10]     searches that are not in curves.jsonl yet, then result.json
+python -m experiments.search_bench.run [--seeds 10]     searches that are not in curves.jsonl yet, then result.json
 
 Searches are replayed from the tables of ``table.py``; no model is needed. A share is of the hypervolume of the table's
 true front.
@@ -8,21 +8,16 @@ true front.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
 import numpy as np
-from curves import Truth, needed, point, shares
-from large import CHOSEN, COUNT, best_known, read_points
-from methods import METHODS
-from table import HERE, TABLES, Table, read_table
 
-from moesaic.nas.config import DeviceConfig
-from moesaic.nas.device import choose_device
-from moesaic.nas.report.summary import versions
-from moesaic.search_spaces.files import write_json
+from experiments.common import Row, append_row, facts, markdown, parser_of, read_rows, run_script
+from experiments.search_bench.curves import Truth, needed, point, shares
+from experiments.search_bench.large import CHOSEN, COUNT, best_known, read_points
+from experiments.search_bench.methods import METHODS
+from experiments.search_bench.table import HERE, TABLES, Table, read_table
+from moesaic import DeviceConfig, choose_device, write_value
 
 CURVES = HERE / "curves.jsonl"
 LENGTHS = {
@@ -43,7 +38,7 @@ def truth_of(table: Table) -> Truth:
     return Truth.of(np.array([one for one in found if one is not None]))
 
 
-def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> dict:
+def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> Row:
     """One row of curves.jsonl: the share after those evaluations that changed it."""
     started = time.process_time()
     asked = METHODS[method](table.space, table.budget, table, seed, LENGTHS.get(method, LENGTH))
@@ -63,7 +58,7 @@ def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> dic
     }
 
 
-def history_of(row: dict) -> np.ndarray:
+def history_of(row: Row) -> np.ndarray:
     """[evaluations] share after each."""
     history = np.zeros(row["evaluations"])
     for start, share in row["curve"]:
@@ -71,11 +66,7 @@ def history_of(row: dict) -> np.ndarray:
     return history
 
 
-def read_rows(path: Path = CURVES) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def summary(rows: list[dict]) -> list[dict]:
+def summary(rows: list[Row]) -> list[Row]:
     """A row per table and method: mean share after some numbers of evaluations, and the median number needed."""
     result = []
     for table, method in dict.fromkeys((row["table"], row["method"]) for row in rows):
@@ -100,7 +91,7 @@ def summary(rows: list[dict]) -> list[dict]:
     return result
 
 
-def summary_large() -> list[dict]:
+def summary_large() -> list[Row]:
     """Shares of the best known hypervolume on the space of ``large.py``."""
     points = read_points()
     if not points:
@@ -119,13 +110,12 @@ def summary_large() -> list[dict]:
     return result
 
 
-def markdown(result: list[dict]) -> str:
-    """A table of ``summary`` for one page; ratios are to ``evolution``."""
-    names = (
+def tables(result: list[Row]) -> str:
+    """``summary`` as Markdown; ratios are to ``evolution``."""
+    columns = (
         "table|method|share after 100|200|342|least of the seeds|evaluations to 95 %|98 %|99 %|ratio to 99 %|outside|ms"
     )
-    columns = names.split("|")
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for row in result:
         ours = next(r for r in result if r["table"] == row["table"] and r["method"] == "evolution")["needed"]["99%"]
         least, to_99 = row["least"].get(LENGTH), row["needed"]["99%"]
@@ -135,44 +125,39 @@ def markdown(result: list[dict]) -> str:
         cells += [f"{n:.0f}" if n else f"> {row['searched']}" for n in row["needed"].values()]
         cells += ["" if ours is None else f"{to_99 / ours:.1f}" if to_99 else f"> {row['searched'] / ours:.1f}"]
         lines.append([*cells, f"{row['outside']:.0%}", f"{row['milliseconds']:.0f}"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(columns, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
-    done = {(row["table"], row["method"], row["seed"]) for row in read_rows()}
-    tables = {name: read_table(name) for name in TABLES}
-    truths = {name: truth_of(table) for name, table in tables.items()}
+    done = {(row["table"], row["method"], row["seed"]) for row in read_rows(CURVES)}
+    known = {name: read_table(name) for name in TABLES}
+    truths = {name: truth_of(table) for name, table in known.items()}
     for method in arguments.methods:
-        for name, table in tables.items():
+        for name, table in known.items():
             for seed in range(1 if method in WITHOUT_CHANCE else arguments.seeds):
                 if (name, method, seed) not in done:
                     row = search(table, truths[name], name, method, seed)
-                    with CURVES.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_row(CURVES, row)
                     print(f"{name} {method} seed {seed}: {row['curve'][-1]} {row['seconds']} s", flush=True)
-    found = summary(read_rows())
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": str(choose_device(DeviceConfig())),
-        "versions": versions(),
-        "tables": {
-            name: {
-                "architectures": len(table.evaluations),
-                "inside": sum(table.budget.fits(a) for a in table.evaluations),
-                "front": len(truths[name].front),
-                "reference": truths[name].reference.tolist(),
-                "hypervolume": truths[name].volume,
-            }
-            for name, table in tables.items()
-        },
+    found = summary(read_rows(CURVES))
+    about = {
+        name: {
+            "architectures": len(table.evaluations),
+            "inside": sum(table.budget.fits(a) for a in table.evaluations),
+            "front": len(truths[name].front),
+            "reference": truths[name].reference.tolist(),
+            "hypervolume": truths[name].volume,
+        }
+        for name, table in known.items()
     }
-    write_json(HERE / "result.json", {**facts, "methods": found, "large": summary_large()})
-    print(markdown(found))
+    result = {**facts(choose_device(DeviceConfig())), "tables": about, "methods": found, "large": summary_large()}
+    write_value(HERE / "result.json", result)
+    print(tables(found))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

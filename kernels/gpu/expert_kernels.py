@@ -44,9 +44,32 @@ def _row_tile(packed, offsets, BM: tl.constexpr):
 
 
 @triton.jit
-def _phi(a):
-    """Standard normal distribution function: gelu(a) = a * phi(a)."""
-    return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+def _pointwise(z, NAME: tl.constexpr):
+    """f(z) and f'(z) of the function that ``kernels.activations`` calls NAME; ``none`` is f(z) = z.
+
+    What a caller leaves unused is not compiled. For relu z may be f(z) as well: both results are the same.
+    """
+    if NAME == "relu":
+        value = tl.where(z < 0.0, 0.0, z)  # and NaN stays NaN, so that a diverging model shows
+        slope = (z > 0.0).to(z.dtype)
+    elif NAME == "gelu":
+        phi = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))  # standard normal distribution function
+        value = z * phi
+        slope = phi + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif NAME == "gelu_tanh":
+        # (1 + tanh(y)) / 2 is the sigmoid of 2 y, here with 2 y = 2 sqrt(2 / pi) * (z + 0.044715 z^3).
+        sigmoid = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+        value = z * sigmoid
+        slope = sigmoid + value * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif NAME == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        value = z * sigmoid
+        slope = sigmoid * (1.0 + z - value)
+    else:
+        tl.static_assert(NAME == "none")
+        value = z
+        slope = tl.full(z.shape, 1.0, z.dtype)
+    return value, slope
 
 
 @triton.jit
@@ -82,18 +105,18 @@ def _gathered_product(
 
 @triton.jit
 def hidden_product(
-    x, tokens, up, gate, hidden, pre_up, pre_gate, offsets, starts, sizes, tiles,
+    x, tokens, up, gate, up_bias, hidden, pre_up, pre_gate, offsets, starts, sizes, tiles,
     stride_x, stride_weight, stride_hidden,
-    most_columns, tune,
-    D: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, ALIGNED: tl.constexpr,
+    max_columns, tune,
+    D: tl.constexpr, POINTWISE: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden [P, F] = activation(x[tokens] @ up.T): rows gathered as they are loaded, activation fused.
+    """hidden [P, F] = activation(x[tokens] @ up.T + up_bias): rows gathered as they are loaded, activation fused.
 
-    KEEP stores the pre-activations that the backward pass needs: none for relu, whose hidden values tell its sign.
-    With ``none`` for the activation this is the backward pass's product as well, of the gradient with ``down``.
+    ``gate`` and ``up_bias`` may be None, as may ``pre_up`` and ``pre_gate``, where pre-activations are stored for the
+    backward pass. With ``none`` for POINTWISE this is also the backward pass's product of the gradient with ``down``.
     """
-    column_tiles = tl.cdiv(most_columns, BN)
+    column_tiles = tl.cdiv(max_columns, BN)
     packed = tl.load(tiles + tl.program_id(0) // column_tiles)
     if packed < 0:
         return
@@ -107,25 +130,27 @@ def hidden_product(
     indices = tl.load(tokens + first + tl.arange(0, BM), mask=valid, other=0).to(tl.int64)
     bank_rows = (tl.load(starts + expert) + tl.minimum(columns, size - 1)).to(tl.int64)
     zeros = tl.zeros([BM, BN], dtype=ACC)
+    a = zeros
+    if up_bias is not None:
+        a += tl.load(up_bias + bank_rows).to(ACC)[
+            None, :
+        ]  # the sum starts with it: at the end it would spill registers
     a, g = _gathered_product(
-        x, indices, stride_x, up, gate, bank_rows, stride_weight, zeros, zeros,
-        D, ACTIVATION == "swiglu", BK, PRECISION,
+        x, indices, stride_x, up, gate, bank_rows, stride_weight, a, zeros,
+        D, gate is not None, BK, PRECISION,
     )  # fmt: skip
     places = tl.arange(0, BM)[:, None] * stride_hidden + columns[None, :]  # in the tile's rows, which are together
     base = first * stride_hidden
     mask = valid[:, None] & (columns < size)[None, :]
-    if KEEP and ACTIVATION != "relu":
+    if pre_up is not None:
         tl.store(pre_up + base + places, a.to(pre_up.dtype.element_ty), mask=mask)
-    if KEEP and ACTIVATION == "swiglu":
+    if pre_gate is not None:
         tl.store(pre_gate + base + places, g.to(pre_gate.dtype.element_ty), mask=mask)
-    if ACTIVATION == "swiglu":
-        h = a * g / (1.0 + tl.exp(-g))
-    elif ACTIVATION == "gelu":
-        h = a * _phi(a)
-    elif ACTIVATION == "relu":
-        h = tl.where(a < 0.0, 0.0, a)  # and NaN stays NaN, so that a diverging model shows
+    if gate is not None:
+        value, _ = _pointwise(g, POINTWISE)
+        h = a * value
     else:
-        h = a
+        h, _ = _pointwise(a, POINTWISE)
     tl.store(hidden + base + places, h.to(hidden.dtype.element_ty), mask=mask)
 
 
@@ -206,15 +231,16 @@ def combine(pairs, token_offsets, out, tokens, D: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def activation_backward(
-    grad_hidden, hidden, pre_up, pre_gate, scale, grad_gate, scaled, grad_scale, offsets, sizes, tiles,
+    grad_hidden, kept, pre_gate, scale, grad_gate, scaled, grad_scale, offsets, sizes, tiles,
     stride_hidden,
-    ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    POINTWISE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """From q = grad[tokens] @ down.T to gradients of the pre-activations, hidden values times weight, grad_scale.
 
     The gradient of a hidden value is scale * q, that of a pair's scale the sum of q * hidden over its neurons. Hidden
-    values are computed again from what was kept. The gradient of ``up``'s pre-activation takes the place of q. On its
-    own, because as the end of the product it would spill registers; it moves 3 to 5 values per hidden value.
+    values are computed again from ``kept``, the pre-activations of ``up`` (hidden values for relu), and ``pre_gate``,
+    None without a gate. The gradient of ``up``'s pre-activation takes the place of q. On its own, because as the end
+    of the product it would spill registers; it moves 4 to 6 values per hidden value.
     """
     packed = tl.load(tiles + tl.program_id(0))
     if packed < 0:
@@ -230,21 +256,14 @@ def activation_backward(
         places = tl.arange(0, BM)[:, None] * stride_hidden + columns[None, :]
         mask = valid[:, None] & (columns < size)[None, :]
         q = tl.load(grad_hidden + base + places, mask=mask, other=0.0).to(ACC)
-        if ACTIVATION == "swiglu":
-            a = tl.load(pre_up + base + places, mask=mask, other=0.0).to(ACC)
+        a = tl.load(kept + base + places, mask=mask, other=0.0).to(ACC)
+        if pre_gate is not None:
             g = tl.load(pre_gate + base + places, mask=mask, other=0.0).to(ACC)
-            sigmoid = 1.0 / (1.0 + tl.exp(-g))
-            silu = g * sigmoid
-            grad_g = s * q * a * sigmoid * (1.0 + g - silu)
-            tl.store(grad_gate + base + places, grad_g.to(grad_gate.dtype.element_ty), mask=mask)
-            h, slope = a * silu, silu
-        elif ACTIVATION == "gelu":
-            a = tl.load(pre_up + base + places, mask=mask, other=0.0).to(ACC)
-            phi = _phi(a)
-            h, slope = a * phi, phi + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
+            value, slope_gate = _pointwise(g, POINTWISE)
+            tl.store(grad_gate + base + places, (s * q * a * slope_gate).to(grad_gate.dtype.element_ty), mask=mask)
+            h, slope = a * value, value
         else:
-            h = tl.load(hidden + base + places, mask=mask, other=0.0).to(ACC)
-            slope = (h > 0.0).to(ACC)
+            h, slope = _pointwise(a, POINTWISE)
         tl.store(grad_hidden + base + places, (s * q * slope).to(grad_hidden.dtype.element_ty), mask=mask)
         tl.store(scaled + base + places, (s * h).to(scaled.dtype.element_ty), mask=mask)
         sum_scale += tl.sum(q * h, axis=1)
@@ -254,14 +273,14 @@ def activation_backward(
 @triton.jit
 def weight_backward(
     left, right, tokens, out, offsets, starts, sizes, stride_left, stride_right, stride_out,
-    most_columns, tune, D: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    max_columns, tune, D: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[start : start + size, :D] = left[pairs, :size].T @ right[tokens[pairs]] for one expert's BM neurons.
 
     Written straight into the bank's gradient: experts share no row. An expert without pairs gets zeros.
     """
-    neuron_tiles, width_tiles = tl.cdiv(most_columns, BM), tl.cdiv(D, BN)
+    neuron_tiles, width_tiles = tl.cdiv(max_columns, BM), tl.cdiv(D, BN)
     tile = tl.program_id(0)
     expert = tile // (neuron_tiles * width_tiles)
     first_neuron = tile // width_tiles % neuron_tiles * BM
@@ -285,3 +304,26 @@ def weight_backward(
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     places = (tl.load(starts + expert) + neurons).to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(out + places, acc.to(out.dtype.element_ty), mask=kept & inside)
+
+
+@triton.jit
+def bias_backward(
+    left, out, offsets, starts, sizes, stride_left, max_columns,
+    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out[start : start + size] = sum of left[pairs, :size] over the pairs of one expert, for BN of its neurons.
+
+    Not part of ``weight_backward``, whose tiles have no register to spare; so ``left`` is read once more. Sums are
+    always taken in the same order. An expert without pairs gets zeros.
+    """
+    neuron_tiles = tl.cdiv(max_columns, BN)
+    expert = tl.program_id(0) // neuron_tiles
+    neurons = tl.program_id(0) % neuron_tiles * BN + tl.arange(0, BN)
+    kept = neurons < tl.load(sizes + expert)
+    begin, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    acc = tl.zeros([BM, BN], dtype=ACC)
+    for k in range(begin, end, BM):
+        rows = k + tl.arange(0, BM)
+        places = rows.to(tl.int64)[:, None] * stride_left + neurons[None, :]
+        acc += tl.load(left + places, mask=(rows < end)[:, None] & kept[None, :], other=0.0).to(ACC)
+    tl.store(out + tl.load(starts + expert) + neurons, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=kept)

@@ -10,31 +10,39 @@ import torch
 import triton
 from torch import Tensor
 
+from moesaic.kernels.activations import ACTIVATIONS
 from moesaic.kernels.gpu import expert_kernels as _device
-from moesaic.kernels.gpu.tuning import cdiv, next_power_of_2, precision, row_tile, tune_key, tuned
+from moesaic.kernels.gpu.tuning import cdiv, hidden_candidates, next_power_of_2, precision, row_tile, tune_key, tuned
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
 device: Any = _device  # to a type checker a kernel takes constexpr where a launch gives plain values
 
 
 def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing, activation: str) -> Tensor:
-    """See ``kernels.sparse_ffn``. Never waits for the device when the routing was made there (``slots`` are known)."""
+    """See ``kernels.sparse_ffn``. Never waits for the device when the routing was made there (``slots`` are known).
+
+    The kernels read vectors as contiguous, and rows of matrices too: what is laid out otherwise is copied here.
+    """
     routing = routing.in_token_order()
     assert routing.slots is not None and routing.token_offsets is not None
     weights = [bank.up, bank.gate, bank.down]
     if len({m.stride() for m in weights if m is not None}) > 1 or bank.up.stride(1) != 1:
         weights = [m if m is None else m.contiguous() for m in weights]
+    up, gate, down = weights
     needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *weights, routing.weights)
+        tensor is not None and tensor.requires_grad for tensor in (x, *weights, bank.up_bias, routing.weights)
     )
     out, *_ = _forward(
         x if x.stride(1) == 1 else x.contiguous(),
-        *weights,
-        routing.weights,
-        routing.tokens,
-        routing.offsets,
-        routing.slots,
-        routing.token_offsets,
+        up,
+        None if bank.up_bias is None else bank.up_bias.contiguous(),
+        gate,
+        down,
+        routing.weights.contiguous(),
+        routing.tokens.contiguous(),
+        routing.offsets.contiguous(),
+        routing.slots.contiguous(),
+        routing.token_offsets.contiguous(),
         list(layout.starts),
         list(layout.sizes),
         activation,
@@ -48,11 +56,11 @@ class _Call:
 
     def __init__(self, x: Tensor, bank: Tensor, tokens: Tensor, offsets: Tensor, starts: list[int], sizes: list[int]):
         self.pairs, self.experts, self.width = len(tokens), len(sizes), x.shape[1]
-        self.most_columns = max(sizes)
+        self.max_columns = max(sizes)
         self.rows = row_tile(self.pairs, self.experts)
         self.offsets = offsets
         self.starts, self.sizes = _on_device(tuple(starts), tuple(sizes), x.device)
-        self.tune = tune_key(self.width, self.most_columns, self.pairs)
+        self.tune = tune_key(self.width, self.max_columns, self.pairs)
         self.stride_hidden = _hidden_stride(sizes)
         self.acc = triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
         # A divisor of every expert's size: it tells the compiler how wide loads may be, and where no mask is needed.
@@ -73,24 +81,25 @@ class _Call:
         return like.new_empty(self.pairs, self.stride_hidden)
 
     def hidden_grid(self, meta: dict[str, int]) -> tuple[int]:
-        return (self.row_tiles * cdiv(self.most_columns, meta["BN"]),)
+        return (self.row_tiles * cdiv(self.max_columns, meta["BN"]),)
 
     def width_grid(self, meta: dict[str, int]) -> tuple[int]:
         return (self.row_tiles * cdiv(self.width, meta["BN"]),)
 
     def weight_grid(self, meta: dict[str, int]) -> tuple[int]:
-        neuron_tiles = cdiv(self.most_columns, meta["BM"])
+        neuron_tiles = cdiv(self.max_columns, meta["BM"])
         return (self.experts * neuron_tiles * cdiv(self.width, meta["BN"]),)
 
     def hidden_product(
-        self, rows: Tensor, tokens: Tensor, up: Tensor, gate: Tensor | None, hidden: Tensor, activation: str,
-        pre_up: Tensor | None = None, pre_gate: Tensor | None = None,
+        self, rows: Tensor, tokens: Tensor, up: Tensor, hidden: Tensor, pointwise: str, gate: Tensor | None = None,
+        up_bias: Tensor | None = None, pre_up: Tensor | None = None, pre_gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """hidden [P, F] = activation(rows[tokens] @ up.T), with the pre-activations where there is room for them."""
-        tuned(device.hidden_product, f"hidden_{activation}", self.rows, self.value_bytes)[self.hidden_grid](
-            rows, tokens, up, gate, hidden, pre_up, pre_gate, self.offsets, self.starts, self.sizes, self.tiles,
-            rows.stride(0), self.stride_weight, self.stride_hidden, self.most_columns, self.tune,
-            ACTIVATION=activation, KEEP=pre_up is not None, BM=self.rows, **self.shared,
+        """hidden [P, F] = activation(rows[tokens] @ up.T + up_bias), and the pre-activations if they are to be kept."""
+        candidates = hidden_candidates(pointwise, gate is not None)
+        tuned(device.hidden_product, candidates, self.rows, self.value_bytes)[self.hidden_grid](
+            rows, tokens, up, gate, up_bias, hidden, pre_up, pre_gate, self.offsets, self.starts, self.sizes,
+            self.tiles, rows.stride(0), self.stride_weight, self.stride_hidden, self.max_columns, self.tune,
+            POINTWISE=pointwise, BM=self.rows, **self.shared,
         )  # fmt: skip
 
     def width_product(
@@ -115,7 +124,16 @@ class _Call:
         out = (torch.empty_like if covered else torch.zeros_like)(like)
         tuned(device.weight_backward, "weight_backward", self.rows, self.value_bytes)[self.weight_grid](
             left, right, tokens, out, self.offsets, self.starts, self.sizes,
-            self.stride_hidden, right.stride(0), out.stride(0), self.most_columns, self.tune, **self.shared,
+            self.stride_hidden, right.stride(0), out.stride(0), self.max_columns, self.tune, **self.shared,
+        )  # fmt: skip
+        return out
+
+    def bias_sum(self, left: Tensor, like: Tensor) -> Tensor:
+        """Gradient of the bank's vector ``like``: the sum of left's rows per expert, zeros outside the experts."""
+        out, columns = torch.zeros_like(like), 64
+        device.bias_backward[(self.experts * cdiv(self.max_columns, columns),)](
+            left, out, self.offsets, self.starts, self.sizes, self.stride_hidden, self.max_columns,
+            ACC=self.acc, BM=64, BN=columns,
         )  # fmt: skip
         return out
 
@@ -137,6 +155,7 @@ def _on_device(starts: tuple[int, ...], sizes: tuple[int, ...], where: torch.dev
 def _forward(
     x: Tensor,
     up: Tensor,
+    up_bias: Tensor | None,
     gate: Tensor | None,
     down: Tensor,
     weights: Tensor,
@@ -148,35 +167,36 @@ def _forward(
     sizes: list[int],
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [T, D] and what the backward pass needs: hidden values [P, F] (relu) or pre-activations (the others)."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    nothing = x.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, D] and, with ``keep``, what the backward pass needs (else empty): pre-activations [P, F] of ``up``,
+    or hidden values if the activation ``keeps_hidden``, and pre-activations [P, F] of ``gate`` (empty without one)."""
+    out, kept, pre_gate = _forward_outputs(x, gate, tokens, sizes, keep)
     if not len(tokens):
-        return out.zero_(), nothing, nothing.clone(), nothing.clone()
+        return out.zero_(), kept, pre_gate
+    chosen = ACTIVATIONS[activation]
     call = _Call(x, up, tokens, offsets, starts, sizes)
-    hidden = call.hidden(x)
-    pre_up = call.hidden(x) if keep and activation != "relu" else nothing
-    pre_gate = call.hidden(x) if keep and gate is not None else nothing.clone()
-    call.hidden_product(x, tokens, up, gate, hidden, activation, pre_up if keep else None, pre_gate)
+    hidden = kept if keep and chosen.keeps_hidden else call.hidden(x)
+    call.hidden_product(
+        x, tokens, up, hidden, chosen.pointwise.name, gate, up_bias,
+        pre_up=kept if keep and not chosen.keeps_hidden else None,
+        pre_gate=pre_gate if keep and gate is not None else None,
+    )  # fmt: skip
     call.width_product(hidden, None, down, None, weights, slots, token_offsets, out)
-    return out, hidden if keep and activation == "relu" else nothing.clone(), pre_up, pre_gate
+    return out, kept, pre_gate
+
+
+def _forward_outputs(
+    x: Tensor, gate: Tensor | None, tokens: Tensor, sizes: list[int], keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors that ``_forward`` fills, traced or run."""
+    shape = (len(tokens), _hidden_stride(sizes))
+    kept = x.new_empty(shape if keep else (0,))
+    return x.new_empty(x.shape), kept, x.new_empty(shape if keep and gate is not None else (0,))
 
 
 @_forward.register_fake
-def _(x, up, gate, down, weights, tokens, offsets, slots, token_offsets, starts, sizes, activation, keep):
-    stride = _hidden_stride(sizes)
-
-    def buffer(there: bool) -> Tensor:
-        return x.new_empty((len(tokens), stride) if there else (0,))
-
-    gated = gate is not None
-    return (
-        x.new_empty(x.shape),
-        buffer(keep and activation == "relu"),
-        buffer(keep and activation != "relu"),
-        buffer(keep and gated),
-    )
+def _(x, up, up_bias, gate, down, weights, tokens, offsets, slots, token_offsets, starts, sizes, activation, keep):
+    return _forward_outputs(x, gate, tokens, sizes, keep)
 
 
 @torch.library.custom_op("moesaic::sparse_ffn_backward", mutates_args=())
@@ -184,6 +204,7 @@ def _backward(
     grad: Tensor,
     x: Tensor,
     up: Tensor,
+    up_bias: Tensor | None,
     gate: Tensor | None,
     down: Tensor,
     weights: Tensor,
@@ -191,66 +212,70 @@ def _backward(
     offsets: Tensor,
     slots: Tensor,
     token_offsets: Tensor,
-    hidden: Tensor,
-    pre_up: Tensor,
+    kept: Tensor,
     pre_gate: Tensor,
     starts: list[int],
     sizes: list[int],
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, up, gate (empty without one), down, and the pairs' weights."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up, up_bias and gate (each empty without one), down, and the pairs' weights."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Without unused rows or columns every element of a bank's gradient is written by the kernel.
     covered = sum(sizes) == len(up) and x.shape[1] == up.shape[1]
     if not len(tokens):
-        empty = torch.zeros_like(gate) if gate is not None else x.new_empty(0)
-        return grad_x.zero_(), torch.zeros_like(up), empty, torch.zeros_like(down), torch.zeros_like(weights)
+        zeros = (
+            x.new_empty(0) if leaf is None else torch.zeros_like(leaf) for leaf in (up, up_bias, gate, down, weights)
+        )
+        return grad_x.zero_(), *zeros
     call = _Call(x, up, tokens, offsets, starts, sizes)
     grad_pre_up, scaled = call.hidden(x), call.hidden(x)
     grad_pre_gate = call.hidden(x) if gate is not None else None
     # Room for pairs that a threshold did not keep is no pair: its gradient must be 0, not what memory holds.
     grad_weights = torch.zeros_like(weights)
-    call.hidden_product(grad, tokens, down, None, grad_pre_up, "none")
+    call.hidden_product(grad, tokens, down, grad_pre_up, "none")
     device.activation_backward[(call.row_tiles,)](
-        grad_pre_up, hidden, pre_up, pre_gate, weights, grad_pre_gate, scaled, grad_weights,
+        grad_pre_up, kept, None if gate is None else pre_gate, weights, grad_pre_gate, scaled, grad_weights,
         offsets, call.sizes, call.tiles, call.stride_hidden,
-        ACTIVATION=activation, ALIGNED=call.shared["ALIGNED"], ACC=call.acc, BM=call.rows, BN=4096 // call.rows,
+        POINTWISE=ACTIVATIONS[activation].pointwise.name, ALIGNED=call.shared["ALIGNED"], ACC=call.acc,
+        BM=call.rows, BN=4096 // call.rows, num_warps=8,
     )  # fmt: skip
     grad_down = call.weight_product(scaled, grad, tokens, down, covered)
     del scaled
     grad_up = call.weight_product(grad_pre_up, x, tokens, up, covered)
+    grad_bias = x.new_empty(0) if up_bias is None else call.bias_sum(grad_pre_up, up_bias)
     grad_gate = x.new_empty(0)
     if gate is not None and grad_pre_gate is not None:
         grad_gate = call.weight_product(grad_pre_gate, x, tokens, gate, covered)
     call.width_product(grad_pre_up, grad_pre_gate, up, gate, None, slots, token_offsets, grad_x)
-    return grad_x, grad_up, grad_gate, grad_down, grad_weights
+    return grad_x, grad_up, grad_bias, grad_gate, grad_down, grad_weights
 
 
 @_backward.register_fake
 def _(
-    grad, x, up, gate, down, weights, tokens, offsets, slots, token_offsets, hidden, pre_up, pre_gate,
+    grad, x, up, up_bias, gate, down, weights, tokens, offsets, slots, token_offsets, kept, pre_gate,
     starts, sizes, activation,
 ):  # fmt: skip
-    grad_gate = torch.empty_like(gate) if gate is not None else x.new_empty(0)
-    return x.new_empty(x.shape), torch.empty_like(up), grad_gate, torch.empty_like(down), torch.empty_like(weights)
+    leaves = (up, up_bias, gate, down, weights)
+    return x.new_empty(x.shape), *(x.new_empty(0) if leaf is None else torch.empty_like(leaf) for leaf in leaves)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, up, gate, down, weights, tokens, offsets, slots, token_offsets, starts, sizes, activation, _ = inputs
-    _, hidden, pre_up, pre_gate = output
-    ctx.mark_non_differentiable(hidden, pre_up, pre_gate)
+    *tensors, starts, sizes, activation, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, up, gate, down, weights, tokens, offsets, slots, token_offsets, hidden, pre_up, pre_gate)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.layout, ctx.activation = (starts, sizes), activation
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
+    _, _, up_bias, gate, *_ = ctx.saved_tensors
     gradients = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.layout, ctx.activation)
-    grad_x, grad_up, grad_gate, grad_down, grad_weights = gradients
-    gate = grad_gate if ctx.saved_tensors[2] is not None else None
-    return grad_x, grad_up, gate, grad_down, grad_weights, None, None, None, None, None, None, None, None
+    grad_x, grad_up, grad_bias, grad_gate, grad_down, grad_weights = gradients
+    grad_bias, grad_gate = None if up_bias is None else grad_bias, None if gate is None else grad_gate
+    return grad_x, grad_up, grad_bias, grad_gate, grad_down, grad_weights, *(None,) * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

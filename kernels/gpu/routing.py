@@ -14,16 +14,16 @@ from moesaic.kernels.layout import Routing
 
 device: Any = routing_device  # to a type checker a kernel takes constexpr where a launch gives plain values
 
-MOST_EXPERTS = 1024
+MAX_EXPERTS = 1024
 _ELEMENTS = 2048
 """Values of a [tokens, experts] block that a program holds at once."""
 
 
-def route(logits: Tensor, *, most: int, threshold: float | None = None, normalise: bool = True) -> Routing:
+def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
     """See ``kernels.routing.route``. How many pairs a threshold keeps is known to the device alone, so the lists
-    have room for ``most`` per token; ``offsets[-1]`` of them are filled."""
+    have room for ``max_experts`` per token; ``offsets[-1]`` of them are filled."""
     probabilities, tokens, offsets, weights, slots, token_offsets, _ = _route(
-        logits.contiguous(), most, math.inf if threshold is None else threshold, normalise
+        logits.contiguous(), max_experts, math.inf if threshold is None else threshold, normalise
     )
     return Routing(tokens, offsets, weights, probabilities, slots, token_offsets)
 
@@ -38,16 +38,16 @@ def _blocks(tokens: int, experts: int) -> tuple[int, int, int]:
 
 @torch.library.custom_op("moesaic::route", mutates_args=())
 def _route(
-    logits: Tensor, most: int, threshold: float, normalise: bool
+    logits: Tensor, max_experts: int, threshold: float, normalise: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """probabilities [T, E], tokens [P], offsets [E + 1], weights [P], slots [P], token_offsets [T + 1], and the index
-    of each (token, expert) pair [T, E], -1 where there is none; P = T * most."""
+    of each (token, expert) pair [T, E], -1 where there is none; P = T * max_experts."""
     (tokens, experts), like = logits.shape, logits.new_empty
-    most = min(most, experts)
+    max_experts = min(max_experts, experts)
     probabilities = like(tokens, experts, dtype=torch.float32)
     position = like(tokens, experts, dtype=torch.int32)
-    pair_tokens = like(tokens * most, dtype=torch.int64)
-    weights, slots = like(tokens * most, dtype=torch.float32), like(tokens * most, dtype=torch.int32)
+    pair_tokens = like(tokens * max_experts, dtype=torch.int64)
+    weights, slots = like(tokens * max_experts, dtype=torch.float32), like(tokens * max_experts, dtype=torch.int32)
     offsets, token_offsets = like(experts + 1, dtype=torch.int64), like(tokens + 1, dtype=torch.int32)
     if tokens:
         padded, block, chunk = _blocks(tokens, experts)
@@ -55,7 +55,7 @@ def _route(
         counts = like(chunks, padded, dtype=torch.int32)
         shape = {"EP": padded, "BT": block}
         device.choose[(chunks,)](
-            logits, probabilities, position, counts, tokens, experts, chunk, experts, most, threshold, **shape
+            logits, probabilities, position, counts, tokens, experts, chunk, experts, max_experts, threshold, **shape
         )
         device.place[(chunks,)](
             probabilities, position, counts, pair_tokens, offsets, weights, slots, token_offsets,
@@ -68,9 +68,9 @@ def _route(
 
 
 @_route.register_fake
-def _(logits, most, threshold, normalise):
+def _(logits, max_experts, threshold, normalise):
     (tokens, experts), like = logits.shape, logits.new_empty
-    pairs = tokens * min(most, experts)
+    pairs = tokens * min(max_experts, experts)
     return (
         like(tokens, experts, dtype=torch.float32),
         like(pairs, dtype=torch.int64),

@@ -16,13 +16,13 @@ CHUNKS = 128
 
 @triton.jit
 def choose(
-    logits, probabilities, position, counts, tokens, experts, chunk, stride, most, threshold,
+    logits, probabilities, position, counts, tokens, experts, chunk, stride, max_experts, threshold,
     EP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Softmax in float32, then experts one by one in falling order of probability, the lower index first in a tie.
 
-    One is taken while the mass ranked strictly ahead is below ``threshold`` and fewer than ``most`` were taken; the
-    first always. ``position`` [T, E] becomes 1 where taken. The mass is summed in float64 and compared in float32,
+    One is taken while the mass ranked strictly ahead is below ``threshold`` and fewer than ``max_experts`` were taken;
+    the first always. ``position`` [T, E] becomes 1 where taken. The mass is summed in float64 and compared in float32,
     as ``torch.cumsum`` does on a CPU.
     """
     lane = tl.arange(0, EP)
@@ -39,7 +39,7 @@ def choose(
         mass = tl.zeros([BT], dtype=tl.float64)
         wanted = tl.full([BT], 1, tl.int32)
         rank = 0
-        while (rank < most) & (tl.max(wanted) > 0):
+        while (rank < max_experts) & (tl.max(wanted) > 0):
             left = tl.where((taken == 0) & (lane < experts)[None, :], p, -1.0)
             best = tl.argmax(left, axis=1, tie_break_left=True)
             this = (lane[None, :] == best[:, None]) & (wanted > 0)[:, None]

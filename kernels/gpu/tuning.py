@@ -40,10 +40,13 @@ _WEIGHTS = [
 _Candidates = dict[str, dict[int, list[triton.Config]]]
 
 HOPPER: _Candidates = {
-    "hidden_none": _BY_ROWS,
-    "hidden_relu": _BY_ROWS,
-    "hidden_gelu": {**_NO_WIDE_ROWS, 32: _shapes((128, 64, 4, 4), (64, 128, 4, 3))},
-    "hidden_swiglu": {
+    "hidden": _BY_ROWS,
+    "hidden_gelu": {
+        **_NO_WIDE_ROWS,
+        16: _SMALL[:2],
+        32: _shapes((128, 64, 4, 4), (64, 128, 4, 3)),
+    },
+    "hidden_gated": {
         **_BY_ROWS,
         64: _shapes((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 8, 4)),
         128: _shapes((128, 64, 16, 3), (128, 32, 8, 4), (64, 64, 8, 4)),
@@ -55,14 +58,13 @@ HOPPER: _Candidates = {
 long end: what spilled registers was struck out."""
 AMPERE: _Candidates = {
     **HOPPER,
-    "hidden_none": _NO_WIDE_ROWS,
-    "hidden_relu": _NO_WIDE_ROWS,
+    "hidden": _NO_WIDE_ROWS,
     "hidden_gelu": {
         **HOPPER["hidden_gelu"],
         64: _shapes((128, 64, 4, 4), (64, 32, 4, 4)),
         128: _shapes((128, 32, 8, 4), (64, 64, 8, 3)),
     },
-    "hidden_swiglu": {
+    "hidden_gated": {
         **_BY_ROWS,
         64: _shapes((64, 64, 4, 3), (64, 32, 4, 4), (64, 64, 8, 3)),
         128: _shapes((64, 64, 8, 3), (64, 32, 8, 4), (64, 32, 8, 3)),
@@ -71,6 +73,13 @@ AMPERE: _Candidates = {
     "weight_backward": dict.fromkeys(ROW_TILES, _WEIGHTS[:3]),
 }
 """The same before Hopper: operands pass through registers, so tiles are smaller."""
+
+
+def hidden_candidates(pointwise: str, gated: bool) -> str:
+    """Which of the tables' lists is for a product that ends in the function ``pointwise``, with or without a gate."""
+    if gated:
+        return "hidden_gated"
+    return "hidden_gelu" if pointwise.startswith("gelu") else "hidden"
 
 
 def cdiv(a: int, b: int) -> int:
@@ -126,8 +135,9 @@ def tuned(kernel: Any, name: str, rows: int, value_bytes: int) -> Any:
     held at once, so that shared memory suffices."""
     candidates = candidates_here()[name][rows]
     if value_bytes > 2:
-        gated = name == "hidden_swiglu"  # two accumulators and two weights at once
-        candidates = [_smaller(config, value_bytes // 2, 64 if gated else 256) for config in candidates]
+        # A gated product has two accumulators and two weights at once.
+        columns = 64 if name == "hidden_gated" else 256
+        candidates = [_smaller(config, value_bytes // 2, columns) for config in candidates]
     if interpreting() or os.environ.get("MOESAIC_AUTOTUNE") == "0":
         candidates = candidates[:1]
     return triton.autotune(candidates, key=["tune"], cache_results=True)(kernel)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from moesaic.nas.units import DIMENSIONS
 
@@ -15,8 +16,39 @@ Status = Literal["inside", "within tolerance", "over"]
 STATUSES: tuple[Status, ...] = ("inside", "within tolerance", "over")
 """From good to bad."""
 
-Line = Mapping[str, Any]
-"""A budget line of a measured model, as ``Run.budget_lines`` makes it."""
+
+@dataclass(frozen=True)
+class MeasuredLine:
+    """A budget line of a measured model, in base units.
+
+    ``predicted`` is the expected or the worst cost, by ``bind``; ``bound`` is its upper edge where there is a
+    confidence.
+    """
+
+    name: str
+    bind: Literal["expected", "worst"]
+    confidence: float | None
+    limit: float
+    predicted: float
+    bound: float
+    measured: float
+    unit: str
+    status: Status
+
+    @property
+    def excess(self) -> float:
+        """Relative excess over the limit, negative inside."""
+        return self.measured / self.limit - 1
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that was measured and not exported, with the lines that it breaks."""
+
+    trial: int
+    fingerprint: str
+    validation_loss: float | None
+    over: tuple[MeasuredLine, ...]
 
 
 def most_tolerated(limit: float) -> float:
@@ -30,50 +62,52 @@ def status_of(measured: float, limit: float) -> Status:
     return "within tolerance" if measured <= most_tolerated(limit) else "over"
 
 
-def worst_status(lines: Iterable[Line]) -> Status:
+def worst_status(lines: Iterable[MeasuredLine]) -> Status:
     """The status of a model: that of its worst line."""
-    return max((line["status"] for line in lines), key=STATUSES.index)
+    return STATUSES[max(STATUSES.index(line.status) for line in lines)]
 
 
-def worst_excess(lines: Iterable[Line]) -> float:
+def worst_excess(lines: Iterable[MeasuredLine]) -> float:
     """Relative excess over the line that is exceeded most, negative inside."""
-    return max(line["measured"] / line["limit"] - 1 for line in lines)
+    return max(line.excess for line in lines)
 
 
-def lines_over(lines: Iterable[Line]) -> list[Line]:
-    return [line for line in lines if line["status"] == "over"]
+def lines_over(lines: Iterable[MeasuredLine]) -> tuple[MeasuredLine, ...]:
+    return tuple(line for line in lines if line.status == "over")
 
 
-def margin_text(measured: float, limit: float) -> str:
-    """Where a measured cost stands to its limit, in words."""
-    share = measured / limit - 1
-    if share > 1:
-        return f"over {measured / limit:.3g}×"
-    return f"over by {share:.1%}" if share > 0 else f"inside by {-share:.1%}"
+def margin_text(line: MeasuredLine) -> str:
+    """``over by 12.7%``, ``inside by 3%``: the measured cost against the limit."""
+    if line.excess > 1:
+        return f"over {line.measured / line.limit:.3g}×"
+    return f"over by {line.excess:.1%}" if line.excess > 0 else f"inside by {-line.excess:.1%}"
 
 
-def lines_text(lines: Iterable[Line]) -> str:
+def lines_text(lines: Iterable[MeasuredLine]) -> str:
     """``latency 12.4 ms of 11 ms (over by 12.7%)`` for each line."""
     parts = []
     for line in lines:
-        form = DIMENSIONS[line["name"]].format
-        margin = margin_text(line["measured"], line["limit"])
-        parts.append(f"{line['name']} {form(line['measured'])} of {form(line['limit'])} ({margin})")
+        form = DIMENSIONS[line.name].format
+        parts.append(f"{line.name} {form(line.measured)} of {form(line.limit)} ({margin_text(line)})")
     return ", ".join(parts)
 
 
-def over_text(lines: Sequence[Line]) -> str | None:
+def predicted_text(line: MeasuredLine) -> str:
+    """The predicted cost of a budget line, and the upper edge that a confidence binds."""
+    form = DIMENSIONS[line.name].format
+    sure = f" (below {form(line.bound)} with confidence {line.confidence:.4g})" if line.confidence else ""
+    return form(line.predicted) + sure
+
+
+def over_text(lines: Sequence[MeasuredLine]) -> str | None:
     """What is said of a model that ships although it is over its budget; None for one that is not."""
     over = lines_over(lines)
     return f"OVER BUDGET when measured on this device: {lines_text(over)}" if over else None
 
 
-def refused_text(refused: Sequence[Mapping[str, Any]]) -> str | None:
-    """The candidates that were measured and not exported, as a sentence; None where there was none.
-
-    Each is ``{trial, fingerprint, validation_loss, over}``, with the lines that it breaks.
-    """
+def refused_text(refused: Sequence[Refused]) -> str | None:
+    """The candidates that were measured and not exported, as a sentence; None where there was none."""
     if not refused:
         return None
-    parts = [f"trial {row['trial']} ({row['fingerprint']}): {lines_text(row['over'])}" for row in refused]
-    return f"Refused, being over the budget when measured on this device: {'; '.join(parts)}."
+    parts = [f"trial {row.trial} ({row.fingerprint}): {lines_text(row.over)}" for row in refused]
+    return f"Refused as over the budget when measured on this device: {'; '.join(parts)}."

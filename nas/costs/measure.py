@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moesaic.nas.costs.latency.predictor import LEVEL, LatencyPredictor
-from moesaic.nas.costs.latency.probe import Pass, autocast, random_passes, text_tokens
-from moesaic.nas.costs.latency.timing import Beside, Timer, time_beside
+from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
+from moesaic.nas.costs.latency.timing import AnchoredTiming, Timer, time_with_anchors
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import Device
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture
-from moesaic.supernet import Transformer, evaluate
+from moesaic.supernet import LayerLoad, Transformer
 
 
 class PeakMemory(TorchDispatchMode):
@@ -62,71 +61,92 @@ def peak_activation_bytes(one: Pass) -> int:
 
 
 @dataclass(frozen=True)
+class LatencyFigures:
+    """A measured latency beside its prediction, in milliseconds.
+
+    ``raw_ms`` is what a pass took, ``corrected_ms`` what it would have taken on the machine as it was calibrated;
+    ``confidence`` is that of the predicted interval from ``low_ms`` to ``high_ms``.
+    """
+
+    raw_ms: float
+    corrected_ms: float
+    anchor_ratio: float
+    error: float
+    predicted_ms: float
+    low_ms: float
+    high_ms: float
+    confidence: float
+
+    @staticmethod
+    def of(timing: AnchoredTiming, predicted_ms: float, predictor: LatencyPredictor) -> LatencyFigures:
+        low, high = predictor.interval().around(predicted_ms)
+        return LatencyFigures(
+            timing.raw_ms,
+            timing.corrected_ms,
+            timing.anchor_ratio,
+            timing.error,
+            predicted_ms,
+            low,
+            high,
+            LEVEL,
+        )
+
+    def __str__(self) -> str:
+        form = DIMENSIONS["latency"].format
+        return (
+            f"Latency: predicted {form(self.predicted_ms)} ({self.confidence:.0%} interval {form(self.low_ms)} to "
+            f"{form(self.high_ms)}). Measured {form(self.raw_ms)} on a machine that took {self.anchor_ratio:.2f} times "
+            f"as long as at its calibration for the same anchor models; corrected for that {form(self.corrected_ms)}, "
+            f"{self.corrected_ms / self.predicted_ms - 1:+.1%} from the prediction. The budget is judged by the "
+            "corrected figure."
+        )
+
+
+@dataclass(frozen=True)
 class MeasuredCosts:
-    """``costs`` as a ``Pricer`` names them, latency as on the machine when it was calibrated; ``timing`` says how it
-    was before it was corrected."""
+    """``costs`` as a ``Pricer`` names them, latency as on the machine when it was calibrated, and how it was timed."""
 
     costs: dict[str, float]
-    timing: Beside
+    latency: LatencyFigures
 
 
 def measure_costs(
-    model: Transformer, windows: Tensor, pricer: Pricer, device: Device, most_ms: float = math.inf
+    model: Transformer,
+    loads: Sequence[LayerLoad | None],
+    tokens: Tensor,
+    pricer: Pricer,
+    device: Device,
+    limit_ms: float = math.inf,
 ) -> MeasuredCosts:
-    """Every cost of ``pricer``, which has a predictor, measured on ``model``: time and memory on this device, routing
-    on ``windows``.
+    """Every cost of ``pricer``, which has a predictor, measured on ``model`` with this device.
 
-    ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the routing that was
-    seen, latency is that of passes beside the predictor's anchors. A latency of more than ``most_ms`` is measured twice
-    more, with the anchors built anew, and the middle one of the three holds: one timing that something disturbed shall
-    not condemn a model, nor (as the least of them would) a lucky one clear it.
+    ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the ``loads`` of an
+    evaluation, latency is that of passes over ``tokens`` beside the predictor's anchors. A latency of more than
+    ``limit_ms`` is measured twice more, with the anchors built anew, and the middle one of the three holds: a single
+    disturbed timing must not condemn a model, and the least of three would favour a lucky one.
     """
     assert pricer.predictor is not None
-    context = pricer.context
-    one = Pass(model, text_tokens(windows, context), context, device)
-    with autocast(device):
-        loads = evaluate(model, windows).loads
+    one = Pass(model, text_tokens(tokens, pricer.context), pricer.context, device)
     costs = dict(pricer.measured(model.architecture, loads))
     count = sum(parameter.numel() for parameter in model.parameters())
     costs["parameters"] = float(count)
     costs["memory"] = float(4 * count + peak_activation_bytes(one))
     timing = time_pass(one, pricer.predictor, device)
-    if timing.corrected_ms > most_ms:
+    if timing.corrected_ms > limit_ms:
         again = [time_pass(one, pricer.predictor, device) for _ in range(2)]
         timing = sorted([timing, *again], key=lambda timed: timed.corrected_ms)[1]
     costs["latency"] = timing.corrected_ms
-    return MeasuredCosts(costs, timing)
+    predicted = pricer.expected(model.architecture)["latency"]
+    return MeasuredCosts(costs, LatencyFigures.of(timing, predicted, pricer.predictor))
 
 
-def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> Beside:
+def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> AnchoredTiming:
     """Time a pass beside the anchors of ``predictor``, built again."""
     passes = rebuilt_anchors(predictor, device)
     times = [anchor.milliseconds for anchor in predictor.anchors]
-    return time_beside(one, list(zip(passes, times, strict=True)), Timer.of(device.kind))
+    return time_with_anchors(one, list(zip(passes, times, strict=True)), Timer.of(device.kind))
 
 
 def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:
-    architectures = [
-        Architecture.from_dict(anchor.architecture, "an anchor of the latency predictor")
-        for anchor in predictor.anchors
-    ]
+    architectures = [anchor.architecture for anchor in predictor.anchors]
     return random_passes(architectures, predictor.context, device, predictor.anchor_seed)
-
-
-def latency_figures(timing: Beside, predicted: float, predictor: LatencyPredictor) -> dict[str, float]:
-    """What is kept of a measured latency beside its prediction, in milliseconds."""
-    low, high = predictor.interval().around(predicted)
-    return {**asdict(timing), "predicted_ms": predicted, "low_ms": low, "high_ms": high, "confidence": LEVEL}
-
-
-def latency_text(latency: Mapping[str, float]) -> str:
-    """``latency_figures`` as a sentence."""
-    form = DIMENSIONS["latency"].format
-    difference = latency["corrected_ms"] / latency["predicted_ms"] - 1
-    return (
-        f"Latency: predicted {form(latency['predicted_ms'])} ({latency['confidence']:.0%} interval "
-        f"{form(latency['low_ms'])} to {form(latency['high_ms'])}). Measured {form(latency['raw_ms'])} on a machine "
-        f"that took {latency['anchor_ratio']:.2f} times as long as at its calibration for the same anchor models; "
-        f"corrected for that {form(latency['corrected_ms'])}, {difference:+.1%} from "
-        "the prediction. The budget is judged by the corrected figure."
-    )

@@ -9,7 +9,7 @@ from moesaic.nas.context import Context
 from moesaic.nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.use import LayerUse, Occupancy, dense_use, measured_use, worst_use
-from moesaic.search_spaces import Architecture, FeedForward
+from moesaic.search_spaces import Architecture, FeedForward, Slot
 from moesaic.supernet.evaluate import LayerLoad
 
 Costs = Mapping[str, float]
@@ -23,15 +23,16 @@ class Pricer:
     context: Context
     occupancy: Occupancy = field(default_factory=Occupancy)
     predictor: LatencyPredictor | None = None
-    _expected: dict[tuple[int, FeedForward], LayerUse] = field(default_factory=dict, repr=False, compare=False)
+    _expected: dict[tuple[Slot, FeedForward], LayerUse] = field(default_factory=dict, repr=False, compare=False)
 
     def expected_uses(self, architecture: Architecture) -> list[LayerUse]:
         uses = []
-        for index, layer in enumerate(architecture.decoder.layers):
+        for slot, layer in architecture.layers.items():
             part = layer.feed_forward
-            use = self._expected.get((index, part))
+            use = self._expected.get((slot, part))
             if use is None:
-                use = self._expected[index, part] = self.occupancy.expected(index, part, self.context)
+                extent = self.context.extent(slot.stack)
+                use = self._expected[slot, part] = self.occupancy.expected(slot, part, extent)
             uses.append(use)
         return uses
 
@@ -41,9 +42,9 @@ class Pricer:
 
     def worst(self, architecture: Architecture) -> Costs:
         """Costs when every token takes the most, and the largest, experts its routers allow."""
-        return self._price(
-            architecture, [worst_use(layer.feed_forward, self.context) for layer in architecture.decoder.layers]
-        )
+        layers = architecture.layers.items()
+        uses = [worst_use(layer.feed_forward, self.context.extent(slot.stack)) for slot, layer in layers]
+        return self._price(architecture, uses)
 
     def measured(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> Costs:
         """Costs under the loads that an evaluation saw."""
@@ -51,8 +52,10 @@ class Pricer:
 
     def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:
         return [
-            dense_use(layer.feed_forward) if load is None else measured_use(layer.feed_forward, load, self.context)
-            for layer, load in zip(architecture.decoder.layers, loads, strict=True)
+            dense_use(layer.feed_forward)
+            if load is None
+            else measured_use(layer.feed_forward, load, self.context.extent(slot.stack))
+            for (slot, layer), load in zip(architecture.layers.items(), loads, strict=True)
         ]
 
     def _price(self, architecture: Architecture, uses: Sequence[LayerUse]) -> Costs:

@@ -1,5 +1,5 @@
 """Text into token streams: finding files, splitting them, a tokenizer, memory-mapped streams."""
 
-from moesaic.nas.data.corpus import Corpus, load_corpus
+from moesaic.nas.data.corpus import Corpus, load_corpus, open_corpus
 
-__all__ = ["Corpus", "load_corpus"]
+__all__ = ["Corpus", "load_corpus", "open_corpus"]

@@ -23,18 +23,15 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
 from moesaic.nas import __version__
 from moesaic.nas.config import DeviceConfig, ExecutorConfig
 from moesaic.nas.device import choose_device, usable_processors
 from moesaic.nas.executors.executor import Outcome
-from moesaic.nas.executors.inherited import InheritedLoss
 from moesaic.nas.executors.local import attempt
 from moesaic.search_spaces import Architecture, MoesaicError, StageFailed
-from moesaic.supernet import Transformer
-from moesaic.supernet.sharing import Sharing
+from moesaic.supernet import Judge
 
 _POLL = 1.0
 """Seconds between looks at time limits while nothing ends."""
@@ -44,36 +41,20 @@ _STARTS = 3
 """Lanes that may fail to start in a row."""
 
 
-@dataclass(frozen=True)
-class Envelope:
-    """What a lane builds its supernet from beside the weights; small, and sent to each lane."""
-
-    architecture: Architecture
-    vocab_size: int
-    sharing: Sharing
-    device: DeviceConfig
-
-
 class Lane:
     """The actor. Its weights are views of the object store's memory, which all lanes of a node share."""
 
-    def __init__(self, number: int, envelope: Envelope, weights: dict[str, np.ndarray], windows: np.ndarray):
-        device = choose_device(envelope.device)
-        with torch.device("meta"):
-            model = Transformer(envelope.architecture, envelope.vocab_size, envelope.sharing)
+    def __init__(self, number: int, facts: dict[str, Any], device: DeviceConfig, arrays: dict[str, np.ndarray]):
+        self.number, where = number, choose_device(device).torch_device
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does anybody write
-            tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-            self.windows = torch.from_numpy(windows)
-        model.load_state_dict(tensors, assign=True)
-        self.number = number
-        self.inherited_loss = InheritedLoss(model.to(device.torch_device).eval(), self.windows, device)
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nothing writes to it
+            self.judge = Judge.of(facts, arrays, where)
 
     def version(self) -> str:
         return __version__
 
     def evaluate(self, architecture: Architecture) -> Outcome:
-        return attempt(self.inherited_loss, architecture, self.number)
+        return attempt(self.judge, architecture, self.number)
 
 
 @dataclass(frozen=True)
@@ -106,7 +87,7 @@ class RayExecutor:
     def __init__(
         self,
         config: ExecutorConfig,
-        judge: InheritedLoss,
+        judge: Judge,
         device: DeviceConfig,
         say: Callable[[str], None] = lambda text: None,
     ):
@@ -114,12 +95,8 @@ class RayExecutor:
         # With one more at hand no lane waits for the sampler. One lane does: it searches as this process would.
         self._ahead = int(config.lanes > 1)
         self._owner = connect(config)
-        model = judge.model
-        self._arguments = (
-            Envelope(model.architecture, model.vocab_size, model.sharing, device),
-            ray.put({name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}),
-            ray.put(judge.windows.numpy()),
-        )
+        facts, arrays = judge.plain()
+        self._arguments = facts, device, ray.put(arrays)
         threads = device.threads or max(1, int(config.resources.cpu))
         self._actor = ray.remote(Lane).options(
             num_cpus=config.resources.cpu,
@@ -236,7 +213,7 @@ class RayExecutor:
 
 
 def connect(config: ExecutorConfig) -> bool:
-    """Be connected to the cluster of ``config``; True where this started a Ray of its own, or this connection, which
+    """Connect to the cluster of ``config``; True where this started a Ray of its own, or this connection, which
     ``ray.shutdown`` ends."""
     if ray.is_initialized():
         return False

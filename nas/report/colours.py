@@ -26,5 +26,8 @@ PARTS = {
 }
 """Parts of a network's compute, in the order they are stacked."""
 
-MODELS = (KINDS["best"], "#009e73", "#cc79a7")
-"""The searched model and its rivals, in their order."""
+RIVALS = ("#009e73", "#cc79a7", "#0072b2", "#e69f00")
+"""Rivals of the searched model, in their order; a fifth has the first one's colour again."""
+
+MODELS = (KINDS["best"], *RIVALS)
+"""The searched model and its rivals."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from moesaic.nas.context import Context
 from moesaic.nas.costs.analytic import flops_breakdown
-from moesaic.nas.costs.compliance import Line, margin_text, worst_status
+from moesaic.nas.costs.compliance import MeasuredLine, margin_text, worst_status
 from moesaic.nas.costs.price import Costs
 from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.exports.folder import BEST
@@ -161,7 +161,8 @@ def search_history(trials: list[Trial]) -> list[Evaluated]:
 def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float]]]:
     """FLOPs per token by part: a row per layer, and the vocabulary layer last."""
     layers, vocabulary = flops_breakdown(model.architecture, model.uses, context)
-    rows = [(f"layer {index}", parts) for index, parts in enumerate(layers)]
+    several = len(model.architecture.stacks) > 1
+    rows = [(str(slot) if several else str(slot.index), parts) for slot, parts in layers.items()]
     return [*rows, ("vocabulary", {"vocabulary": float(vocabulary)})]
 
 
@@ -187,14 +188,10 @@ def read_measurements(path: Path) -> list[Measurement]:
         ]
 
 
-def budget_text(lines: Sequence[Line]) -> str:
+def budget_text(lines: Sequence[MeasuredLine]) -> str:
     """Where a model stands to its budget: ``inside``, or the lines of its worst status, by how much each."""
     status = worst_status(lines)
     if status == "inside":
         return status
-    parts = [
-        f"{cost_name(line['name'])} {margin_text(line['measured'], line['limit'])}"
-        for line in lines
-        if line["status"] == status
-    ]
+    parts = [f"{cost_name(line.name)} {margin_text(line)}" for line in lines if line.status == status]
     return "; ".join(parts) + (", within tolerance" if status == "within tolerance" else "")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from moesaic.nas.context import Context
-from moesaic.nas.report.colours import GRID, INK, KINDS, MODELS, MUTED, PARTS
+from moesaic.nas.report.colours import GRID, INK, KINDS, MODELS, MUTED, PARTS, RIVALS
 from moesaic.nas.report.data import (
     COSTS,
     ON_FRONT,
@@ -27,6 +28,7 @@ from moesaic.nas.report.data import (
     per_text,
 )
 from moesaic.nas.search.budget import BudgetLine
+from moesaic.nas.trust.findings import CheckedMember
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import draw
 
@@ -128,7 +130,7 @@ def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point]) -> go.
     )
     for row, (name, y, colour) in enumerate(lines, start=1):
         figure.add_scatter(x=x, y=y, name=name, mode="lines", row=row, col=1, line={"shape": "hv", "color": colour})
-    for point, colour in zip(rivals, MODELS[1:], strict=False):
+    for point, colour in zip(rivals, cycle(RIVALS), strict=False):
         figure.add_scatter(
             x=[x[0], x[-1]],
             y=[point.loss, point.loss],
@@ -177,7 +179,7 @@ def breakdown_figure(models: Sequence[Model], context: Context) -> go.Figure:
         rows = breakdown(model, context)
         for part, colour in PARTS.items():
             figure.add_bar(
-                x=[name.removeprefix("layer ") for name, _ in rows],
+                x=[name for name, _ in rows],
                 y=[parts.get(part, 0) for _, parts in rows],
                 name=part,
                 marker={"color": colour},
@@ -230,7 +232,7 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
     return figure
 
 
-def ranking_figure(members: Sequence[dict[str, Any]]) -> go.Figure:
+def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
     """Loss trained from scratch against inherited loss of the members that finished training; the best one is first."""
     figure = go.Figure()
     groups = (
@@ -238,21 +240,21 @@ def ranking_figure(members: Sequence[dict[str, Any]]) -> go.Figure:
         ("least inherited loss", members[:1], {"symbol": "star", "size": 16, "color": KINDS["best"]}),
     )
     for name, group, marker in groups:
-        rows = [row for row in group if row["retrained_loss"] is not None]
+        rows = [row for row in group if row.retrained_loss is not None]
         errors = {
-            axis: {"type": "data", "array": [row[key] for row in rows], "thickness": 1, "width": 3}
+            axis: {"type": "data", "array": [getattr(row, key) for row in rows], "thickness": 1, "width": 3}
             for axis, key in (("error_x", "inherited_standard_error"), ("error_y", "retrained_standard_error"))
         }
         figure.add_scatter(
-            x=[row["inherited_loss"] for row in rows],
-            y=[row["retrained_loss"] for row in rows],
+            x=[row.inherited_loss for row in rows],
+            y=[row.retrained_loss for row in rows],
             **errors,
             mode="markers",
             marker=marker,
             name=name,
             text=[
-                f"trial {row['trial']}<br>{DIMENSIONS['flops'].format(row['flops'])} per token, "
-                f"{DIMENSIONS['parameters'].format(row['parameters'])} parameters"
+                f"trial {row.trial}<br>{DIMENSIONS['flops'].format(row.flops)} per token, "
+                f"{DIMENSIONS['parameters'].format(row.parameters)} parameters"
                 for row in rows
             ],
         )
@@ -270,7 +272,7 @@ def _groups(points: Sequence[Point]) -> list[tuple[str, dict[str, Any], list[Poi
         if members:
             groups.append((f"{name} ({len(members)})", {"color": KINDS[kind], **marker}, members))
     rivals = [point for point in points if point.kind == "rival"]
-    for rival, colour, symbol in zip(rivals, MODELS[1:], _RIVALS, strict=False):
+    for rival, colour, symbol in zip(rivals, cycle(RIVALS), cycle(_RIVALS), strict=False):
         marker = {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2.5}}
         groups.append((f"rival {escape(rival.label)}", marker, [rival]))
     return groups

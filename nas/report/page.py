@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from moesaic.nas.costs.compliance import margin_text, refused_text, worst_status
-from moesaic.nas.costs.measure import latency_text
+from moesaic.nas.costs.compliance import margin_text, predicted_text, refused_text, worst_status
+from moesaic.nas.exports.figures import RetrainedModel
 from moesaic.nas.report.data import Model, batch_text, budget_text, cost_name, per_text
 from moesaic.nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
 from moesaic.nas.report.findings import Findings
 from moesaic.nas.report.html import flag, paragraph, plot, section, table
 from moesaic.nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
 from moesaic.nas.report.ranking_section import trust_section
-from moesaic.nas.report.summary import over_sentence, predicted_text, verdict
+from moesaic.nas.report.summary import Chosen, over_sentence, verdict
+from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
-from moesaic.nas.training.single import half_interval
 from moesaic.nas.trust.sentences import flops_sentence
 from moesaic.nas.units import DIMENSIONS
 
@@ -33,7 +32,7 @@ def build_page(findings: Findings) -> str:
     sections = {
         "result": ("Result", _result(findings)),
         "front": ("Pareto front", _front(findings)),
-        "trust": ("Trust", trust_section(summary["trust"])),
+        "trust": ("Trust", trust_section(summary.trust)),
         "architectures": ("Architectures", _architectures(findings)),
         "compute": ("Compute by layer", _compute(findings)),
         "search": ("Search", _search(findings)),
@@ -41,9 +40,9 @@ def build_page(findings: Findings) -> str:
         "predictions": ("Predictions", _predictions(findings)),
         "reproduce": ("Reproduce", _reproduce(findings)),
     }
-    name = escape(summary["name"])
+    name = escape(summary.name)
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, (title, _) in sections.items())
-    about = paragraph(f"{summary['date']} · {summary['device']} · seed {summary['seed']}", "muted")
+    about = paragraph(f"{summary.date} · {summary.device} · seed {summary.seed}", "muted")
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     return "\n".join(
         [
@@ -61,7 +60,7 @@ def build_page(findings: Findings) -> str:
 
 def _result(findings: Findings) -> Iterator[str]:
     summary, context = findings.summary, findings.context
-    chosen = summary["chosen"]
+    chosen = summary.chosen
     if over := over_sentence(summary):
         yield paragraph(over, "verdict bad")
     yield paragraph(verdict(summary), "verdict")
@@ -75,40 +74,39 @@ def _result(findings: Findings) -> Iterator[str]:
         f"Latency and memory are of one forward pass over a {batch_text(context)} on this device.",
         "muted",
     )
-    if refused := refused_text(chosen["refused"]):
+    if refused := refused_text(chosen.refused):
         yield paragraph(refused, "warn")
-    yield paragraph(latency_text(chosen["latency"]), "muted")
-    results = [chosen["retrained"], *summary["rivals"]]
-    start = "scratch" if results[0]["init"] == "scratch" else "inherited weights"
+    yield paragraph(str(chosen.latency), "muted")
+    results = [chosen.retrained, *summary.rivals]
+    start = "scratch" if results[0].init == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, judged on the test split</h3>"
     yield table(
         (
             "model",
             "loss, nats per token",
-            "perplexity",
-            "bits per byte",
+            *(metric.title for metric in summary.metrics),
             "FLOPs per token",
             "latency",
             "active parameters",
             "parameters",
             "budget",
         ),
-        [_result_row(result) for result in results],
+        [_result_row(result, summary.metrics) for result in results],
         chosen=0,
     )
     yield paragraph(
-        f"Trained for {results[0]['steps']} steps from {start} {_about_seeds(results[0])}, latency "
+        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}, latency "
         f"{per_text('latency', context)}.",
         "muted",
     )
 
 
-def _about_seeds(result: dict[str, Any]) -> str:
-    seeds = len(result["runs"])
+def _about_seeds(result: RetrainedModel) -> str:
+    seeds = len(result.runs)
     if seeds == 1:
         return (
             "with one seed and the same batches; ± is the standard error over sequences of "
-            f"{result['tokens']} test tokens, far larger than that of a difference between models judged on the same "
+            f"{result.tokens} test tokens, far larger than that of a difference between models judged on the same "
             "sequences. Costs are measured"
         )
     return (
@@ -118,43 +116,41 @@ def _about_seeds(result: dict[str, Any]) -> str:
     )
 
 
-def _cost_row(findings: Findings, cost: str, chosen: dict[str, Any]) -> tuple:
+def _cost_row(findings: Findings, cost: str, chosen: Chosen) -> tuple:
     form = DIMENSIONS[cost].format
     name = f"{cost_name(cost)}, {per_text(cost, findings.context)}"
-    line = next((line for line in findings.summary["budget"] if line["name"] == cost), None)
+    line = next((line for line in findings.summary.budget if line.name == cost), None)
     if line is None:
-        return name, "none", form(chosen["predicted"][cost]), form(chosen["measured"][cost]), ""
-    worst = " (worst case)" if line["bind"] == "worst" else ""
+        return name, "none", form(chosen.predicted[cost]), form(chosen.measured[cost]), ""
+    worst = " (worst case)" if line.bind == "worst" else ""
     return (
         name,
-        form(line["limit"]),
+        form(line.limit),
         predicted_text(line) + worst,
-        form(line["measured"]),
-        flag(margin_text(line["measured"], line["limit"]), line["status"]),
+        form(line.measured),
+        flag(margin_text(line), line.status),
     )
 
 
-def _result_row(result: dict[str, Any]) -> tuple:
-    half = half_interval(result)
+def _result_row(result: RetrainedModel, metrics: Sequence[Metric]) -> tuple:
     return (
-        result["name"],
-        f"{result['loss']:.4f} ± {result['standard_error'] if half is None else half:.4f}",
-        f"{result['perplexity']:.2f}",
-        f"{result['bits_per_byte']:.3f}",
+        result.name,
+        f"{result.loss:.4f} ± {result.error:.4f}",
+        *(metric.format(result.metrics[metric.name]) for metric in metrics),
         *(
-            DIMENSIONS[cost].format(result["measured"][cost])
+            DIMENSIONS[cost].format(result.measured[cost])
             for cost in ("flops", "latency", "active_parameters", "parameters")
         ),
-        flag(budget_text(result["budget"]), worst_status(result["budget"])),
+        flag(budget_text(result.budget), worst_status(result.budget)),
     )
 
 
 def _front(findings: Findings) -> Iterator[str]:
-    search = findings.summary["search"]
+    search = findings.summary.search
     refused = sum(point.kind == "refused" for point in findings.points)
     yield paragraph(
-        f"{search['counts']['evaluated']} architectures were evaluated with weights inherited from the supernet, "
-        f"{search['over_budget_when_measured']} of them were over budget when their routing was "
+        f"{search.counts['evaluated']} architectures were evaluated with weights inherited from the supernet, "
+        f"{search.over_budget_when_measured} of them were over budget when their routing was "
         f"measured, and {refused} others were refused before evaluation because their predicted costs were over "
         f"budget. Members of the front of {' and '.join(_names(findings.objectives))}: {len(findings.result.front)}."
     )
@@ -164,17 +160,17 @@ def _front(findings: Findings) -> Iterator[str]:
         "expected; latency is predicted in both. Bars are ± one standard error over sequences.",
         "muted",
     )
-    costs = [line["name"] for line in findings.exports[0]["budget"]]
+    costs = [line.name for line in findings.exports[0].budget]
     yield "<h3>Exported, with inherited weights</h3>"
     yield table(
         ("export", "trial", "test loss, nats per token", *(f"{cost_name(cost)}, measured" for cost in costs), "budget"),
         [
             (
-                row["name"],
-                str(row["trial"]),
-                f"{row['loss']:.4f} ± {row['standard_error']:.4f}",
-                *(DIMENSIONS[line["name"]].format(line["measured"]) for line in row["budget"]),
-                flag(budget_text(row["budget"]), worst_status(row["budget"])),
+                row.name,
+                str(row.trial),
+                f"{row.loss:.4f} ± {row.standard_error:.4f}",
+                *(DIMENSIONS[line.name].format(line.measured) for line in row.budget),
+                flag(budget_text(row.budget), worst_status(row.budget)),
             )
             for row in findings.exports
         ],
@@ -198,8 +194,9 @@ def _architectures(findings: Findings) -> Iterator[str]:
 def _about(model: Model) -> str:
     architecture = model.architecture
     active, total = (DIMENSIONS[c].format(model.costs[c]) for c in ("active_parameters", "parameters"))
+    widths = ", ".join(f"width {stack.width}" for stack in architecture.stacks.values())
     return (
-        f"width {architecture.decoder.width}, {architecture.backbone.activation}, {architecture.fingerprint}; "
+        f"{widths}, {architecture.backbone.activation}, {architecture.fingerprint}; "
         f"{DIMENSIONS['flops'].format(model.costs['flops'])} per token, {active} of {total} parameters active per token"
     )
 
@@ -211,14 +208,14 @@ def _compute(findings: Findings) -> Iterator[str]:
 
 def _search(findings: Findings) -> Iterator[str]:
     rivals = [point for point in findings.points if point.kind == "rival"]
-    search = findings.summary["search"]
+    search = findings.summary.search
     yield paragraph(
-        f"Sampler {search['sampler']}. {search['acceptance']:.1%} of random architectures of the "
+        f"Sampler {search.sampler}. {search.acceptance:.1%} of random architectures of the "
         f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
         "is taken from a reference point that belongs to this search: compare it with nothing else."
     )
     yield plot("history", history_figure(findings.history, rivals))
-    if additivity := search["additivity"]:
+    if additivity := search.additivity:
         tau = "" if additivity["tau"] is None else f", Kendall's tau {additivity['tau']:.2f}"
         yield paragraph(
             f"Sums of scores predicted the losses of the {additivity['solutions']} solutions of the integer programme "
@@ -236,18 +233,18 @@ def _training(findings: Findings) -> Iterator[str]:
 
 
 def _predictions(findings: Findings) -> Iterator[str]:
-    yield paragraph(f"Latency: {findings.summary['latency_predictor']['text']}.")
+    yield paragraph(f"Latency: {findings.summary.latency_predictor.text}.")
     yield plot("latency", latency_figure(findings.measurements, findings.context))
-    yield paragraph(flops_sentence(findings.summary["trust"]["flops"]))
+    yield paragraph(flops_sentence(findings.summary.trust.flops))
 
 
 def _reproduce(findings: Findings) -> Iterator[str]:
     summary = findings.summary
-    seconds = summary["stage_seconds"]
-    yield paragraph(f"Seed {summary['seed']} for every stage. Device: {summary['device']}.")
+    seconds = summary.stage_seconds
+    yield paragraph(f"Seed {summary.seed} for every stage. Device: {summary.device}.")
     stages = [*seconds.items(), ("total", sum(seconds.values()))]
     yield '<div class="columns"><div><h3>Versions</h3>'
-    yield table(("package", "version"), list(summary["versions"].items()))
+    yield table(("package", "version"), list(summary.versions.items()))
     yield "</div><div><h3>Time of each stage</h3>"
     yield table(("stage", "h:mm:ss"), [(name, duration(value)) for name, value in stages])
     yield f"</div></div><h3>Configuration, resolved</h3><pre>{escape(findings.configuration)}</pre>"

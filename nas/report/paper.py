@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from moesaic.nas.context import Context
-from moesaic.nas.report.colours import GRID, INK, KINDS, MODELS
+from moesaic.nas.report.colours import GRID, INK, KINDS, RIVALS
 from moesaic.nas.report.data import ON_FRONT, Point, axis_title, front_line, limit_text
 from moesaic.nas.search.budget import BudgetLine
 from moesaic.search_spaces.files import write_atomically
@@ -79,7 +80,7 @@ def _groups(points: Sequence[Point]) -> list[tuple[list[Point], dict[str, Any]]]
     kinds = {kind: [point for point in points if point.kind == kind] for kind in _MARKERS}
     groups = [(members, {"color": KINDS[kind], **_MARKERS[kind]}) for kind, members in kinds.items() if members]
     rivals = [point for point in points if point.kind == "rival"]
-    for rival, colour, marker in zip(rivals, MODELS[1:], "s^", strict=False):
+    for rival, colour, marker in zip(rivals, cycle(RIVALS), cycle("s^vP"), strict=False):
         style = {"color": colour, "marker": marker, "markersize": 6, "markerfacecolor": "none", "markeredgewidth": 1.5}
         groups.append(([rival], {**style, "label": f"rival {rival.label}", "zorder": 3}))
     return groups

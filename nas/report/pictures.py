@@ -25,17 +25,18 @@ HATCH = (
 
 def pixels_per_neuron(models: list[Model]) -> float:
     """One scale for pictures that are compared: the largest feed-forward part fills the row."""
-    parts = [layer.feed_forward for model in models for layer in model.architecture.decoder.layers]
+    parts = [layer.feed_forward for model in models for layer in model.architecture.layers.values()]
     return min((_TILES - _GAP * (part.experts + bool(part.shared_size))) / part.neurons for part in parts)
 
 
 def architecture_svg(model: Model, scale: float) -> str:
     """The picture of ``model`` at ``scale`` pixels per neuron."""
-    layers = model.architecture.decoder.layers
-    rows = [
-        f'<g transform="translate(0 {index * _ROW})">{_row(index, line, layer.feed_forward, use, scale)}</g>'
-        for index, (line, layer, use) in enumerate(zip(picture(model.architecture), layers, model.uses, strict=True))
-    ]
+    layers, several = model.architecture.layers, len(model.architecture.stacks) > 1
+    rows = []
+    for line, layer, use in zip(picture(model.architecture), layers.values(), model.uses, strict=True):
+        name = str(line.slot) if several else str(line.slot.index)
+        row = _row(name, line, layer.feed_forward, use, scale)
+        rows.append(f'<g transform="translate(0 {len(rows) * _ROW})">{row}</g>')
     name = escape(f"Architecture {model.name}, {len(layers)} layers")
     return (
         f'<svg class="architecture" viewBox="0 0 {_WIDTH} {len(rows) * _ROW}" role="img" aria-label="{name}">'
@@ -52,7 +53,7 @@ def use_text(part: FeedForward, use: LayerUse) -> str:
     return f"{experts}, {neurons}"
 
 
-def _row(index: int, line: LayerPicture, part: FeedForward, use: LayerUse, scale: float) -> str:
+def _row(name: str, line: LayerPicture, part: FeedForward, use: LayerUse, scale: float) -> str:
     shapes, at = [], float(_LEFT)
     tiles = ([(line.shared, "url(#hatch)", "shared expert")] if line.shared else []) + [
         (size, EXPERT, "expert" if part.router else "dense layer") for size in line.tiles
@@ -73,7 +74,7 @@ def _row(index: int, line: LayerPicture, part: FeedForward, use: LayerUse, scale
     )
     return "".join(
         [
-            _text(0, 19.5, str(index), MUTED),
+            _text(0, 19.5, name, MUTED),
             _text(_LEFT - 14, 19.5, line.attention, anchor="end"),
             *shapes,
             _text(_TEXT_AT, 16, f"{line.router}: {sizes_text(line)}"),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from moesaic.nas.report.figures import ranking_figure
 from moesaic.nas.report.html import paragraph, plot, table
-from moesaic.nas.trust.sentences import INHERITED, check_sentence, front_sentence, levels, rivals_sentence, tau_text
+from moesaic.nas.trust.findings import Check, Standing, Trust
+from moesaic.nas.trust.sentences import INHERITED, check_sentence, front_sentence, rivals_sentence, tau_text
 
 
-def trust_section(trust: dict[str, Any]) -> Iterator[str]:
+def trust_section(trust: Trust) -> Iterator[str]:
     """The section's parts, from what stage fidelity found."""
-    yield paragraph(check_sentence(trust["check"]), "verdict")
-    if trust["check"] is not None:
-        yield from _check(trust["check"])
+    yield paragraph(check_sentence(trust.check), "verdict")
+    if trust.check is not None:
+        yield from _check(trust.check)
     yield "<h3>What inherited losses can tell apart</h3>"
     yield paragraph(f"{front_sentence(trust)} {rivals_sentence(trust)}")
     yield table(
@@ -26,51 +26,51 @@ def trust_section(trust: dict[str, Any]) -> Iterator[str]:
             "p",
             "differs from best",
         ),
-        [_best_row(trust["front"][0]), *map(_other_row, (*trust["front"][1:], *trust["rivals"]))],
+        [_best_row(trust.front[0]), *map(_other_row, (*trust.front[1:], *trust.rivals))],
         chosen=0,
     )
     yield paragraph(
-        f"± is the standard error over {trust['sequences']} sequences of the validation split, in pairs that of the "
+        f"± is the standard error over {trust.sequences} sequences of the validation split, in pairs that of the "
         "difference, in which what two models share cancels. p is of a paired t-test, corrected by Holm for all "
         "pairs of these models; below 0.05 a difference is called significant. A new level starts with the first "
-        f"member that differs from the first of the level before: {levels(trust)} of {len(trust['front'])}. That the "
-        "front was picked out of all trials by these same losses, and chance in training, are not in it.",
+        f"member that differs from the first of the level before: {trust.levels} of {len(trust.front)}. The tests "
+        "exclude training-seed variance, and that the front was picked out of all trials by these same losses.",
         "muted",
     )
 
 
-def _best_row(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["name"], _loss_text(row["loss"], row), "", str(row["level"]), "", ""
+def _best_row(row: Standing) -> tuple[str, ...]:
+    return row.name, _loss_text(row.loss, row.standard_error), "", str(row.level), "", ""
 
 
-def _other_row(row: dict[str, Any]) -> tuple[str, ...]:
-    above, p_value = row["above_best"], row["p_value"]
+def _other_row(row: Standing) -> tuple[str, ...]:
+    above = row.above_best
     return (
-        row["name"],
-        _loss_text(row["loss"], row),
-        _loss_text(above["mean"], above, "+"),
-        str(row.get("level", "rival")),
-        "< 0.0001" if p_value < 1e-4 else f"{p_value:.4f}",
-        "yes" if row["differs"] else "no",
+        row.name,
+        _loss_text(row.loss, row.standard_error),
+        _loss_text(above.mean, above.standard_error, "+"),
+        "rival" if row.level is None else str(row.level),
+        "< 0.0001" if row.p_value < 1e-4 else f"{row.p_value:.4f}",
+        "yes" if row.differs else "no",
     )
 
 
-def _loss_text(loss: float, row: dict[str, Any], sign: str = "") -> str:
-    return f"{loss:{sign}.4f} ± {row['standard_error']:.4f}"
+def _loss_text(loss: float, error: float, sign: str = "") -> str:
+    return f"{loss:{sign}.4f} ± {error:.4f}"
 
 
-def _check(check: dict[str, Any]) -> Iterator[str]:
-    judges = check["judges"]
+def _check(check: Check) -> Iterator[str]:
+    judges = check.judges
     if judges is not None:
-        tops = list(judges[INHERITED]["regret"])
+        tops = list(judges[INHERITED].regret)
         yield table(
             ("judge", "Kendall's tau, 95 % interval", "Spearman's rho", *(f"regret, first {k}" for k in tops)),
             [
                 (
                     name,
                     tau_text(judge),
-                    "undefined" if judge["rho"] is None else f"{judge['rho']:.2f}",
-                    *(f"{judge['regret'][k]:.2%}" for k in tops),
+                    "undefined" if judge.rho is None else f"{judge.rho:.2f}",
+                    *(f"{judge.regret[k]:.2%}" for k in tops),
                 )
                 for name, judge in judges.items()
             ],
@@ -81,10 +81,10 @@ def _check(check: dict[str, Any]) -> Iterator[str]:
             "judge's first k is above the best of all. The interval is a bootstrap over the members.",
             "muted",
         )
-    if any(member["retrained_loss"] is not None for member in check["members"]):
-        yield plot("ranking", ranking_figure(check["members"]))
+    if any(member.retrained_loss is not None for member in check.members):
+        yield plot("ranking", ranking_figure(check.members))
         yield paragraph(
-            "Bars are ± one standard error over sequences. All members are judged on the same ones, so that most of "
-            "it moves all points alike. A perfect judge would have the points rise from left to right.",
+            "Bars are ± one standard error over sequences. All members are judged on the same ones, so most of the "
+            "error moves all points alike. With a perfect judge the points would rise from left to right.",
             "muted",
         )

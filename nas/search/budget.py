@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moesaic.nas.config import Config
+from moesaic.nas.config import LimitConfig
 from moesaic.nas.costs.price import Costs, Pricer
-from moesaic.nas.units import DIMENSIONS, format_cost
+from moesaic.nas.units import DIMENSIONS, format_cost, parse_limit
 from moesaic.search_spaces import Architecture, FeedForward, Layer, MoesaicError, SearchSpace, neighbours
 from moesaic.search_spaces.space import LayerSpace
 
@@ -70,23 +70,22 @@ class Budget:
         }
 
 
-def resolve_budget(config: Config, space: SearchSpace, pricer: Pricer) -> Budget:
+def resolve_budget(limits: Mapping[str, LimitConfig], space: SearchSpace, pricer: Pricer) -> Budget:
     """The budget in base units; relative lines are shares of the most that an architecture of the space costs."""
     lines = []
-    for name, limit in config.limits().items():
-        bind, confidence = config.budget[name].bind, config.budget[name].confidence
-        price = pricer.worst if bind == "worst" else pricer.expected
-        largest = price(dearest(space, pricer, name, bind))[name]
-        lines.append(BudgetLine(name, limit.resolve(largest), bind, confidence))
+    for name, line in limits.items():
+        price = pricer.worst if line.bind == "worst" else pricer.expected
+        largest = price(most_expensive(space, pricer, name, line.bind))[name]
+        lines.append(BudgetLine(name, parse_limit(line.limit, name).resolve(largest), line.bind, line.confidence))
     return Budget(tuple(lines), pricer)
 
 
 def cheapest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
-    """The member with the least ``cost``: least width and depth, and each layer its cheapest choice."""
+    """The member with the least ``cost``: least widths and depths, and each layer its cheapest choice."""
     return _extreme(space, pricer, cost, bind, space.smallest, min, first=True)
 
 
-def dearest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
+def most_expensive(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
     """The member with the most ``cost``; it need not be ``space.largest``, since a dense layer may cost more."""
     return _extreme(space, pricer, cost, bind, space.largest, max, first=False)
 
@@ -97,13 +96,9 @@ def _extreme(
     """Replace each layer of ``start`` in turn by its extreme choice; exact for costs that add up over layers."""
     price = pricer.worst if bind == "worst" else pricer.expected
     best = start
-    for position, layer_space in enumerate(space.layers[: len(best.decoder.layers)]):
-        layers = best.decoder.layers
-        candidates = [
-            space.build(best.decoder.width, (*layers[:position], layer, *layers[position + 1 :]))
-            for layer in _extreme_layers(layer_space, 0 if first else -1)
-        ]
-        best = choose(candidates, key=lambda a: price(a)[cost])
+    for slot in start.layers:
+        layers = _extreme_layers(space.layers[slot], 0 if first else -1)
+        best = choose((best.with_layers({slot: layer}) for layer in layers), key=lambda a: price(a)[cost])
     return best
 
 
@@ -116,8 +111,8 @@ def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:
                 yield Layer(attention, part)
 
 
-def a_member_inside(space: SearchSpace, budget: Budget) -> Architecture:
-    """Some architecture that fits.
+def find_feasible(space: SearchSpace, budget: Budget) -> Architecture:
+    """An architecture that fits.
 
     Raises
     ------
@@ -145,7 +140,7 @@ def a_member_inside(space: SearchSpace, budget: Budget) -> Architecture:
         line = next(line for line in budget.lines if line.cost == binding)
         reachable = line.limit * (1 + excess[binding])
         raise MoesaicError(
-            "each budget line can be met, but no architecture was found that meets all of them at once",
+            "each budget line can be met alone, but no architecture was found that meets all of them",
             where=f"budget.{binding}",
             found=" and ".join(map(str, budget.lines)),
             allowed=f"with the other lines as they are, {binding} of {format_cost(binding, reachable)} can be reached",
@@ -166,16 +161,27 @@ def _descend(space: SearchSpace, budget: Budget, start: Architecture) -> Archite
         start = best
 
 
-def cost_ranges(space: SearchSpace, pricer: Pricer, samples: list[Architecture]) -> dict[str, Mapping[str, float]]:
-    """Per cost, of the space: ``smallest``, ``largest``, ``worst`` case, and ``typical`` (median of ``samples``)."""
+@dataclass(frozen=True)
+class CostRange:
+    """One cost over a space, in base units: expected of the cheapest, a typical and the most expensive member, and the
+    worst case of any."""
+
+    smallest: float
+    typical: float
+    largest: float
+    worst: float
+
+
+def cost_ranges(space: SearchSpace, pricer: Pricer, samples: list[Architecture]) -> dict[str, CostRange]:
+    """The range of every cost; ``typical`` is the median of ``samples``."""
     priced = [pricer.expected(a) for a in samples]
     ranges = {}
     for cost in priced[0]:
         values = sorted(costs[cost] for costs in priced)
-        ranges[cost] = {
-            "smallest": pricer.expected(cheapest(space, pricer, cost))[cost],
-            "typical": values[len(values) // 2],
-            "largest": pricer.expected(dearest(space, pricer, cost))[cost],
-            "worst": pricer.worst(dearest(space, pricer, cost, "worst"))[cost],
-        }
+        ranges[cost] = CostRange(
+            smallest=pricer.expected(cheapest(space, pricer, cost))[cost],
+            typical=values[len(values) // 2],
+            largest=pricer.expected(most_expensive(space, pricer, cost))[cost],
+            worst=pricer.worst(most_expensive(space, pricer, cost, "worst"))[cost],
+        )
     return ranges

@@ -13,7 +13,7 @@ from moesaic.nas.config import SearchConfig
 from moesaic.nas.executors import Executor, Outcome
 from moesaic.nas.search.budget import Budget
 from moesaic.nas.search.pareto import hypervolume, non_dominated
-from moesaic.nas.search.proposal import Progress, Proposal, Sampler, Skipped
+from moesaic.nas.search.proposal import Proposal, Sampler, SearchState, Skipped
 from moesaic.nas.search.trials import Trial, TrialLog
 from moesaic.search_spaces import Architecture, Interrupted, StageFailed
 
@@ -32,7 +32,23 @@ class SearchResult:
         return self.front[0]
 
 
-def trials_under(name: str, budget: Budget, trials: Sequence[Trial]) -> list[Trial]:
+@dataclass(frozen=True)
+class SearchFigures:
+    """``search.json`` of one budget. ``acceptance``: the share of random architectures inside it; ``counts``: trials by
+    what became of them; ``front`` and ``best``: numbers of trials."""
+
+    sampler: str
+    objectives: tuple[str, ...]
+    acceptance: float
+    counts: dict[str, int]
+    over_budget_when_measured: int
+    front: tuple[int, ...]
+    best: int
+    hypervolume: float
+    additivity: dict[str, float | None] | None
+
+
+def trials_for_budget(name: str, budget: Budget, trials: Sequence[Trial]) -> list[Trial]:
     """The trials as the budget of that name sees them, with their excess over it: all that were evaluated, for
     whichever budget, and its own refusals and duplicates."""
     seen = []
@@ -47,7 +63,7 @@ def trials_under(name: str, budget: Budget, trials: Sequence[Trial]) -> list[Tri
     return seen
 
 
-class Goal:
+class BudgetSearch:
     """One budget, who proposes for it, and the trials so far as it sees them.
 
     ``make_sampler`` gets those of ``log``. Where there is one budget, its name is empty.
@@ -57,17 +73,16 @@ class Goal:
         self, name: str, budget: Budget, make_sampler: Callable[[list[Trial]], Sampler], log: Sequence[Trial] = ()
     ):
         self.name, self.budget = name, budget
-        self.trials = trials_under(name, budget, log)
+        self.trials = trials_for_budget(name, budget, log)
         self.seen = {t.architecture.fingerprint: t for t in self.trials if t.ended}
         self.sampler = make_sampler(self.trials)
 
     def take(self, trials: list[Trial]) -> None:
         """Trials that just ended."""
-        for trial in trials_under(self.name, self.budget, trials):
+        for trial in trials_for_budget(self.name, self.budget, trials):
             self.trials.append(trial)
             if trial.ended:
                 self.seen[trial.architecture.fingerprint] = trial
-                self.sampler.observe(trial)
 
     def evaluated(self) -> int:
         """Evaluations that were proposed for this budget."""
@@ -76,49 +91,49 @@ class Goal:
 
 def run_search(
     config: SearchConfig,
-    goals: Sequence[Goal],
+    searches: Sequence[BudgetSearch],
     executor: Executor,
     log: TrialLog,
     seed: int = 0,
     on_trial: Callable[[list[Trial]], None] = lambda trials: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Evaluate until ``log`` holds ``config.trials`` evaluations for each goal, or nothing new is found inside its
+    """Evaluate until ``log`` holds ``config.trials`` evaluations for each search, or nothing new is found inside its
     budget.
 
-    A lane that is free gets a proposal at once, for the goal that had the fewest; no generation is waited for. What
-    ends is in the log before anything else is done, and every goal learns from it.
+    A lane that is free gets a proposal at once, for the search that had the fewest; no generation is waited for. What
+    ends is in the log before anything else is done, and every search learns from it.
 
     Raises
     ------
     Interrupted : after ``should_stop``, when what was running has ended; everything finished is in the log.
     StageFailed : no evaluation of the first ``_HOPELESS`` gave a loss.
     """
-    counts = {goal.name: goal.evaluated() for goal in goals}
-    running: dict[str, tuple[Goal, Proposal]] = {}
+    counts = {search.name: search.evaluated() for search in searches}
+    running: dict[str, tuple[BudgetSearch, Proposal]] = {}
     while True:
         while executor.free and not should_stop():
             proposed = tuple(proposal.architecture for _, proposal in running.values())
-            found = _next_proposal(goals, counts, config.trials, proposed)
+            found = _next_proposal(searches, counts, config.trials, proposed)
             if found is None:
                 break
-            goal, proposal = found
-            counts[goal.name] += 1
+            search, proposal = found
+            counts[search.name] += 1
             running[proposal.architecture.fingerprint] = found
             executor.submit(proposal.architecture)
         if not running:
             break
         outcome = executor.next()
-        goal, proposal = running.pop(outcome.architecture.fingerprint)
+        search, proposal = running.pop(outcome.architecture.fingerprint)
         number = len(log.trials)
-        finished = [_skipped(number + i, one, goal, seed) for i, one in enumerate(proposal.skipped)]
-        trial = _judge(config, goal, outcome, number + len(finished), seed, proposal.engine)
+        finished = [_skipped(number + i, one, search, seed) for i, one in enumerate(proposal.skipped)]
+        trial = _judge(config, search, outcome, number + len(finished), seed, proposal.engine)
         finished.append(trial)
         log.append(finished)
-        for each in goals:
+        for each in searches:
             each.take(finished)
         on_trial(finished)
-        if len(goal.seen) == _HOPELESS and all(one.state == "failed" for one in goal.seen.values()):
+        if len(search.seen) == _HOPELESS and all(one.state == "failed" for one in search.seen.values()):
             problem = f"none of the first {_HOPELESS} architectures could be evaluated"
             raise StageFailed(problem, where=str(log.path), found=trial.reason)
     left = sum(config.trials - count for count in counts.values())
@@ -128,21 +143,21 @@ def run_search(
 
 
 def _next_proposal(
-    goals: Sequence[Goal], counts: dict[str, int], trials: int, running: tuple[Architecture, ...]
-) -> tuple[Goal, Proposal] | None:
-    """Of the goals that want more, the proposal of the one with the fewest that still has one."""
-    for goal in sorted(goals, key=lambda goal: counts[goal.name]):
-        if counts[goal.name] < trials:
-            proposal = goal.sampler.propose(Progress(goal.trials, goal.seen, running))
+    searches: Sequence[BudgetSearch], counts: dict[str, int], trials: int, running: tuple[Architecture, ...]
+) -> tuple[BudgetSearch, Proposal] | None:
+    """Of the searches that want more, the proposal of the one with the fewest that still has one."""
+    for search in sorted(searches, key=lambda search: counts[search.name]):
+        if counts[search.name] < trials:
+            proposal = search.sampler.propose(SearchState(search.trials, search.seen, running))
             if proposal is not None:
-                return goal, proposal
+                return search, proposal
     return None
 
 
-def _skipped(number: int, skipped: Skipped, goal: Goal, seed: int) -> Trial:
+def _skipped(number: int, skipped: Skipped, search: BudgetSearch, seed: int) -> Trial:
     """The trial of a proposal that was not evaluated; one known before has that one's values."""
-    architecture, budget = skipped.architecture, goal.budget
-    known = goal.seen.get(architecture.fingerprint)
+    architecture, budget = skipped.architecture, search.budget
+    known = search.seen.get(architecture.fingerprint)
     return Trial(
         number,
         skipped.state,
@@ -152,19 +167,19 @@ def _skipped(number: int, skipped: Skipped, goal: Goal, seed: int) -> Trial:
         loss=known.loss if known else None,
         values=known.values if known else (),
         seed=seed,
-        budget=goal.name,
+        budget=search.name,
         engine=skipped.engine,
     )
 
 
-def _judge(config: SearchConfig, goal: Goal, outcome: Outcome, number: int, seed: int, engine: dict) -> Trial:
+def _judge(config: SearchConfig, search: BudgetSearch, outcome: Outcome, number: int, seed: int, engine: dict) -> Trial:
     """A trial from what an evaluation gave: measured costs, objectives, and the budget under the load that was
     measured; or why there are none."""
-    architecture, evaluation, budget = outcome.architecture, outcome.evaluation, goal.budget
+    architecture, evaluation, budget = outcome.architecture, outcome.evaluation, search.budget
     ran: dict[str, Any] = {
         "seconds": round(outcome.seconds, 4),
         "seed": seed,
-        "budget": goal.name,
+        "budget": search.name,
         "lane": outcome.lane,
         "attempts": outcome.attempts,
         "engine": engine,

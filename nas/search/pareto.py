@@ -37,7 +37,7 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     return volume
 
 
-def spread(points: np.ndarray, count: int) -> list[int]:
+def evenly_spread(points: np.ndarray, count: int) -> list[int]:
     """Indices of ``count`` points of a front, evenly spread along it and with both ends, in rising first objective."""
     order = np.argsort(points[:, 0], kind="stable")
     if count >= len(order):

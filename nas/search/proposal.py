@@ -31,7 +31,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SearchState:
     """What a sampler may know when it proposes: all finished trials in the order of the log, those that were evaluated
     or failed by fingerprint (``seen``), and the proposals that are ``running`` in other lanes."""
 
@@ -50,10 +50,8 @@ class Progress:
 
 
 class Sampler(Protocol):
-    def propose(self, progress: Progress) -> Proposal | None:
-        """The next unknown architecture inside the budget; None when none is found."""
-        ...
+    """A function of its seed and of what it may know: rebuilt from a log, it proposes what it would have."""
 
-    def observe(self, trial: Trial) -> None:
-        """A proposal of this sampler was evaluated or failed."""
+    def propose(self, state: SearchState) -> Proposal | None:
+        """The next unknown architecture inside the budget; None when none is found."""
         ...

@@ -1,4 +1,4 @@
-"""What a search has to beat: the best uniform mixture of experts and the best dense model in the same budget."""
+"""Rivals of a search: the best uniform mixture of experts and the best dense model in the same budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from moesaic.nas.costs.price import Costs
 from moesaic.nas.executors import Executor, evaluate_all
 from moesaic.nas.search.budget import Budget
 from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from moesaic.search_spaces.architecture import ArchitectureField
+from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace
 
 JUDGED = 64
 """Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
@@ -21,7 +23,7 @@ class Rival:
     """``loss`` is inherited, ``costs`` are under the routing that was seen."""
 
     kind: Literal["uniform", "dense"]
-    architecture: Architecture
+    architecture: ArchitectureField
     loss: float
     costs: Costs
 
@@ -55,15 +57,24 @@ def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
     because that is what people pick by habit.
     """
     layouts: dict[Architecture, None] = {}
-    for width, depth in product(space.widths, space.depths):
-        for layer in _common_layers(space, depth, sparse):
-            layouts[space.build(width, (layer,) * depth)] = None
+    choices = [list(product(stack.widths, stack.depths)) for stack in space.stacks.values()]
+    for shapes in product(*choices):
+        shape = dict(zip(space.stacks, shapes, strict=True))
+        spaces = [layer for name, (_, depth) in shape.items() for layer in space.stacks[name].layers[:depth]]
+        for layer in _common_layers(spaces, sparse):
+            stacks = {name: space.stacks[name].build(width, (layer,) * depth) for name, (width, depth) in shape.items()}
+            layouts[space.build(stacks)] = None
     return list(layouts)
 
 
-def _common_layers(space: SearchSpace, depth: int, sparse: bool) -> list[Layer]:
-    """Layers that every one of the first ``depth`` positions has, but for the router."""
-    spaces = space.layers[:depth]
+def habit(group: FeedForwardGroup) -> Router | None:
+    """The router that people pick by habit, top-2, with weights like those of the group's routers; None if dense."""
+    first = group.routers[0]
+    return first and Router("top_k", k=2, weights=first.weights)
+
+
+def _common_layers(spaces: list[LayerSpace], sparse: bool) -> list[Layer]:
+    """Layers that all of ``spaces`` have, but for the router."""
     attentions: list[Attention] = [a for a in spaces[0].attentions if all(a in s.attentions for s in spaces)]
     layers = []
     for group in spaces[0].groups:
@@ -71,7 +82,7 @@ def _common_layers(space: SearchSpace, depth: int, sparse: bool) -> list[Layer]:
             continue
         groups = [s.group(group.experts) for s in spaces]
         offered = [r for r in group.routers if all(g and r in g.routers for g in groups)]
-        routers = dict.fromkeys([Router("top_k", k=2), *offered]) if sparse else (None,)
+        routers = dict.fromkeys([habit(group), *offered]) if sparse else (None,)
         for attention, size, shared in product(attentions, group.sizes, group.shared_sizes):
             if all(g and size in g.sizes and shared in g.shared_sizes for g in groups):
                 sizes = (size,) * group.experts

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from moesaic.nas.search.budget import Budget
 from moesaic.search_spaces import Architecture
-from moesaic.supernet import Transformer, evaluate
+from moesaic.supernet import Judge
 
 _MARGIN = 0.005
 """Share of the budget left free: the load on other text differs a little."""
 _HALVINGS = 7
 
 
-def hold_budget(model: Transformer, windows: Tensor, budget: Budget) -> Architecture:
-    """The model's architecture with all thresholds lowered by one factor, as little as brings every expected line of
-    ``budget`` inside on ``windows`` [n, S + 1]; unchanged where it is inside already or no threshold helps."""
-    architecture = model.architecture
+def lower_thresholds_to_fit(judge: Judge, budget: Budget) -> Architecture:
+    """The architecture of the model of ``judge`` with all thresholds lowered by one factor, as little as brings every
+    expected line of ``budget`` inside on its batch; unchanged where it is inside already or no threshold helps."""
+    architecture = judge.model.architecture
 
     def inside(candidate: Architecture) -> bool:
-        measured = budget.pricer.measured(candidate, evaluate(model, windows, candidate).loads)
+        measured = budget.pricer.measured(candidate, judge(candidate).loads)
         return max(budget.measured_excess(measured).values(), default=-1.0) <= -_MARGIN
 
     lowest = lower_thresholds(architecture, 0.0)
@@ -44,11 +42,10 @@ def hold_budget(model: Transformer, windows: Tensor, budget: Budget) -> Architec
 
 def lower_thresholds(architecture: Architecture, factor: float) -> Architecture:
     """Every threshold times ``factor``; at 0 each token keeps one expert."""
-    layers = []
-    for layer in architecture.decoder.layers:
-        part = layer.feed_forward
-        if part.router is not None and part.router.threshold is not None:
-            threshold = max(part.router.threshold * factor, 1e-6)
-            part = replace(part, router=replace(part.router, threshold=threshold))
-        layers.append(replace(layer, feed_forward=part))
-    return replace(architecture, decoder=replace(architecture.decoder, layers=tuple(layers)))
+    changed = {}
+    for slot, layer in architecture.layers.items():
+        router = layer.feed_forward.router
+        if router is not None and router.threshold is not None:
+            router = replace(router, threshold=max(router.threshold * factor, 1e-6))
+            changed[slot] = replace(layer, feed_forward=replace(layer.feed_forward, router=router))
+    return architecture.with_layers(changed)

@@ -1,2 +1,1 @@
-"""The stages of a run, each a function of a ``Run`` that leaves an artifact: supernet, latency, search, fidelity,
-export, retrain, report."""
+"""The stages of a run: one module each, which ``stage`` lists, and what they share."""

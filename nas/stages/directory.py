@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from moesaic.nas import __version__
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import read_json, unwritable, write_json
+from moesaic.search_spaces.files import read_json, read_value, unwritable, write_json, write_value
 
 Inputs = Mapping[str, Any]
 """Everything that decides a stage's result, flat: dotted names and plain values."""
@@ -31,6 +32,36 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def fingerprint(inputs: Inputs) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Change:
+    """An input that is not what it was; None where it was or is absent."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def under(self, names: Sequence[str]) -> bool:
+        """Whether the input is one of ``names``, or a part of one."""
+        return any(self.name == name or self.name.startswith(f"{name}.") for name in names)
+
+    def __str__(self) -> str:
+        before, now = ("nothing" if value is None else value for value in (self.before, self.now))
+        return f"{self.name} changed from {before} to {now}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What ``artifact.json`` says of a complete stage. ``digest`` identifies a result that its inputs alone do not."""
+
+    inputs: dict[str, Any]
+    fingerprint: str
+    digest: str | None
+    seconds: float
+    resumed: bool
+    version: str
+    finished: str
 
 
 @dataclass(frozen=True)
@@ -49,36 +80,38 @@ class StageDirectory:
         artifact = self.path / "artifact.json"
         return artifact.exists() and read_json(artifact)["inputs"] == self.inputs
 
-    def changes(self) -> list[str]:
+    def changes(self) -> list[Change]:
         """What differs between the inputs of what is there and those of now; empty when nothing is there."""
         known = self.path / "inputs.json"
         if not known.exists():
             return []
         old = read_json(known)
         names = sorted({*old, *self.inputs}, key=str)
-        return [
-            f"{name} changed from {old.get(name, 'nothing')} to {self.inputs.get(name, 'nothing')}"
-            for name in names
-            if old.get(name) != self.inputs.get(name)
-        ]
+        changes = (Change(name, old.get(name), self.inputs.get(name)) for name in names)
+        return [change for change in changes if change.before != change.now]
 
     def finish(self, seconds: float, resumed: bool, digest: str | None = None) -> None:
-        """Mark the stage complete. ``digest`` identifies a result that its inputs alone do not (a measurement)."""
-        write_json(
-            self.path / "artifact.json",
-            {
-                "inputs": self.inputs,
-                "fingerprint": self.fingerprint,
-                "digest": digest,
-                "seconds": round(seconds, 2),
-                "resumed": resumed,
-                "version": __version__,
-                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
-        )
+        """Mark the stage complete."""
+        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        inputs = dict(self.inputs)
+        artifact = Artifact(inputs, self.fingerprint, digest, round(seconds, 2), resumed, __version__, finished)
+        write_value(self.path / "artifact.json", artifact)
 
-    def artifact(self) -> dict[str, Any]:
-        return read_json(self.path / "artifact.json")
+    def artifact(self) -> Artifact:
+        return read_value(self.path / "artifact.json", Artifact)
+
+    def result_id(self) -> str:
+        """Identifies a finished stage's result: its inputs, and its digest where it measured something."""
+        return fingerprint({"inputs": self.inputs, "digest": self.artifact().digest if self.complete else None})
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Whether earlier work in a stage's folder ``continues``, what changed, and where work with other inputs went."""
+
+    continues: bool
+    changes: list[Change]
+    aside: Path | None = None
 
 
 class RunDirectory:
@@ -108,21 +141,17 @@ class RunDirectory:
         plain = json.loads(json.dumps({**flatten(inputs), "version": __version__}))
         return StageDirectory(self.path / name, plain)
 
-    def prepare(self, stage: StageDirectory, extendable: Sequence[str] = ()) -> tuple[bool, list[str]]:
-        """Make the stage's folder ready for work. Returns whether earlier work in it continues, and what changed.
+    def prepare(self, stage: StageDirectory, extendable: Sequence[str] = ()) -> Preparation:
+        """Make the stage's folder ready for work.
 
-        Work with other inputs is moved to ``previous/``, not deleted, unless only ``extendable`` ones, or parts of
-        them, changed.
+        Work with other inputs is moved to ``previous/``, not deleted, unless only ``extendable`` ones changed.
         """
         changes = stage.changes()
-        harmless = tuple(f"{name}{end}" for name in extendable for end in (" changed", "."))
-        kept = [change for change in changes if not change.startswith(harmless)]
         existing = (stage.path / "inputs.json").exists()
+        moves = not all(change.under(extendable) for change in changes)
+        aside = self._aside(stage.path.name) if moves else None
         try:
-            if kept:
-                attempt = 1
-                while (aside := self.path / "previous" / f"{stage.path.name}-{attempt}").exists():
-                    attempt += 1
+            if aside is not None:
                 aside.parent.mkdir(exist_ok=True)
                 stage.path.rename(aside)
             stage.path.mkdir(parents=True, exist_ok=True)
@@ -130,7 +159,11 @@ class RunDirectory:
         except OSError as error:
             raise unwritable(stage.path, error) from None
         write_json(stage.path / "inputs.json", stage.inputs)
-        return existing and not kept, changes
+        return Preparation(existing and not moves, changes, aside)
+
+    def _aside(self, name: str) -> Path:
+        numbered = (self.path / "previous" / f"{name}-{attempt}" for attempt in count(1))
+        return next(path for path in numbered if not path.exists())
 
 
 @contextmanager

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moesaic.nas.costs.compliance import lines_over, lines_text, over_text, worst_excess
-from moesaic.nas.costs.latency.probe import autocast
-from moesaic.nas.costs.measure import MeasuredCosts, latency_figures
+from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, lines_text, over_text, worst_excess
+from moesaic.nas.costs.measure import MeasuredCosts
+from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.exports.folder import BEST, export_model
 from moesaic.nas.search.loop import SearchResult
-from moesaic.nas.search.pareto import spread
+from moesaic.nas.search.pareto import evenly_spread
 from moesaic.nas.search.trials import Trial
-from moesaic.nas.stages.check_fidelity import load_judged
-from moesaic.nas.stages.directory import fingerprint
-from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.check_fidelity import load_trust
+from moesaic.nas.stages.directory import StageDirectory, fingerprint
+from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search
-from moesaic.nas.training.single import loss_figures
-from moesaic.search_spaces.files import write_json, write_text
-from moesaic.supernet import Transformer, evaluate
+from moesaic.nas.trust.scores import Scores
+from moesaic.search_spaces.files import read_value, write_value
+from moesaic.supernet import Evaluation, Transformer
 
 _CANDIDATES = 8
 """Most trials that are measured to find one that keeps the budget on this device: a search whose first eight are all
@@ -31,121 +31,121 @@ over has a predictor that is off, which a ninth does not mend."""
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial whose model was measured, with its budget lines."""
+    """A trial whose model was judged on the test split and measured, with its budget lines."""
 
     trial: Trial
+    model: Transformer
+    evaluation: Evaluation
     measured: MeasuredCosts
-    lines: list[dict[str, Any]]
+    lines: tuple[MeasuredLine, ...]
+
+    def refused(self) -> Refused:
+        trial = self.trial
+        return Refused(trial.number, trial.architecture.fingerprint, trial.loss, lines_over(self.lines))
 
 
-def run_export(run: Run) -> None:
+def inputs(part: BudgetRun) -> dict[str, Any]:
+    return part.run.config.model_dump(mode="json", include={"export"})
+
+
+def work(part: BudgetRun, directory: StageDirectory) -> str:
     """Leaves a folder for ``best`` and each ``front-N``, and ``exports.json``.
 
     ``best`` is the trial judged best that keeps the budget when it is measured. Members of the front that
     do not keep it are exported and flagged.
     """
-    with run.work("export") as stage:
-        if stage is None:
-            return
-        trials, result = load_search(run)
-        with run.task("export") as task:
-            task.update(0, 1 + run.config.export.front, BEST)
-            best, refused = choose_best(run, trials)
-            rows = [_export(run, stage.path / BEST, best, refused)]
-            others = _spread_front(result, {best.trial.number, *(row["trial"] for row in refused)}, run)
-            for place, trial in enumerate(others, start=1):
-                name = f"front-{place}"
-                task.update(place, 1 + len(others), name)
-                member = _measure(run, trial)
-                rows.append(_export(run, stage.path / name, member, []))
-                if over := over_text(member.lines):
-                    run.reporter.say(f"export: {name} (trial {trial.number}) is {over}")
-            task.update(len(rows), len(rows))
-        write_json(stage.path / "exports.json", rows)
-        # Which trials are exported follows from measurements, so what comes later depends on more than the inputs.
-        write_text(stage.path / "digest", fingerprint({row["name"]: row["fingerprint"] for row in rows}))
+    trials, result = load_search(part)
+    count = part.run.config.export.front
+    with part.reporter.progress("export") as bar:
+        bar.update(0, 1 + count, BEST)
+        best, refused = choose_best(part, trials)
+        exports = [_export(part, directory.path / BEST, best, refused)]
+        known = {best.trial.number, *(candidate.trial for candidate in refused)}
+        others = _spread_front(result, known, count)
+        for place, trial in enumerate(others, start=1):
+            name = f"front-{place}"
+            bar.update(place, 1 + len(others), name)
+            member = _measure(part, trial)
+            exports.append(_export(part, directory.path / name, member, ()))
+            if over := over_text(member.lines):
+                part.reporter.say(f"export: {name} (trial {trial.number}) is {over}")
+        bar.update(len(exports), len(exports))
+    write_value(directory.path / "exports.json", exports, list[ExportFigures])
+    # Which trials are exported follows from measurements, so what comes later depends on more than the inputs.
+    return fingerprint({figures.name: figures.fingerprint for figures in exports})
 
 
-def choose_best(run: Run, trials: list[Trial]) -> tuple[Candidate, list[dict[str, Any]]]:
+def load_exports(part: BudgetRun) -> list[ExportFigures]:
+    """Figures of all that was exported, the chosen one first."""
+    return read_value(part.folder("export").path / "exports.json", list[ExportFigures])
+
+
+def choose_best(part: BudgetRun, trials: list[Trial]) -> tuple[Candidate, tuple[Refused, ...]]:
     """The first feasible trial that is not over a budget line when measured, and those refused. Their order is that of
     the inherited losses, or of the corrected ones where the check of the ranking found those better.
 
-    Where none of the first few keeps the budget it is the one that exceeds it least. A refused one is
-    ``{trial, fingerprint, validation_loss, over}``, with the budget lines that it breaks.
+    Where none of the first few keeps the budget it is the one that exceeds it least.
     """
-    judged = load_judged(run)
+    corrected = load_trust(part).corrected
     feasible = [trial for trial in trials if trial.feasible]
-    order = sorted(feasible, key=lambda t: (judged.get(str(t.number), t.loss), t.values, t.number))[:_CANDIDATES]
-    refused: list[Candidate] = []
+    order = sorted(feasible, key=lambda t: (corrected.get(t.number, t.loss), t.values, t.number))[:_CANDIDATES]
+    over: list[Candidate] = []
     for trial in order:
-        candidate = _measure(run, trial)
+        candidate = _measure(part, trial)
         if not lines_over(candidate.lines):
-            if refused:
-                run.reporter.say(f"export: trial {trial.number} keeps the budget and is exported instead")
-            return candidate, list(map(_refusal, refused))
+            if over:
+                part.reporter.say(f"export: trial {trial.number} keeps the budget and is exported instead")
+            return candidate, tuple(other.refused() for other in over)
         text = lines_text(lines_over(candidate.lines))
-        run.reporter.say(f"export: trial {trial.number} is refused, over the budget when measured: {text}")
-        refused.append(candidate)
-    least = min(refused, key=lambda candidate: worst_excess(candidate.lines))
-    run.reporter.say(
-        f"export: none of {len(refused)} candidates keeps the budget on this device; trial {least.trial.number}, which "
+        part.reporter.say(f"export: trial {trial.number} is refused, over the budget when measured: {text}")
+        over.append(candidate)
+    least = min(over, key=lambda candidate: worst_excess(candidate.lines))
+    part.reporter.say(
+        f"export: none of {len(over)} candidates keeps the budget on this device; trial {least.trial.number}, which "
         f"exceeds it least, is exported and is {over_text(least.lines)}"
     )
-    return least, [_refusal(candidate) for candidate in refused if candidate is not least]
+    return least, tuple(candidate.refused() for candidate in over if candidate is not least)
 
 
-def _refusal(candidate: Candidate) -> dict[str, Any]:
-    trial = candidate.trial
-    return {
-        "trial": trial.number,
-        "fingerprint": trial.architecture.fingerprint,
-        "validation_loss": trial.loss,
-        "over": lines_over(candidate.lines),
-    }
-
-
-def _spread_front(result: SearchResult, known: set[int], run: Run) -> list[Trial]:
+def _spread_front(result: SearchResult, known: set[int], count: int) -> list[Trial]:
     """Members of the front to export beside the best; not those in ``known``: exported, or known to be over."""
     others = [trial for trial in result.front if trial.number not in known]
-    if not others or not run.config.export.front:
+    if not others or not count:
         return []
     points = np.array([trial.values for trial in others])
-    return [others[index] for index in spread(points, run.config.export.front)]
+    return [others[index] for index in evenly_spread(points, count)]
 
 
-def _measure(run: Run, trial: Trial) -> Candidate:
+def _measure(part: BudgetRun, trial: Trial) -> Candidate:
+    run = part.run
     model = run.supernet.extract(trial.architecture).eval()
-    measured = run.measure(model, run.windows("test", run.config.retrain.evaluation_windows))
-    return Candidate(trial, measured, run.budget_lines(trial.architecture, measured.costs))
+    judge = run.judge("test", run.config.retrain.evaluation_windows, model)
+    evaluation = judge(trial.architecture)
+    measured = part.measure(model, evaluation.loads, judge.batch.tokens)
+    return Candidate(trial, model, evaluation, measured, part.measured_lines(trial.architecture, measured.costs))
 
 
-def _export(run: Run, directory: Path, candidate: Candidate, refused: list[dict[str, Any]]) -> dict[str, Any]:
-    trial = candidate.trial
-    model = run.supernet.extract(trial.architecture).eval()
-    windows = run.windows("test", run.config.retrain.evaluation_windows)
-    with autocast(run.device):
-        evaluation = evaluate(model, windows)
-    predicted = dict(run.pricer.expected(trial.architecture))
-    tokens = windows[:4, :-1].to(run.device.torch_device)
+def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tuple[Refused, ...]) -> ExportFigures:
+    run, trial, model = part.run, candidate.trial, candidate.model
+    tokens = run.task.held_out("test", 4).tokens
+    here = tokens.to(run.device.torch_device)
     with torch.inference_mode():
-        difference = (run.supernet(tokens, trial.architecture) - model(tokens)).abs().max().item()
-    figures = {
-        "name": directory.name,
-        "trial": trial.number,
-        "fingerprint": trial.architecture.fingerprint,
-        "weights": "inherited from the supernet, not retrained",
-        "validation_loss": trial.loss,
-        **loss_figures(run.corpus, evaluation),
-        "predicted": predicted,
-        "measured": candidate.measured.costs,
-        "latency": latency_figures(candidate.measured.timing, predicted["latency"], run.predictor),
-        "budget": candidate.lines,
-        "refused": refused,
-        "device": str(run.device),
-        "context": asdict(run.context),
-        "slice_max_logit_difference": difference,
-    }
-    exported = Transformer(trial.architecture, run.corpus.vocab_size)
-    exported.load_state_dict(model.state_dict())
-    export_model(directory, exported.eval(), run.config, run.corpus.tokenizer_path, figures, windows)
+        difference = (run.supernet(here, trial.architecture) - model(here)).abs().max().item()
+    figures = ExportFigures(
+        **vars(Scores.of(run.task, "test", candidate.evaluation)),
+        name=directory.name,
+        trial=trial.number,
+        fingerprint=trial.architecture.fingerprint,
+        weights="inherited from the supernet, not retrained",
+        validation_loss=trial.loss,
+        predicted=dict(run.pricer.expected(trial.architecture)),
+        measured=candidate.measured.costs,
+        latency=candidate.measured.latency,
+        budget=candidate.lines,
+        refused=refused,
+        device=str(run.device),
+        context=run.context,
+        slice_max_logit_difference=difference,
+    )
+    export_model(directory, model.cpu(), run.config, run.task, figures, tokens)
     return figures

@@ -1,26 +1,127 @@
-"""Stage report: the page and the pictures of a run."""
+"""Stage report: the summary of a run, the page and its pictures, gathered from the artifacts of the other stages."""
 
 from __future__ import annotations
 
-from moesaic.nas.report.summary import build_summary
-from moesaic.nas.stages.run import Run
-from moesaic.nas.stages.run_search import write_front
-from moesaic.search_spaces.files import write_json, write_text
+import datetime
+from typing import Any
+
+from moesaic.nas.device import versions
+from moesaic.nas.exports.folder import BEST
+from moesaic.nas.report.data import (
+    Model,
+    Point,
+    pareto_points,
+    read_measurements,
+    search_history,
+    training_curves,
+)
+from moesaic.nas.report.findings import Findings
+from moesaic.nas.report.summary import Chosen, PredictorFigures, Summary
+from moesaic.nas.search.loop import SearchFigures
+from moesaic.nas.stages.check_fidelity import load_trust
+from moesaic.nas.stages.directory import StageDirectory
+from moesaic.nas.stages.export_models import load_exports
+from moesaic.nas.stages.retrain_models import SEARCHED, load_results, seed_directory
+from moesaic.nas.stages.run import BudgetRun
+from moesaic.nas.stages.run_search import load_search, search_folder, write_front
+from moesaic.nas.stages.stage import STAGES
+from moesaic.nas.trust.scores import Scores
+from moesaic.search_spaces import Architecture, draw
+from moesaic.search_spaces.files import read_json, read_value, write_text, write_value
 
 
-def run_report(run: Run) -> None:
+def inputs(part: BudgetRun) -> dict[str, Any]:
+    return part.run.config.model_dump(mode="json", include={"name"})
+
+
+def work(part: BudgetRun, directory: StageDirectory) -> None:
     """Leaves ``summary.json`` beside the stages, and ``index.html`` and ``pareto.png``, ``.svg`` and ``.csv``."""
-    with run.work("report") as stage:
-        if stage is None:
-            return
-        # Imported here: plotly and matplotlib take longer to import than most commands take to run.
-        from moesaic.nas.report.findings import gather
-        from moesaic.nas.report.page import build_page
-        from moesaic.nas.report.paper import write_paper_figures
+    # Imported here: plotly and matplotlib take longer to import than most commands take to run.
+    from moesaic.nas.report.page import build_page
+    from moesaic.nas.report.paper import write_paper_figures
 
-        summary = build_summary(run)
-        write_json(run.path / "summary.json", summary)
-        findings = gather(run, summary)
-        write_front(stage.path / "pareto.csv", findings.result)
-        write_paper_figures(stage.path, findings.points, findings.budget, findings.context, findings.default_cost)
-        write_text(stage.path / "index.html", build_page(findings))
+    summary = build_summary(part)
+    write_value(part.path / "summary.json", summary)
+    findings = gather(part, summary)
+    write_front(directory.path / "pareto.csv", findings.result)
+    write_paper_figures(directory.path, findings.points, findings.budget, findings.context, findings.default_cost)
+    write_text(directory.path / "index.html", build_page(findings))
+
+
+def load_summary(part: BudgetRun) -> Summary:
+    return read_value(part.path / "summary.json", Summary)
+
+
+def build_summary(part: BudgetRun) -> Summary:
+    """Everything the run found for a budget, from its artifacts."""
+    run, exports, results = part.run, load_exports(part), load_results(part)
+    best = exports[0]
+    architecture = Architecture.from_yaml(part.folder("export").path / BEST / "architecture.yaml")
+    folders = {stage.name: part.folder(stage.name) for stage in STAGES}
+    return Summary(
+        name=run.config.name,
+        date=datetime.date.today().isoformat(),
+        seed=run.config.seed,
+        device=str(run.device),
+        versions=versions(),
+        metrics=run.task.metrics,
+        budget=best.budget,
+        chosen=Chosen(
+            fingerprint=architecture.fingerprint,
+            architecture=architecture,
+            picture=tuple(draw(architecture).split("\n")),
+            inherited=Scores(
+                loss=best.loss, standard_error=best.standard_error, metrics=best.metrics, tokens=best.tokens
+            ),
+            predicted=best.predicted,
+            measured=best.measured,
+            refused=best.refused,
+            latency=best.latency,
+            retrained=results[0],
+        ),
+        rivals=tuple(results[1:]),
+        search=read_value(search_folder(part) / "search.json", SearchFigures),
+        supernet=read_json(part.folder("supernet").path / "evaluation.json"),
+        latency_predictor=PredictorFigures(run.predictor.accuracy, run.predictor.describe()),
+        trust=load_trust(part),
+        exports=tuple(figures.name for figures in exports),
+        stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
+        context=run.context,
+    )
+
+
+def gather(part: BudgetRun, summary: Summary) -> Findings:
+    """What the page and the pictures show."""
+    run, (trials, result), exports = part.run, load_search(part), load_exports(part)
+    by_number = {trial.number: trial for trial in trials}
+    names = {figures.trial: figures.name for figures in exports}
+    rivals = [
+        Point("rival", rival.kind, rival.architecture, run.pricer.expected(rival.architecture), rival.loss)
+        for rival in summary.trust.chosen_rivals
+    ]
+    folder = part.folder("retrain").path
+    retrained = [summary.chosen.retrained, *summary.rivals]
+    first_seeds = {model.name: seed_directory(folder / model.name, model.runs[0].seed) for model in retrained}
+    return Findings(
+        summary=summary,
+        configuration=(part.path / "config.yaml").read_text(encoding="utf-8"),
+        context=run.context,
+        objectives=tuple(run.config.search.objectives),
+        budget=part.budget.lines,
+        result=result,
+        points=pareto_points(trials, result, names, rivals, {refused.trial for refused in summary.chosen.refused}),
+        history=search_history(trials),
+        models=[
+            _model(part, SEARCHED, summary.chosen.architecture),
+            *(_model(part, rival.label, rival.architecture) for rival in rivals),
+        ],
+        exported=[_model(part, name, by_number[number].architecture) for number, name in names.items() if name != BEST],
+        exports=exports,
+        curves=training_curves(part.folder("supernet").path, first_seeds),
+        measurements=read_measurements(part.folder("latency").path / "measurements.csv"),
+    )
+
+
+def _model(part: BudgetRun, name: str, architecture: Architecture) -> Model:
+    pricer = part.run.pricer
+    return Model(name, architecture, tuple(pricer.expected_uses(architecture)), pricer.expected(architecture))

@@ -15,7 +15,7 @@ _PLAIN_SECONDS = 10.0
 """Seconds between lines where there is no terminal."""
 
 
-class Task(Protocol):
+class ProgressBar(Protocol):
     """Reports how far one stage is."""
 
     def update(self, done: int, total: int, facts: str = "") -> None: ...
@@ -31,10 +31,10 @@ class Reporter:
         self.console.print(Text(text))
 
     @contextmanager
-    def task(self, stage: str) -> Iterator[Task]:
-        """A display for one stage: what, step, figures, time so far, time left."""
+    def progress(self, stage: str) -> Iterator[ProgressBar]:
+        """A bar for one stage: what, step, figures, time so far, time left."""
         if not self.console.is_terminal:
-            yield _PlainTask(self, stage)
+            yield _PlainBar(self, stage)
             return
         columns = (
             SpinnerColumn(),
@@ -46,7 +46,7 @@ class Reporter:
             TextColumn("{task.fields[left]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _LiveTask(progress, stage)
+            yield _LiveBar(progress, stage)
 
 
 class _Clock:
@@ -66,7 +66,7 @@ class _Clock:
         return f"{duration(seconds)} left"
 
 
-class _LiveTask:
+class _LiveBar:
     def __init__(self, progress: Progress, stage: str):
         self._progress, self._clock = progress, _Clock()
         self._task = progress.add_task(stage, total=None, facts="", left="")
@@ -76,7 +76,7 @@ class _LiveTask:
         self._progress.update(self._task, completed=done, total=total, facts=facts, left=left)
 
 
-class _PlainTask:
+class _PlainBar:
     def __init__(self, reporter: Reporter, stage: str):
         self._reporter, self._stage, self._clock = reporter, stage, _Clock()
         self._last = 0.0

@@ -1,6 +1,11 @@
-"""Tables for a terminal: one style, narrow enough for 80 columns where the content allows it."""
+"""Tables: for a terminal in one style, narrow enough for 80 columns where the content allows it; and as CSV files."""
 
 from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,6 +13,7 @@ from rich.table import Table
 
 from moesaic.nas.context import Context
 from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces.files import write_atomically
 
 _PIPE_WIDTH = 120
 
@@ -34,3 +40,15 @@ def what_costs_are_per(context: Context) -> str:
     parts = [f"{name} {d.per}" for name, d in DIMENSIONS.items() if name not in ("parameters", "latency", "memory")]
     batch = f"latency and activation memory per batch of {context}"
     return f"{', '.join(parts)}, {batch}; FLOPs are forward, 2 x multiply-accumulates."
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys, at least one, under a header."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)

@@ -1,61 +1,74 @@
-"""What a training of a run consists of, made in this process or, from a job in plain JSON, in any other."""
+"""What one training consists of, plain enough to travel as JSON to the processes that share it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moesaic.nas.config import Config, RetrainConfig, TrainingConfig
-from moesaic.nas.data import Corpus
-from moesaic.nas.device import Device
+from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, SearchSpace, load_space
-from moesaic.search_spaces.yaml_source import YamlSource
-from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Transformer
-
-Training = tuple[Transformer, TrainData, TrainSettings]
-"""What ``supernet.train`` needs: a model with its initial weights, batches and slices, settings."""
-Job = dict[str, Any]
-"""Of which model a training is, and by which configuration: values that JSON can hold."""
+from moesaic.search_spaces.architecture import ArchitectureField
+from moesaic.search_spaces.yaml_source import YamlSource, adapter
+from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Weights, scratch
+from moesaic.supernet.sharing import Sharing
 
 
-def supernet_training(config: Config, space: SearchSpace, corpus: Corpus, device: Device) -> Training:
-    """That of the supernet of ``config``."""
-    chosen, seed = config.supernet, config.seed
-    torch.manual_seed(seed)
-    model = Transformer(space.envelope, corpus.vocab_size, chosen.sharing).to(device.torch_device)
-    largest_first = round(chosen.largest_first * chosen.steps)
-    sampler = SliceSampler(space, seed, chosen.random_slices, chosen.sampling, largest_first)
-    data = TrainData(lambda step: corpus.batch("train", chosen.batch_size, seed, step), sampler.slices)
-    return model, data, train_settings(chosen, device.bfloat16)
+@dataclass(frozen=True)
+class Recipe:
+    """One training: what the weights are sized for, which batches and which slices of the model train, and how.
+
+    ``space`` is the YAML of a search space: its largest member trains alone for ``largest_first`` steps, then one
+    random member a step. Without a space the whole model trains. Recipes with one seed and batch size see the same
+    batches.
+    """
+
+    architecture: ArchitectureField
+    seed: int
+    batch_size: int
+    settings: TrainSettings
+    sharing: Sharing = "nested"
+    space: Any = None
+    largest_first: int = 0
+
+    def weights(self, task: Task) -> Weights:
+        """Random initial weights, a function of the seed."""
+        return scratch(task.vocab_size, self.seed, self.sharing)
+
+    def data(self, task: Task) -> TrainData:
+        """Batches of ``task``, and the slices of each step."""
+        slices = self._sampler().slices if self.space is not None else lambda step: [self.architecture]
+        return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, task.loss)
+
+    def plain(self) -> dict[str, Any]:
+        return adapter(Recipe).dump_python(self, mode="json")
+
+    @staticmethod
+    def of(plain: Any) -> Recipe:
+        """The inverse of ``plain``."""
+        return adapter(Recipe).validate_python(plain)
+
+    def _sampler(self) -> SliceSampler:
+        return SliceSampler(load_space(YamlSource("space", self.space)), self.seed, self.largest_first)
 
 
-def single_training(
-    architecture: Architecture, config: RetrainConfig, corpus: Corpus, device: Device, seed: int
-) -> Training:
-    """That of one model from scratch. Models with the same seed see the same batches in the same order."""
-    torch.manual_seed(seed)
-    model = Transformer(architecture, corpus.vocab_size).to(device.torch_device)
-    data = TrainData(lambda step: corpus.batch("train", config.batch_size, seed, step), lambda step: [architecture])
-    return model, data, train_settings(config, device.bfloat16)
+def supernet_recipe(config: Config, space: SearchSpace, bfloat16: bool) -> Recipe:
+    """The training of the supernet of ``config``; ``space`` is the one it names."""
+    chosen = config.supernet
+    return Recipe(
+        architecture=space.envelope,
+        seed=config.seed,
+        batch_size=chosen.batch_size,
+        settings=train_settings(chosen, bfloat16),
+        sharing=chosen.sharing,
+        space=config.space,
+        largest_first=round(chosen.largest_first * chosen.steps),
+    )
 
 
-def supernet_job(config: Config) -> Job:
-    return {"supernet": config.model_dump(mode="json")}
-
-
-def single_job(architecture: Architecture, config: RetrainConfig, seed: int) -> Job:
-    return {"single": {"architecture": architecture.to_dict(), "config": config.model_dump(mode="json"), "seed": seed}}
-
-
-def training_of(job: Job, corpus: Corpus, device: Device) -> Training:
-    """The training that ``job`` describes."""
-    if "supernet" in job:
-        config = Config.model_validate(job["supernet"])
-        return supernet_training(config, load_space(YamlSource("space", config.space)), corpus, device)
-    single = job["single"]
-    architecture = Architecture.from_dict(single["architecture"])
-    return single_training(architecture, RetrainConfig.model_validate(single["config"]), corpus, device, single["seed"])
+def single_recipe(architecture: Architecture, config: RetrainConfig, seed: int, bfloat16: bool) -> Recipe:
+    """The training of one model."""
+    return Recipe(architecture, seed, config.batch_size, train_settings(config, bfloat16))
 
 
 def train_settings(config: TrainingConfig, bfloat16: bool) -> TrainSettings:

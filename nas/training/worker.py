@@ -7,17 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from moesaic.nas.data.corpus import open_corpus
 from moesaic.nas.device import Device
+from moesaic.nas.tasks import task_of
 from moesaic.nas.terminal.stop import stop_on_signals
 from moesaic.nas.training.link import Link
-from moesaic.nas.training.recipe import training_of
+from moesaic.nas.training.recipe import Recipe
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import read_json
 from moesaic.supernet import train
@@ -40,21 +39,22 @@ def work(job_path: Path, link: Link | None, should_stop: Callable[[], bool]) -> 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_num_threads(max(1, device.threads // int(os.environ["LOCAL_WORLD_SIZE"])))
     with joined(device.torch_device, job["shard"]) as ranks, _told(link):
-        corpus = open_corpus(Path(job["corpus"]), job["sequence_length"], str(job_path))
-        begins = device if ranks.mesh is None else replace(device, kind="cpu")  # no GPU need hold all of it
-        model, data, settings = training_of(job, corpus, begins)
+        task, recipe = task_of(job["task"]), Recipe.of(job["recipe"])
+        model = recipe.weights(task)(recipe.architecture)
+        if ranks.mesh is None:  # else no GPU need hold all of it
+            model = model.to(device.torch_device)
         report = _Report(link) if link is not None and ranks.leads else None
 
         def stop() -> bool:
             return should_stop() or (report is not None and report.link.stop_asked())
 
         on_step = report.on_step if report is not None else lambda step, record: None
-        train(model, data, settings, job_path.parent, job["identity"], on_step, stop, ranks)
+        train(model, recipe.data(task), recipe.settings, job_path.parent, job["identity"], on_step, stop, ranks)
 
 
 @contextmanager
 def _told(link: Link | None) -> Iterator[None]:
-    """Tell ``link``, before the others notice an end, what a person can put right; what fails after it is no news."""
+    """Tell ``link`` of an error that a person can put right, and ignore failures that follow from the first."""
     try:
         yield
     except MoesaicError as error:

@@ -40,11 +40,11 @@ class Correction:
     @staticmethod
     def of(trained: Sequence[Judged], losses: np.ndarray) -> Correction:
         """From the stand-alone ``losses`` [n] of ``trained`` [n]."""
-        return Correction(features(trained), losses)
+        return Correction(correction_features(trained), losses)
 
     def __call__(self, judged: Sequence[Judged]) -> np.ndarray:
         """[m] expected stand-alone losses of ``judged`` [m]."""
-        return self.predict(features(judged)) if judged else np.zeros(0)
+        return self.predict(correction_features(judged)) if judged else np.zeros(0)
 
     def predict(self, new: np.ndarray) -> np.ndarray:
         """[m] of features [m, columns]. Columns are brought to deviation 1; one that did not vary says nothing."""
@@ -61,18 +61,18 @@ class Correction:
         return np.array([other.predict(self.features[i : i + 1])[0] for i, other in enumerate(others)])
 
 
-def features(judged: Sequence[Judged]) -> np.ndarray:
-    """[n, 6] inherited loss, log FLOPs, log parameters, depth, log width, share of layers that give a token one expert
-    of several."""
+def correction_features(judged: Sequence[Judged]) -> np.ndarray:
+    """[n, 4 + 2 * stacks] inherited loss, log FLOPs, log parameters, each stack's depth and log width, share of layers
+    that give a token one expert of several."""
     rows = []
     for one in judged:
-        stack = one.architecture.decoder
-        top_1 = sum(map(_is_top_1, stack.layers)) / len(stack.layers)
-        costs = np.log(one.flops), np.log(one.parameters)
-        rows.append((one.loss, *costs, len(stack.layers), np.log(stack.width), top_1))
+        layers, stacks = one.architecture.layers.values(), one.architecture.stacks.values()
+        shape = [value for stack in stacks for value in (len(stack.layers), np.log(stack.width))]
+        top_1 = sum(map(_is_top_1, layers)) / len(layers)
+        rows.append((one.loss, np.log(one.flops), np.log(one.parameters), *shape, top_1))
     return np.array(rows)
 
 
 def _is_top_1(layer: Layer) -> bool:
     router = layer.feed_forward.router
-    return router is not None and router.most == 1
+    return router is not None and router.max_experts == 1

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from moesaic.nas.config import FEWEST_MEMBERS
+from moesaic.nas.search.rivals import Rival
 from moesaic.nas.search.trials import Trial
 from moesaic.nas.trust.correction import FEWEST_TRAININGS, Correction, Judged
-from moesaic.nas.trust.ranking import agreement
+from moesaic.nas.trust.findings import CheckedMember
+from moesaic.nas.trust.ranking import Agreement, agreement
 from moesaic.nas.trust.sentences import CORRECTED, FLOPS, INHERITED, PARAMETERS
-
-Row = Mapping[str, Any]
 
 
 def judged_trial(trial: Trial) -> Judged:
@@ -23,21 +20,25 @@ def judged_trial(trial: Trial) -> Judged:
     return Judged(trial.architecture, trial.loss, trial.costs["flops"], trial.costs["parameters"])
 
 
-def correction_of(trials: Sequence[Trial], rows: Sequence[Row]) -> Correction | None:
+def judged_rival(rival: Rival) -> Judged:
+    return Judged(rival.architecture, rival.loss, rival.costs["flops"], rival.costs["parameters"])
+
+
+def correction_of(trials: Sequence[Trial], members: Sequence[CheckedMember]) -> Correction | None:
     """What the members that finished training teach of inherited losses; None where they are too few."""
-    by_number, finished = {trial.number: trial for trial in trials}, _finished(rows)
+    by_number, finished = {trial.number: trial for trial in trials}, _finished(members)
     if len(finished) < FEWEST_TRAININGS:
         return None
-    return Correction.of(
-        [judged_trial(by_number[row["trial"]]) for row in finished], _column(finished, "retrained_loss")
-    )
+    judged = [judged_trial(by_number[member.trial]) for member in finished]
+    return Correction.of(judged, _column(finished, "retrained_loss"))
 
 
-def compare_judges(rows: Sequence[Row], correction: Correction | None = None) -> dict[str, dict[str, Any]] | None:
+def compare_judges(
+    members: Sequence[CheckedMember], correction: Correction | None = None
+) -> dict[str, Agreement] | None:
     """Agreement of inherited losses, of corrected ones (each member left out of its own correction), and of two judges
-    that cost nothing, with the losses of the members that finished training; None where those are too few. ``null``
-    stands for what is not defined."""
-    finished = _finished(rows)
+    that cost nothing, with the losses of the members that finished training; None where those are too few."""
+    finished = _finished(members)
     if len(finished) < FEWEST_MEMBERS:
         return None
     judges = {INHERITED: _column(finished, "inherited_loss")}
@@ -45,16 +46,12 @@ def compare_judges(rows: Sequence[Row], correction: Correction | None = None) ->
         judges[CORRECTED] = correction.left_out()
     judges[FLOPS], judges[PARAMETERS] = -_column(finished, "flops"), -_column(finished, "parameters")  # more is better
     truth = _column(finished, "retrained_loss")
-    found = {name: asdict(agreement(marks, truth)) for name, marks in judges.items()}
-    return {
-        name: {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for name, row in found.items()
-    }
+    return {name: agreement(marks, truth) for name, marks in judges.items()}
 
 
-def _finished(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["retrained_loss"] is not None]
+def _finished(members: Sequence[CheckedMember]) -> list[CheckedMember]:
+    return [member for member in members if member.retrained_loss is not None]
 
 
-def _column(rows: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
+def _column(members: Sequence[CheckedMember], name: str) -> np.ndarray:
+    return np.array([getattr(member, name) for member in members], dtype=float)

@@ -17,14 +17,14 @@ class Agreement:
     """Of ``count`` architectures: Kendall's tau-b and its bootstrap interval (95 %), Spearman's rho, and the regret.
 
     ``regret[k]`` is how much more the truly best of the judge's first k costs than the best of all, as a share of the
-    latter: 0 when the best one is among them. Correlations are NaN where a judge gives everything the same mark.
+    latter: 0 when the best one is among them. Correlations are None where a judge gives everything the same mark.
     """
 
     count: int
-    tau: float
-    tau_low: float
-    tau_high: float
-    rho: float
+    tau: float | None
+    tau_low: float | None
+    tau_high: float | None
+    rho: float | None
     regret: dict[int, float]
 
 
@@ -34,6 +34,7 @@ def agreement(judged: np.ndarray, truth: np.ndarray, tops: tuple[int, ...] = (1,
     low, high = bootstrap(lambda index: kendall_tau(judged[index], truth[index]), len(truth), seed)
     order = np.argsort(judged, kind="stable")
     regret = {k: float(truth[order[:k]].min() / truth.min() - 1) for k in tops if k <= len(truth)}
+    tau, low, high, rho = (None if math.isnan(value) else value for value in (tau, low, high, rho))
     return Agreement(len(truth), tau, low, high, rho, regret)
 
 
@@ -54,7 +55,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of ``values`` [n]: infinite when n is 1, since one run says nothing of chance."""
+    """Student's interval of the mean of ``values`` [n]: infinite when n is 1, since one value has no variance."""
     if len(values) < 2:
         return -math.inf, math.inf
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)

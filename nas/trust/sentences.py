@@ -1,8 +1,9 @@
-"""What the figures of stage fidelity say about a run's ranking, in sentences for the terminal and the report."""
+"""What a run's figures say about its ranking, in sentences for the terminal and the report."""
 
 from __future__ import annotations
 
-from typing import Any
+from moesaic.nas.trust.findings import Check, FlopsErrors, Standing, Trust
+from moesaic.nas.trust.ranking import Agreement
 
 INHERITED, CORRECTED = "inherited loss", "inherited loss, corrected"
 FLOPS, PARAMETERS = "counting FLOPs", "counting parameters"
@@ -10,115 +11,107 @@ FLOPS, PARAMETERS = "counting FLOPs", "counting parameters"
 _WIDE = 0.5
 """A 95 % interval of Kendall's tau this wide cannot tell a good judge from a middling one."""
 
-Found = dict[str, Any]
-"""What ``fidelity.json`` holds."""
 
-
-def sentences(trust: Found) -> list[str]:
-    """All there is to say, plainly."""
+def sentences(trust: Trust) -> list[str]:
+    """All there is to say."""
     return [
         front_sentence(trust),
         *filter(None, [rivals_sentence(trust)]),
-        check_sentence(trust["check"]),
-        flops_sentence(trust["flops"]),
+        check_sentence(trust.check),
+        flops_sentence(trust.flops),
     ]
 
 
-def front_sentence(trust: Found) -> str:
+def front_sentence(trust: Trust) -> str:
     """How many levels of the front the search's losses can tell apart."""
-    front = trust["front"]
-    error = max(member["standard_error"] for member in front)
+    front = trust.front
+    error = max(member.standard_error for member in front)
     if len(front) == 1:
         return f"The front has one member, whose inherited loss has a standard error of {error:.4f}."
     return (
-        f"Inherited losses have a standard error of up to {error:.4f}. In pairs over the same {trust['sequences']} "
-        f"sequences they tell {levels(trust)} levels apart among the {len(front)} members of the front: "
-        f"{sum(member['differs'] for member in front)} of {len(front) - 1} others differ from the best one, and "
-        f"{trust['neighbours_that_differ']} of {len(front) - 1} pairs of neighbours differ."
+        f"Inherited losses have a standard error of up to {error:.4f}. In pairs over the same {trust.sequences} "
+        f"sequences they tell {trust.levels} levels apart among the {len(front)} members of the front: "
+        f"{sum(member.differs for member in front)} of {len(front) - 1} others differ from the best one, and "
+        f"{trust.neighbours_that_differ} of {len(front) - 1} pairs of neighbours differ."
     )
 
 
-def flops_sentence(flops: Found | None) -> str:
+def flops_sentence(flops: FlopsErrors | None) -> str:
     """How far FLOPs of models with threshold routers are from their prediction on text that nothing was fitted to."""
     if flops is None:
         return "FLOPs: no evaluated architecture has a threshold router, so they are exact."
-    before, after = flops["before"], flops["after"]
+    before, after = flops.before, flops.after
     return (
-        f"FLOPs per token of {flops['models']} models with threshold routers, on the test split: those expected before "
-        f"evaluation are off by {before['median']:.1%} in the median and {before['largest']:.1%} at most, those under "
-        f"the routing on the validation split by {after['median']:.1%} and {after['largest']:.1%}."
+        f"FLOPs per token of {flops.models} models with threshold routers, on the test split: those expected before "
+        f"evaluation are off by {before.median:.1%} in the median and {before.largest:.1%} at most, those under "
+        f"the routing on the validation split by {after.median:.1%} and {after.largest:.1%}."
     )
 
 
-def levels(trust: Found) -> int:
-    """Number of levels of the front that its losses can tell apart."""
-    return trust["front"][-1]["level"]
-
-
-def rivals_sentence(trust: Found) -> str:
-    """How the best one stands to each rival; empty where there is none."""
-    if not trust["rivals"]:
+def rivals_sentence(trust: Trust) -> str:
+    """How the best one compares with each rival; empty where there is none."""
+    if not trust.rivals:
         return ""
-    return f"By inherited loss the best one is {' and '.join(map(_standing, trust['rivals']))}."
+    return f"By inherited loss the best one is {' and '.join(map(_against, trust.rivals))}."
 
 
-def _standing(rival: Found) -> str:
-    above = rival["above_best"]
-    figures = f"{rival['name']} (difference {above['mean']:+.4f} ± {above['standard_error']:.4f})"
-    if not rival["differs"]:
+def _against(rival: Standing) -> str:
+    above = rival.above_best
+    figures = f"{rival.name} (difference {above.mean:+.4f} ± {above.standard_error:.4f})"
+    if not rival.differs:
         return f"not distinguishable from {figures}"
-    return f"significantly {'better' if above['mean'] > 0 else 'worse'} than {figures}"
+    return f"significantly {'better' if above.mean > 0 else 'worse'} than {figures}"
 
 
-def check_sentence(check: Found | None) -> str:
+def check_sentence(check: Check | None) -> str:
     """How well inherited losses ranked the members that were trained from scratch, or how to find out."""
     if check is None:
         return (
             "How well inherited losses rank what is trained from scratch was not measured; `fidelity.check=8` trains "
             "eight architectures to find out."
         )
-    failed = sum(member["retrained_loss"] is None for member in check["members"])
-    count = len(check["members"]) - failed
+    failed = sum(member.retrained_loss is None for member in check.members)
+    count = len(check.members) - failed
     diverged = f" ({failed} more diverged)" if failed else ""
-    judges = check["judges"]
+    judges = check.judges
     if judges is None:
-        return f"Only {count} members were trained from scratch{diverged}: too few to say anything of a ranking."
+        return f"Only {count} members were trained from scratch{diverged}: too few to estimate a rank correlation."
     own = judges[INHERITED]
     text = (
-        f"Inherited loss ranked {count} members{diverged}, trained from scratch for {check['steps']} steps, with "
-        f"Kendall's tau {tau_text(own)}, {FLOPS} with {_number(judges[FLOPS]['tau'])}, {PARAMETERS} with "
-        f"{_number(judges[PARAMETERS]['tau'])}"
+        f"Inherited loss ranked {count} members{diverged}, trained from scratch for {check.steps} steps, with "
+        f"Kendall's tau {tau_text(own)}, {FLOPS} with {_number(judges[FLOPS].tau)}, {PARAMETERS} with "
+        f"{_number(judges[PARAMETERS].tau)}"
     )
-    if own["tau"] is not None and own["tau_high"] - own["tau_low"] > _WIDE:
+    if own.tau_low is not None and own.tau_high is not None and own.tau_high - own.tau_low > _WIDE:
         text += f"; with {count} members the interval is wide"
-    beaten = [name for name in (FLOPS, PARAMETERS) if (own["tau"] or 0.0) <= (judges[name]["tau"] or 0.0)]
+    beaten = [name for name in (FLOPS, PARAMETERS) if (own.tau or 0.0) <= (judges[name].tau or 0.0)]
     if beaten:
         text += f". This supernet ranked no better than {' or '.join(beaten)}"
     return f"{text}.{_correction_text(judges)}"
 
 
-def _correction_text(judges: Found) -> str:
+def _correction_text(judges: dict[str, Agreement]) -> str:
     if CORRECTED not in judges:
         return ""
     own, corrected = judges[INHERITED], judges[CORRECTED]
     text = f" Corrected by the other trainings, losses ranked each with tau {tau_text(corrected)}"
     if corrects(judges):
-        return f"{text}, so that corrected losses decide what is exported and which rivals it meets."
-    return f"{text}, no better than the {_number(own['tau'])} of uncorrected ones, which decide."
+        return f"{text}, so corrected losses decide what is exported and which rivals it meets."
+    return f"{text}, no better than the {_number(own.tau)} of uncorrected ones, which decide."
 
 
-def corrects(judges: Found | None) -> bool:
+def corrects(judges: dict[str, Agreement] | None) -> bool:
     """Whether corrected losses rank what they have not seen better than the inherited ones do."""
     if judges is None or CORRECTED not in judges:
         return False
-    return (judges[CORRECTED]["tau"] or 0.0) > (judges[INHERITED]["tau"] or 0.0)
+    return (judges[CORRECTED].tau or 0.0) > (judges[INHERITED].tau or 0.0)
 
 
-def tau_text(judge: Found) -> str:
+def tau_text(judge: Agreement) -> str:
     """``0.64 [0.20, 0.93]``: Kendall's tau and its 95 % interval."""
-    if judge["tau"] is None:
+    if judge.tau is None:
         return _number(None)
-    return f"{judge['tau']:.2f} [{judge['tau_low']:.2f}, {judge['tau_high']:.2f}]"
+    return f"{judge.tau:.2f} [{_number(judge.tau_low)}, {_number(judge.tau_high)}]"
 
 
 def _number(value: float | None) -> str:

@@ -1,30 +1,25 @@
 """The ground truth's tables and the scores that are read off them, without training anything."""
 
-import importlib
-import json
-import sys
-from pathlib import Path
+from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from moesaic.nas.context import Context
-from moesaic.nas.costs.price import Pricer
+from experiments.common import append_row, read_rows
+from experiments.fidelity import ablation, members, score, stability, truth
+from moesaic import Architecture, Context, Pricer, load_config, read_value
 from moesaic.search_spaces import load_space, preset_source
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "fidelity"
-sys.path.insert(0, str(FOLDER))  # a script finds its neighbours so
-members, score, truth = (importlib.import_module(name) for name in ("members", "score", "truth"))
 
 SPACE = load_space(preset_source("small"))
 PRICER = Pricer(Context(1024, 128, 8))
 losses = st.lists(st.floats(2, 4), min_size=12, max_size=12, unique=True)
 
 
-def made_up(second: np.ndarray, flops: np.ndarray, first: np.ndarray | None = None) -> "score.Truth":
+def made_up(second: np.ndarray, flops: np.ndarray, first: np.ndarray | None = None) -> score.Truth:
     chosen = members.stratified(SPACE, PRICER, 8e5, 0)[-len(second) :]
     seeds = np.stack([second if first is None else first, second])
     return score.Truth([m.architecture for m in chosen], [m.stratum for m in chosen], seeds, flops, flops)
@@ -87,22 +82,86 @@ def test_a_change_is_compared_with_the_base_of_its_seed():
 def test_a_member_without_every_seed_is_named(tmp_path):
     for number in range(2):
         row = {"member": number, "stratum": "band", "architecture": SPACE.smallest.to_dict()}
-        truth.append_row(tmp_path / "members.jsonl", row)
+        append_row(tmp_path / "members.jsonl", row)
     values = {"test_loss": 3.0, "flops": 1, "parameters": 1}
     for member, seed in ((0, 0), (1, 0), (0, 1)):
-        truth.append_row(tmp_path / "truth.jsonl", {"member": member, "seed": seed, **values})
+        append_row(tmp_path / "truth.jsonl", {"member": member, "seed": seed, **values})
     with pytest.raises(AssertionError, match=r"\[1\]"):
         score.read_truth(tmp_path)
-    truth.append_row(tmp_path / "truth.jsonl", {"member": 1, "seed": 1, **values})
+    append_row(tmp_path / "truth.jsonl", {"member": 1, "seed": 1, **values})
     assert score.read_truth(tmp_path).losses.shape == (2, 2)
 
 
 def test_committed_tables_are_whole():
-    folder = FOLDER / "small"
+    folder = truth.HERE / "small"
     found = score.read_truth(folder)
-    changes = [json.loads(line) for line in (folder / "ablation.jsonl").read_text().splitlines()]
     assert len(found.loss) >= 40
     assert found.band.sum() >= 10
     assert len(found.losses) >= 2
     assert np.isfinite(found.losses).all()
-    assert all(len(row["losses"]) == len(found.loss) for row in changes)
+    assert all(len(row["losses"]) == len(found.loss) for row in read_rows(folder / "ablation.jsonl"))
+    trained = {row["member"]: row["fingerprint"] for row in read_rows(folder / "truth.jsonl")}
+    chosen = {row["member"]: row["architecture"] for row in read_rows(folder / "members.jsonl")}
+    assert trained == {number: Architecture.from_dict(plain).fingerprint for number, plain in chosen.items()}
+
+
+@pytest.mark.parametrize("variant", ["small", "gpu"])
+def test_every_change_that_is_left_can_be_trained(variant):
+    changes = yaml.safe_load((truth.HERE / variant / "ablation.yaml").read_text())
+    assert "base" in changes
+    for change in changes.values():
+        load_config(truth.HERE / f"{variant}.yaml", change.get("overrides", []))
+
+
+def test_the_committed_result_is_that_of_the_committed_tables():
+    folder = truth.HERE / "small"
+    result, found = read_value(folder / "result.json", dict), score.read_truth(folder)
+    assert score.ceiling(found)["near"]["tau"] == pytest.approx(result["ceiling"]["near"]["tau"])
+    (base,) = (row for row in result["changes"] if row["change"] == "base")
+    rows = [row for row in read_rows(folder / "ablation.jsonl") if row["change"] == "base"]
+    again = score.change_row("base", rows, {}, found)
+    assert {key: again[key] for key in ("tau", "near", "regret")} == pytest.approx(
+        {key: base[key] for key in ("tau", "near", "regret")}
+    )
+
+
+@pytest.fixture
+def micro(micro_config, monkeypatch, tmp_path):
+    """The experiment in its smallest form: the micro run's space, text and steps, and two members."""
+    monkeypatch.setattr(truth, "HERE", tmp_path)
+    (tmp_path / "small.yaml").write_text(micro_config.read_text())
+    (tmp_path / "small").mkdir()
+    space = load_config(micro_config).space
+    for number, member in enumerate((space.smallest, space.largest)):
+        row = {"member": number, "stratum": "spread", "architecture": member.to_dict()}
+        append_row(tmp_path / "small" / "members.jsonl", row)
+    return tmp_path / "small"
+
+
+def test_a_member_is_trained_alone(micro):
+    plain = read_rows(micro / "members.jsonl")[1]["architecture"]
+    row = truth.train_alone("small", plain, 0)
+    assert row["fingerprint"] == Architecture.from_dict(plain).fingerprint
+    assert 0 < row["test_loss"] < 20
+    assert row["parameters"] >= row["active_parameters"] > 0
+    assert truth.train_alone("small", plain, 0)["test_loss"] == row["test_loss"]
+
+
+def test_a_supernet_judges_every_member_and_members_are_fine_tuned(micro, tmp_path):
+    change = {"overrides": ["supernet.sharing=packed"], "fine_tune": [2]}
+    plain, tuned = ablation.score("small", "packed sharing", change, 1, tmp_path)
+    assert plain["change"] == "packed sharing"
+    assert plain["overrides"] == ["supernet.sharing=packed", "seed=1"]
+    assert tuned["change"] == "packed sharing, members fine-tuned 2 steps"
+    assert len(plain["losses"]) == len(plain["flops"]) == len(tuned["losses"]) == 2
+    assert plain["losses"] != tuned["losses"]
+    assert (tmp_path / "packed sharing-1.safetensors").exists()
+
+
+def test_initial_weights_change_the_curve(micro, monkeypatch):
+    monkeypatch.setattr(stability, "FOLDER", micro)
+    monkeypatch.setattr(stability, "EVERY", 2)
+    run = truth.open_variant("small")
+    old, new = (stability.curve(run, 1, 0, 4, start) for start in ("0.02 everywhere", "this tool's"))
+    assert len(old["losses"]) == len(new["losses"]) == 2
+    assert old["losses"] != new["losses"]

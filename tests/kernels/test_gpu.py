@@ -13,16 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.kernels import Bank, ExpertLayout, Routing, gpu, has_triton, routing, sparse_ffn
+from moesaic.kernels import ACTIVATIONS, Bank, ExpertLayout, Routing, gpu, has_triton, routing, sparse_ffn
 from tests.kernels.gpu_tools import DEVICE
 
 
-def trimmed(found: Routing) -> Routing:
-    return found.trimmed().to(torch.device("cpu"))
-
-
-def expected_routing(logits: Tensor, most: int, threshold: float | None, normalise: bool) -> Routing:
-    return routing.route(logits, most=most, threshold=threshold, normalise=normalise).in_token_order()
+def expected_routing(logits: Tensor, max_experts: int, threshold: float | None, normalise: bool) -> Routing:
+    return routing.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise).in_token_order()
 
 
 @st.composite
@@ -37,44 +33,42 @@ def logits(draw: st.DrawFn) -> Tensor:
 
 
 def assert_same_routing(found: Routing, expected: Routing) -> None:
-    assert torch.equal(found.offsets, expected.offsets)
-    assert torch.equal(found.tokens, expected.tokens)
-    assert found.slots is not None and expected.slots is not None
-    assert torch.equal(found.slots, expected.slots)
-    assert found.token_offsets is not None and expected.token_offsets is not None
-    assert torch.equal(found.token_offsets, expected.token_offsets)
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=1e-5, atol=1e-7)
+    """``found`` may be on another device, and have room to spare."""
+    found = found.trimmed()
+    for name in ("offsets", "tokens", "slots", "token_offsets"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
+    for name in ("weights", "probabilities"):
+        torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=1e-5, atol=1e-7)
 
 
-@given(values=logits(), most=st.integers(1, 8), threshold=st.none() | st.sampled_from([0.013, 0.37, 0.71, 0.97]),
+@given(values=logits(), max_experts=st.integers(1, 8), threshold=st.none() | st.sampled_from([0.013, 0.37, 0.71, 0.97]),
        normalise=st.booleans())  # fmt: skip
 def test_routing_is_that_of_the_reference_with_ties(
-    values: Tensor, most: int, threshold: float | None, normalise: bool
+    values: Tensor, max_experts: int, threshold: float | None, normalise: bool
 ) -> None:
-    most = min(most, values.shape[1])
-    found = gpu.route(values.to(DEVICE), most=most, threshold=threshold, normalise=normalise)
-    assert_same_routing(trimmed(found), expected_routing(values, most, threshold, normalise))
+    max_experts = min(max_experts, values.shape[1])
+    found = gpu.route(values.to(DEVICE), max_experts=max_experts, threshold=threshold, normalise=normalise)
+    assert_same_routing(found, expected_routing(values, max_experts, threshold, normalise))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "most"), [(40, 1024, 3), (1500, 64, 2), (5000, 8, 2)])
-def test_routing_of_many_tokens_crosses_blocks_and_programs(tokens: int, experts: int, most: int) -> None:
+@pytest.mark.parametrize(("tokens", "experts", "max_experts"), [(40, 1024, 3), (1500, 64, 2), (5000, 8, 2)])
+def test_routing_of_many_tokens_crosses_blocks_and_programs(tokens: int, experts: int, max_experts: int) -> None:
     values = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0))
     for threshold in (None, 0.3):
-        found = gpu.route(values.to(DEVICE), most=most, threshold=threshold)
-        assert_same_routing(trimmed(found), expected_routing(values, most, threshold, True))
+        found = gpu.route(values.to(DEVICE), max_experts=max_experts, threshold=threshold)
+        assert_same_routing(found, expected_routing(values, max_experts, threshold, True))
 
 
 @settings(max_examples=20)
-@given(values=logits(), most=st.integers(1, 4), threshold=st.none() | st.sampled_from([0.37, 0.71]),
+@given(values=logits(), max_experts=st.integers(1, 4), threshold=st.none() | st.sampled_from([0.37, 0.71]),
        normalise=st.booleans(), balance=st.booleans())  # fmt: skip
 def test_gradient_of_the_logits_is_that_of_the_reference(
-    values: Tensor, most: int, threshold: float | None, normalise: bool, balance: bool
+    values: Tensor, max_experts: int, threshold: float | None, normalise: bool, balance: bool
 ) -> None:
-    most, grads = min(most, values.shape[1]), []
+    max_experts, grads = min(max_experts, values.shape[1]), []
     for module, device in ((routing, torch.device("cpu")), (gpu, DEVICE)):
         leaf = values.clone().to(device).requires_grad_()
-        found = module.route(leaf, most=most, threshold=threshold, normalise=normalise)
+        found = module.route(leaf, max_experts=max_experts, threshold=threshold, normalise=normalise)
         pairs = int(found.offsets[-1])
         objective = (found.weights[:pairs] * torch.linspace(-1, 2, pairs, device=device)).sum()
         if balance:
@@ -86,11 +80,10 @@ def test_gradient_of_the_logits_is_that_of_the_reference(
 
 
 def layer(activation: str = "swiglu", dtype: torch.dtype = torch.float32, tokens: int = 24) -> dict[str, Tensor]:
-    """Leaves of a layer of experts of 16, 80 and 40 neurons at width 24 of a bank of width 32."""
+    """Leaves of a layer of experts of 16, 80 and 19 neurons at width 24 of a bank of width 32."""
     generator = torch.Generator().manual_seed(3)
-    shapes = {"x": (tokens, 24), "up": (140, 32), "gate": (140, 32), "down": (140, 32), "logits": (tokens, 3)}
-    if activation != "swiglu":
-        del shapes["gate"]
+    shapes: dict[str, tuple[int, ...]] = {"x": (tokens, 24), "logits": (tokens, 3), "up_bias": (140,)}
+    shapes |= dict.fromkeys(("up", "gate", "down") if ACTIVATIONS[activation].gated else ("up", "down"), (140, 32))
     return {
         name: torch.randn(*shape, generator=generator).to(DEVICE, dtype if name != "logits" else None).requires_grad_()
         for name, shape in shapes.items()
@@ -100,16 +93,19 @@ def layer(activation: str = "swiglu", dtype: torch.dtype = torch.float32, tokens
 LAYOUT = ExpertLayout((100, 0, 81), (16, 80, 19))
 
 
+def bank(leaves: dict[str, Tensor]) -> Bank:
+    return Bank(leaves["up"], leaves.get("gate"), leaves["down"], leaves.get("up_bias"))
+
+
 def run(leaves: dict[str, Tensor], activation: str = "swiglu", threshold: float | None = 0.6) -> Tensor:
-    found = gpu.route(leaves["logits"], most=2, threshold=threshold)
-    bank = Bank(leaves["up"], leaves.get("gate"), leaves["down"])
-    return sparse_ffn(leaves["x"], bank, LAYOUT, found, activation, "triton")
+    found = gpu.route(leaves["logits"], max_experts=2, threshold=threshold)
+    return sparse_ffn(leaves["x"], bank(leaves), LAYOUT, found, activation, "triton")
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_room_that_a_threshold_did_not_fill_is_never_read(activation: str) -> None:
     leaves = layer(activation)
-    found = gpu.route(leaves["logits"].detach(), most=3, threshold=0.4)
+    found = gpu.route(leaves["logits"].detach(), max_experts=3, threshold=0.4)
     pairs = int(found.offsets[-1])
     assert 0 < pairs < len(found.tokens)
     assert found.slots is not None
@@ -119,8 +115,7 @@ def test_room_that_a_threshold_did_not_fill_is_never_read(activation: str) -> No
         weights = found.weights.clone()
         weights[pairs:] = float("nan") if rubbish else 0.0
         weights.requires_grad_()
-        bank = Bank(leaves["up"], leaves.get("gate"), leaves["down"])
-        out = sparse_ffn(leaves["x"], bank, LAYOUT, replace(found, weights=weights), activation, "triton")
+        out = sparse_ffn(leaves["x"], bank(leaves), LAYOUT, replace(found, weights=weights), activation, "triton")
         tensors = [tensor for name, tensor in leaves.items() if name != "logits"]
         results.append((out, *torch.autograd.grad(out.square().sum(), [weights, *tensors])))
     for first, second in zip(*results, strict=True):
@@ -129,7 +124,7 @@ def test_room_that_a_threshold_did_not_fill_is_never_read(activation: str) -> No
     assert (results[0][1][pairs:] == 0).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_two_runs_are_bitwise_equal(activation: str) -> None:
     leaves = layer(activation)
     found = []
@@ -141,32 +136,39 @@ def test_two_runs_are_bitwise_equal(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
-def test_operators_trace_without_running(activation: str) -> None:
+@pytest.mark.parametrize("up_bias", [True, False])
+@pytest.mark.parametrize("tokens", [0, 24])
+def test_operators_trace_without_running(activation: str, up_bias: bool, tokens: int) -> None:
     """Schema, fake kernels and autograd registration, as torch checks them.
 
     Not its comparison of values: what lies past an expert's columns in a hidden buffer is whatever memory held.
     """
-    leaves = layer(activation)
+    leaves = layer(activation, tokens=tokens)
     routed = (leaves["logits"], 2, 0.6, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.moesaic.route.default, routed, test_utils=checks)
-    probabilities, tokens, offsets, weights, slots, token_offsets, _ = (
+    probabilities, pair_tokens, offsets, weights, slots, token_offsets, _ = (
         value.detach() for value in torch.ops.moesaic.route(*routed)
     )
     assert probabilities.shape == leaves["logits"].shape
     arguments = (
-        leaves["x"], leaves["up"], leaves.get("gate"), leaves["down"], weights.requires_grad_(),
-        tokens, offsets, slots, token_offsets, list(LAYOUT.starts), list(LAYOUT.sizes), activation, True,
+        leaves["x"], leaves["up"], leaves["up_bias"] if up_bias else None, leaves.get("gate"), leaves["down"],
+        weights.requires_grad_(), pair_tokens, offsets, slots, token_offsets,
+        list(LAYOUT.starts), list(LAYOUT.sizes), activation, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moesaic.sparse_ffn.default, arguments, test_utils=checks)
 
 
-def test_a_compiled_layer_is_one_graph_with_the_same_values() -> None:
-    leaves = layer("gelu")
+@pytest.mark.parametrize("activation", ["gelu", "geglu_tanh"])
+@pytest.mark.parametrize("up_bias", [True, False])
+def test_a_compiled_layer_is_one_graph_with_the_same_values(activation: str, up_bias: bool) -> None:
+    leaves = layer(activation)
+    if not up_bias:
+        del leaves["up_bias"]
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     results = []
     for function in (run, compiled):
-        out = function(leaves, "gelu", None)
+        out = function(leaves, activation, None)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
     for plain, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
@@ -180,7 +182,7 @@ def test_nothing_is_kept_where_no_gradient_will_come() -> None:
 
 
 def test_nan_in_a_token_stays_in_that_token() -> None:
-    for activation in ("relu", "gelu", "swiglu"):
+    for activation in ACTIVATIONS:
         leaves = {name: tensor.detach() for name, tensor in layer(activation).items()}
         clean = run(leaves, activation)
         leaves["x"][5] = float("nan")
@@ -223,12 +225,12 @@ def test_addresses_beyond_two_to_the_31_are_reached() -> None:
     """Pairs x hidden size above 2^31 values: 1.1 million tokens at 2048 neurons."""
     tokens, width, size = 1_100_000, 64, 2048
     x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
-    bank = Bank(*(torch.randn(2 * size, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(1)), None,
-                torch.randn(2 * size, width, device=DEVICE, dtype=torch.bfloat16))  # fmt: skip
+    up, down = (torch.randn(2 * size, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    wide, layout = Bank(up, None, down), ExpertLayout((0, size), (size, size))
     values = torch.randn(tokens, 2, device=DEVICE)
-    found = gpu.route(values, most=1)
-    out = sparse_ffn(x, bank, ExpertLayout((0, size), (size, size)), found, "relu", "triton")
+    found = gpu.route(values, max_experts=1)
+    out = sparse_ffn(x, wide, layout, found, "relu", "triton")
     last = slice(tokens - 100, tokens)
-    few = gpu.route(values[last], most=1)
-    again = sparse_ffn(x[last], bank, ExpertLayout((0, size), (size, size)), few, "relu", "triton")
+    few = gpu.route(values[last], max_experts=1)
+    again = sparse_ffn(x[last], wide, layout, few, "relu", "triton")
     torch.testing.assert_close(out[last], again, rtol=2e-2, atol=2e-2)

@@ -16,7 +16,7 @@ from moesaic.kernels import Routing, route
 @dataclass(frozen=True)
 class Case:
     logits: list[list[float]]
-    most: int
+    max_experts: int
     threshold: float | None
 
     @property
@@ -24,7 +24,9 @@ class Case:
         return len(self.logits[0])
 
     def route(self, normalise: bool = True) -> Routing:
-        return route(torch.tensor(self.logits), most=self.most, threshold=self.threshold, normalise=normalise)
+        return route(
+            torch.tensor(self.logits), max_experts=self.max_experts, threshold=self.threshold, normalise=normalise
+        )
 
 
 @st.composite
@@ -41,11 +43,11 @@ def naive_softmax(logits: list[float]) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
-def naive_choice(probabilities: list[float], most: int, threshold: float | None) -> list[int]:
+def naive_choice(probabilities: list[float], max_experts: int, threshold: float | None) -> list[int]:
     """Experts of one token, from the definition."""
     ranking = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])  # stable: lowest index first
     chosen: list[int] = []
-    for expert in ranking[:most]:
+    for expert in ranking[:max_experts]:
         ahead = math.fsum(probabilities[e] for e in chosen)
         if threshold is not None and chosen and ahead >= threshold:
             break
@@ -77,7 +79,7 @@ def test_tokens_choose_as_the_definition_says(case: Case) -> None:
     expected = [
         (expert, token)
         for token, row in enumerate(case.logits)
-        for expert in naive_choice(naive_softmax(row), case.most, case.threshold)
+        for expert in naive_choice(naive_softmax(row), case.max_experts, case.threshold)
     ]
     assert pairs == sorted(expected)  # by expert, then by token
 
@@ -96,12 +98,12 @@ def test_offsets_and_load_count_the_pairs(case: Case) -> None:
 
 
 @given(cases())
-def test_every_token_has_one_to_most_experts_and_exactly_k_under_top_k(case: Case) -> None:
+def test_every_token_has_one_to_max_experts_and_exactly_k_under_top_k(case: Case) -> None:
     counts = torch.bincount(case.route().tokens, minlength=len(case.logits))
     assert counts.min() >= 1
-    assert counts.max() <= case.most
+    assert counts.max() <= case.max_experts
     if case.threshold is None:
-        assert (counts == case.most).all()
+        assert (counts == case.max_experts).all()
 
 
 @given(cases())
@@ -126,20 +128,20 @@ def test_weights_are_in_proportion_to_the_probabilities(case: Case) -> None:
 def test_equal_probabilities_keep_exactly_enough_experts_lowest_first(
     experts: int, threshold: float, expected: int
 ) -> None:
-    routing = route(torch.zeros(2, experts), most=experts, threshold=threshold)
+    routing = route(torch.zeros(2, experts), max_experts=experts, threshold=threshold)
     assert routing.load.tolist() == [2] * expected + [0] * (experts - expected)
 
 
 def test_ties_under_top_k_go_to_the_lowest_experts() -> None:
-    assert route(torch.zeros(3, 6), most=2).load.tolist() == [3, 3, 0, 0, 0, 0]
-    assert route(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), most=2).load.tolist() == [0, 1, 1, 0]
-    assert route(torch.zeros(2, 512), most=40).load.tolist() == [2] * 40 + [0] * 472
+    assert route(torch.zeros(3, 6), max_experts=2).load.tolist() == [3, 3, 0, 0, 0, 0]
+    assert route(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), max_experts=2).load.tolist() == [0, 1, 1, 0]
+    assert route(torch.zeros(2, 512), max_experts=40).load.tolist() == [2] * 40 + [0] * 472
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_huge_logits_choose_one_expert_without_nan(scale: float) -> None:
     logits = (torch.tensor([[0.0, 1.0, -1.0], [2.0, 1.0, 0.0]]) * scale).requires_grad_()
-    routing = route(logits, most=3, threshold=0.5)
+    routing = route(logits, max_experts=3, threshold=0.5)
     assert (routing.tokens.tolist(), routing.load.tolist()) == ([1, 0], [1, 1, 0])
     routing.weights.sum().backward()
     assert logits.grad is not None
@@ -149,7 +151,7 @@ def test_huge_logits_choose_one_expert_without_nan(scale: float) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens: int) -> None:
-    routing = route(torch.zeros(tokens, 4), most=2)
+    routing = route(torch.zeros(tokens, 4), max_experts=2)
     assert routing.tokens.shape == routing.weights.shape == (2 * tokens,)
     assert routing.load.tolist() == [tokens, tokens, 0, 0]
 
@@ -158,7 +160,7 @@ def test_few_tokens(tokens: int) -> None:
 def test_experts_per_token_grow_with_the_threshold(case: Case) -> None:
     logits = torch.tensor(case.logits)
     counts = [
-        torch.bincount(route(logits, most=case.experts, threshold=t).tokens, minlength=len(logits))
+        torch.bincount(route(logits, max_experts=case.experts, threshold=t).tokens, minlength=len(logits))
         for t in (0.01, 0.2, 0.4, 0.6, 0.8, 0.99)
     ]
     for fewer, more in pairwise(counts):
@@ -168,7 +170,7 @@ def test_experts_per_token_grow_with_the_threshold(case: Case) -> None:
 
 def test_softmax_is_taken_in_float32() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125]], dtype=torch.bfloat16)
-    routing = route(logits, most=3)
+    routing = route(logits, max_experts=3)
     assert routing.probabilities.dtype == routing.weights.dtype == torch.float32
     torch.testing.assert_close(routing.probabilities, torch.tensor([naive_softmax([0.5, 0.25, 0.125])]))
 
@@ -187,7 +189,7 @@ def test_gradient_of_the_weights_is_that_of_the_formula(case: Case, normalise: b
     """Softmax over all, divided by the sum over the chosen; log p where the only weight is 1 (straight-through)."""
     direction = torch.randn(len(case.logits), case.experts, generator=torch.Generator().manual_seed(seed))
     logits = torch.tensor(case.logits, requires_grad=True)
-    routing = route(logits, most=case.most, threshold=case.threshold, normalise=normalise)
+    routing = route(logits, max_experts=case.max_experts, threshold=case.threshold, normalise=normalise)
     (weight_matrix(routing) * direction).sum().backward()
 
     expected_logits = torch.tensor(case.logits, dtype=torch.float64, requires_grad=True)
@@ -208,7 +210,7 @@ def test_gradient_of_the_weights_is_that_of_the_formula(case: Case, normalise: b
 @pytest.mark.parametrize("threshold", [None, 0.2])
 def test_the_router_of_a_token_with_one_expert_still_learns(threshold: float | None) -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0]], requires_grad=True)
-    routing = route(logits, most=1 if threshold is None else 3, threshold=threshold)
+    routing = route(logits, max_experts=1 if threshold is None else 3, threshold=threshold)
     assert routing.weights.tolist() == [1.0]
     routing.weights.sum().backward()
     assert logits.grad is not None
@@ -223,25 +225,25 @@ def test_the_router_of_a_token_with_one_expert_still_learns(threshold: float | N
 @pytest.mark.parametrize("strength", [0.0, 1.0, 20.0])
 def test_balance_loss_is_one_when_balanced(experts: int, strength: float) -> None:
     logits = strength * torch.eye(experts).repeat(4, 1)
-    routing = route(logits, most=1 if strength else experts)
+    routing = route(logits, max_experts=1 if strength else experts)
     assert routing.load.unique().numel() == 1
     assert routing.balance_loss().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_balance_loss_is_the_number_of_experts_when_all_go_to_one() -> None:
     logits = torch.tensor([[50.0, 0.0, 0.0, 0.0]]).repeat(7, 1)
-    assert route(logits, most=1).balance_loss().item() == pytest.approx(4)
+    assert route(logits, max_experts=1).balance_loss().item() == pytest.approx(4)
 
 
 def test_balance_loss_of_a_worked_example() -> None:
     # Two tokens, two experts, both top-1 at expert 0 with probabilities 3/4 and 1/2: 2 * (1 * 5/8 + 0 * 3/8)
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
-    assert route(logits, most=1).balance_loss().item() == pytest.approx(1.25)
+    assert route(logits, max_experts=1).balance_loss().item() == pytest.approx(1.25)
 
 
 def test_balance_loss_pushes_down_the_overloaded_expert() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
-    route(logits, most=1).balance_loss().backward()
+    route(logits, max_experts=1).balance_loss().backward()
     assert logits.grad is not None
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 1:] < 0).all()
@@ -251,6 +253,6 @@ def test_balance_loss_pushes_down_the_overloaded_expert() -> None:
 def test_a_threshold_never_keeps_more_than_its_share_of_the_experts(experts: int, threshold: float, seed: int) -> None:
     """What ``Router.for_experts`` rests on: j experts ranked first hold a mass of j / E or more."""
     logits = torch.randn(64, experts, generator=torch.Generator().manual_seed(seed)) * 0.1
-    kept = route(logits, most=experts, threshold=threshold)
+    kept = route(logits, max_experts=experts, threshold=threshold)
     per_token = torch.bincount(kept.tokens, minlength=64)
     assert per_token.max() <= math.ceil(threshold * experts)

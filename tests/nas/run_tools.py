@@ -11,7 +11,9 @@ from rich.console import Console
 
 from moesaic.nas.config import load_config
 from moesaic.nas.pipeline import run_stages
-from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.engine import do
+from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.stage import BY_NAME
 from moesaic.nas.terminal.progress import Reporter
 
 QUICK = (
@@ -40,6 +42,18 @@ def finish(run: Run) -> str:
     out = io.StringIO()
     run_stages(run, Console(file=out, width=400))
     return out.getvalue()
+
+
+def do_stage(run: Run | BudgetRun, name: str) -> None:
+    """Do one stage of a run, or of one budget of it."""
+    stage = BY_NAME[name]
+    do(stage, run if stage.shared or isinstance(run, BudgetRun) else only(run))
+
+
+def only(run: Run) -> BudgetRun:
+    """What belongs to the only budget of a run."""
+    (part,) = run.budgets
+    return part
 
 
 def without_stages(finished: Path, path: Path, *stages: str) -> Path:

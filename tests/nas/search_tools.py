@@ -6,9 +6,9 @@ from moesaic.nas.config import Config, SearchConfig
 from moesaic.nas.context import Context
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.executors import LocalExecutor
-from moesaic.nas.search.budget import Budget, a_member_inside, resolve_budget
+from moesaic.nas.search.budget import Budget, find_feasible, resolve_budget
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.loop import Goal, run_search
+from moesaic.nas.search.loop import BudgetSearch, run_search
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.trials import TrialLog
 from moesaic.search_spaces import Architecture, SearchSpace, load_space, preset_source
@@ -38,17 +38,17 @@ def tiny_space() -> SearchSpace:
 
 
 def budget_of(space: SearchSpace, **lines) -> Budget:
-    return resolve_budget(Config.model_validate({"budget": lines, "space": "tiny"}), space, PRICER)
+    return resolve_budget(Config.model_validate({"budget": lines, "space": "tiny"}).budget, space, PRICER)
 
 
 def formula(architecture: Architecture) -> Evaluation:
     """Falls with active neurons and width; top-k layers send every token to the first k experts."""
-    loss = 3.0 + 8.0 / architecture.decoder.width
+    loss = 3.0 + 8.0 / architecture.output.width
     loads: list[LayerLoad | None] = []
-    for layer in architecture.decoder.layers:
+    for layer in architecture.layers.values():
         part = layer.feed_forward
         loss += 4.0 / (8 + part.worst_active_neurons) + 0.01 * layer.attention.kv_heads
-        k = part.router.most if part.router else 0
+        k = part.router.max_experts if part.router else 0
         loads.append(LayerLoad(tuple(float(i < k) for i in range(part.experts))) if part.router else None)
     return Evaluation(loss, 0.01, 1000, tuple(loads))
 
@@ -66,10 +66,10 @@ class Stop:
 
 def search(space, budget, log_path, config: SearchConfig, evaluate=formula, should_stop=lambda: False, seed=0):
     """Run a search to its end, or raise what it raises; returns the log's trials."""
-    feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
+    feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
     log = TrialLog(log_path)
     try:
-        goal = Goal("", budget, lambda history: make_sampler(config, feasible, seed, history), log.trials)
+        goal = BudgetSearch("", budget, lambda history: make_sampler(config, feasible, seed, history), log.trials)
         run_search(config, [goal], LocalExecutor(evaluate), log, seed, should_stop=should_stop)
     finally:
         log.close()

@@ -39,7 +39,7 @@ def test_overrides_reach_any_depth_and_keep_the_rest(tmp_path):
     path = write(tmp_path, GOOD + "space: tiny\n")
     loaded = load_config(path, ["search.trials=7", "space.layer.experts=[1, 2]", "budget.memory=90%"])
     assert loaded.config.search.trials == 7
-    assert [group.experts for group in loaded.space.layers[0].groups] == [1, 2]
+    assert [group.experts for group in loaded.space.decoder.layers[0].groups] == [1, 2]
     assert set(loaded.config.budget) == {"flops", "latency", "memory"}
 
 
@@ -76,9 +76,9 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path):
         (GOOD + "space:\n  preset: tiny\n  layers: {9: {experts: [1]}}\n", ":9: space.layers.9", "no such layer", None),
         (GOOD + "data: {kind: text}\n", ":7: data", "needs files", None),
         (GOOD + "data: {kind: sdtlib}\n", ":7: data.kind", "not one of", "stdlib"),
-        (GOOD + "fidelity: {check: 2}\n", ":7: fidelity.check", "nothing of a ranking", "4"),
+        (GOOD + "fidelity: {check: 2}\n", ":7: fidelity.check", "too few to estimate a rank correlation", "4"),
         (GOOD + "fidelity: {check: -1}\n", ":7: fidelity.check", "greater than or equal to 0", None),
-        (GOOD + "name: twice\n", ":7: name", "stands twice", None),
+        (GOOD + "name: twice\n", ":7: name", "duplicate key", None),
         (GOOD + "search: [\n", ":8", "YAML syntax error", None),
         (GOOD.replace("name: example", "name: ../escape"), ":1: name", "match pattern", None),
         ("name: nothing\n", "run.yaml: budget", "missing key", None),

@@ -93,7 +93,7 @@ def calibrate(
     residuals = np.log(milliseconds[fitted] / leave_one_out(terms[fitted], milliseconds[fitted]))
     predicted = terms @ coefficients
     interval, held_out = Interval.of(residuals, LEVEL), milliseconds[~fitted] / predicted[~fitted]
-    depths = np.array([len(architecture.decoder.layers) for architecture in architectures])
+    depths = np.array([len(architecture.layers) for architecture in architectures])
     predictor = LatencyPredictor(
         tuple(map(float, coefficients)),
         tuple(map(float, residuals)),
@@ -101,14 +101,13 @@ def calibrate(
         str(device),
         device.fingerprint,
         tuple(
-            Anchor(architecture.to_dict(), milliseconds)
+            Anchor(architecture, milliseconds)
             for architecture, milliseconds in zip(chosen, survey.anchor_milliseconds().tolist(), strict=True)
         ),
         _ANCHOR_SEED,
         Accuracy.of(predicted[~fitted], milliseconds[~fitted], depths[~fitted]),
         float(((interval.low <= held_out) & (held_out <= interval.high)).mean()),
         survey.summary(seconds, len(doubtful), clock_mhz(device)),
-        calibration_key(space, context, config, device),
     )
     rows: list[dict[str, float | str]] = [
         {

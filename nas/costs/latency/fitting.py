@@ -29,13 +29,10 @@ def fit(terms: np.ndarray, measured: np.ndarray, weights: np.ndarray | None = No
     return solution / scale
 
 
-def leave_one_out(terms: np.ndarray, measured: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def leave_one_out(terms: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """The prediction [n] of each row by a ``fit`` to all the others."""
-    weights = np.ones(len(measured)) if weights is None else weights
     others = ~np.eye(len(measured), dtype=bool)
-    return np.array(
-        [row @ fit(terms[other], measured[other], weights[other]) for row, other in zip(terms, others, strict=True)]
-    )
+    return np.array([row @ fit(terms[other], measured[other]) for row, other in zip(terms, others, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -144,13 +141,12 @@ class Drift:
 
     times: np.ndarray
     log_ratios: np.ndarray
-    weights: np.ndarray
     width: float
     scale: float
 
     @staticmethod
-    def of(times: np.ndarray, log_ratios: np.ndarray, weights: np.ndarray | None = None) -> Drift:
-        """From log(measured / expected) [n], n >= 1, at ``times`` [n], with positive ``weights`` [n].
+    def of(times: np.ndarray, log_ratios: np.ndarray) -> Drift:
+        """From log(measured / expected) [n], n >= 1, at ``times`` [n].
 
         The width is that of least leave-one-out absolute error among powers of two times the mean distance, up to the
         whole span. Where that error is not less than without drift by more than one standard error of the difference,
@@ -159,34 +155,29 @@ class Drift:
         if not len(times):
             raise ValueError("drift needs at least one measurement")
         times, log_ratios = np.asarray(times, dtype=float), np.asarray(log_ratios, dtype=float)
-        weights = np.ones(len(times)) if weights is None else np.asarray(weights, dtype=float)
         span = float(np.ptp(times))
-        steady, steady_errors = _drift_of_width(times, log_ratios, weights, np.inf)
+        steady, steady_errors = _drift_of_width(times, log_ratios, np.inf)
         if span == 0 or len(times) < 4:
             return steady
         widths = span / (len(times) - 1) * 2.0 ** np.arange(1, int(np.log2(len(times))) + 1)
-        drifting = [_drift_of_width(times, log_ratios, weights, float(width)) for width in widths]
-        best, errors = min(drifting, key=lambda candidate: np.average(candidate[1], weights=weights))
+        drifting = [_drift_of_width(times, log_ratios, float(width)) for width in widths]
+        best, errors = min(drifting, key=lambda candidate: candidate[1].mean())
         gain = steady_errors - errors
-        mean = np.average(gain, weights=weights)
-        variance = np.average(np.square(gain - mean), weights=weights)
-        return best if mean > np.sqrt(variance * np.square(weights).sum()) / weights.sum() else steady
+        return best if gain.mean() > gain.std() / len(gain) ** 0.5 else steady
 
     def factor(self, times: np.ndarray) -> np.ndarray:
         """Measured over expected [k] at ``times`` [k]."""
         at = np.asarray(times, dtype=float)
-        return np.exp(_level(_closeness(at, self.times, self.width) * self.weights, self.log_ratios, self.scale))
+        return np.exp(_level(_closeness(at, self.times, self.width), self.log_ratios, self.scale))
 
 
-def _drift_of_width(
-    times: np.ndarray, log_ratios: np.ndarray, weights: np.ndarray, width: float
-) -> tuple[Drift, np.ndarray]:
+def _drift_of_width(times: np.ndarray, log_ratios: np.ndarray, width: float) -> tuple[Drift, np.ndarray]:
     """A drift, and the absolute errors [n] at each of its times without the measurement there."""
     alone = len(times) == 1
-    kernel = _closeness(times, times, width, leave_out=not alone) * weights
+    kernel = _closeness(times, times, width, leave_out=not alone)
     scale = 1.4826 * float(np.median(np.abs(log_ratios - _median(kernel, log_ratios))))
     errors = np.abs(log_ratios - _level(kernel, log_ratios, scale))
-    return Drift(times, log_ratios, weights, width, scale), errors
+    return Drift(times, log_ratios, width, scale), errors
 
 
 def _closeness(at: np.ndarray, times: np.ndarray, width: float, leave_out: bool = False) -> np.ndarray:

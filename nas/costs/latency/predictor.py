@@ -8,18 +8,22 @@ measured points (a ridge on the same terms diverges).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moesaic.nas.context import Context
+from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.latency.fitting import Accuracy, Interval
 from moesaic.nas.costs.use import LayerUse
+from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
+from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import read_json, write_json
+from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
     "pass",  # 1
@@ -42,12 +46,12 @@ LEVEL = 0.95
 """Confidence of the interval that predictions are shown with."""
 
 
-def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, context: Context) -> tuple[float, ...]:
+def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, extent: Extent) -> tuple[float, ...]:
     """Terms of one layer (the first two, which are the model's, are 0)."""
-    attention, part, tokens = layer.attention, layer.feed_forward, context.tokens
+    attention, part, tokens = layer.attention, layer.feed_forward, extent.tokens
     q, kv = attention.heads * backbone.head_size, attention.kv_heads * backbone.head_size
     per_neuron = backbone.matrices * width
-    elements, positions = tokens * width, context.sequence_length
+    elements, positions = tokens * width, extent.keys
     common = (
         0,
         0,
@@ -55,7 +59,7 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, con
         elements,
         2 * elements * (q + kv),
         tokens * positions * q,
-        context.batch_size * positions * kv,
+        extent.sequences * positions * kv,
     )
     if part.router is None:
         return (*common, 1, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
@@ -74,11 +78,11 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, con
 
 def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> np.ndarray:
     """[len(TERMS)]: the terms of a pass through a whole model."""
-    width, backbone = architecture.decoder.width, architecture.backbone
     total = np.zeros(len(TERMS))
-    total[:2] = 1, context.tokens * width * context.vocab_size
-    for layer, use in zip(architecture.decoder.layers, uses, strict=True):
-        total += layer_terms(width, layer, use, backbone, context)
+    total[:2] = 1, context.tokens * architecture.output.width * context.vocab_size
+    for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
+        extent = context.extent(slot.stack)
+        total += layer_terms(architecture.width_at(slot), layer, use, architecture.backbone, extent)
     return total
 
 
@@ -86,16 +90,16 @@ def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: C
 class Anchor:
     """A model that can be built again, and what a pass of it took at the calibration's median speed.
 
-    Timed beside anything else, anchors tell how fast the machine is at that moment.
+    Timed beside something else, anchors tell how fast the machine is at that moment.
     """
 
-    architecture: dict[str, Any]
+    architecture: ArchitectureField
     milliseconds: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How a calibration was measured: models, measurements with those of the anchor, and the seconds they took.
+    """How a calibration was measured: models, measurements with those of the anchors, and the seconds they took.
 
     ``noise`` is the spread of repeats (interquartile range over median; median over models) after the drift was taken
     out, ``raw_noise`` before. A pass took ``fastest`` to ``slowest`` of its median time (5th and 95th percentile), and
@@ -114,9 +118,6 @@ class Measured:
     remeasured: int
     date: str
     clock_mhz: float | None
-
-
-_PARTS = {"context": Context, "accuracy": Accuracy, "measured": Measured}
 
 
 @dataclass(frozen=True)
@@ -138,28 +139,24 @@ class LatencyPredictor:
     accuracy: Accuracy
     coverage: float
     measured: Measured
-    key: str
-    _margins: dict[float, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def predict(self, architecture: Architecture, uses: Sequence[LayerUse]) -> float:
         """Milliseconds of one forward pass."""
-        stack, context, coefficients = architecture.decoder, self.context, self.coefficients
-        total = coefficients[0] + coefficients[1] * context.tokens * stack.width * context.vocab_size
-        for layer, use in zip(stack.layers, uses, strict=True):
-            total += sum(map(mul, coefficients, layer_terms(stack.width, layer, use, architecture.backbone, context)))
+        context, coefficients = self.context, self.coefficients
+        total = coefficients[0] + coefficients[1] * context.tokens * architecture.output.width * context.vocab_size
+        for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
+            width, extent = architecture.width_at(slot), context.extent(slot.stack)
+            total += sum(map(mul, coefficients, layer_terms(width, layer, use, architecture.backbone, extent)))
         return total
 
     def interval(self, confidence: float = LEVEL) -> Interval:
         """Where a measurement falls with probability ``confidence``, as multiples of its prediction."""
-        return Interval.of(np.array(self.log_residuals), confidence)
+        return _interval(self.log_residuals, confidence)
 
     def margin(self, confidence: float) -> float:
         """What a prediction is multiplied by so that a measurement is below it with probability ``confidence``, which
         is in (0.5, 1): the upper end of the interval that leaves as much out below as above."""
-        margin = self._margins.get(confidence)
-        if margin is None:
-            margin = self._margins[confidence] = self.interval(2 * confidence - 1).high
-        return margin
+        return self.interval(2 * confidence - 1).high
 
     def describe(self) -> str:
         """How good it was on models that it was not fitted to, and on what kind of machine it was measured."""
@@ -175,35 +172,32 @@ class LatencyPredictor:
         )
 
     def save(self, path: Path) -> None:
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        for name in _PARTS:
-            data[name] = asdict(data[name])
-        data["anchors"] = [asdict(anchor) for anchor in self.anchors]
+        data = adapter(LatencyPredictor).dump_python(self, mode="json")
         data["coefficients"] = dict(zip(TERMS, self.coefficients, strict=True))
-        data["interval"] = asdict(self.interval())
-        write_json(path, data)
+        write_json(path, data | {"interval": asdict(self.interval())})
 
     @staticmethod
-    def load(path: Path, device_fingerprint: str, device: str) -> LatencyPredictor:
+    def load(path: Path, device: Device) -> LatencyPredictor:
         """Read a predictor. Raises MoesaicError for a damaged file or one calibrated on another device."""
         data: dict[str, Any] = read_json(path)
         try:
             del data["interval"]  # follows from the residuals
-            data["coefficients"] = tuple(float(data["coefficients"][name]) for name in TERMS)
-            data["log_residuals"] = tuple(map(float, data["log_residuals"]))
-            data["anchors"] = tuple(Anchor(**anchor) for anchor in data["anchors"])
-            for name, kind in _PARTS.items():
-                data[name] = kind(**data[name])
-            predictor = LatencyPredictor(**data)
+            data["coefficients"] = [data["coefficients"][name] for name in TERMS]
+            predictor = adapter(LatencyPredictor).validate_python(data)
             if not np.isfinite([*predictor.coefficients, *predictor.log_residuals]).all():
                 raise ValueError
             predictor.interval()
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):  # pydantic's errors are ValueErrors
             raise MoesaicError(
                 "is not a latency predictor of this version", where=str(path), allowed="the output of `moesaic latency`"
             ) from None
-        if predictor.device_fingerprint != device_fingerprint:
+        if predictor.device_fingerprint != device.fingerprint:
             raise MoesaicError(
-                "was calibrated on another device", where=str(path), found=predictor.device, allowed=device
+                "was calibrated on another device", where=str(path), found=predictor.device, allowed=str(device)
             )
         return predictor
+
+
+@lru_cache(maxsize=256)
+def _interval(log_residuals: tuple[float, ...], confidence: float) -> Interval:
+    return Interval.of(np.array(log_residuals), confidence)

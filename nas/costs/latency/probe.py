@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +13,6 @@ from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture
 from moesaic.supernet import KeyValueCache, Transformer
 from moesaic.supernet.model import Output
-
-
-@contextmanager
-def autocast(device: Device) -> Iterator[None]:
-    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.bfloat16):
-        yield
 
 
 class Pass:
@@ -38,24 +31,24 @@ class Pass:
             self.cache = KeyValueCache(
                 model.architecture, len(tokens), context.sequence_length + 1, device.torch_device, dtype
             )
-            with torch.inference_mode(), autocast(device):
+            with torch.inference_mode(), device.autocast():
                 model.run(self.tokens, cache=self.cache)
             self.tokens = tokens[:, -1:]
 
     def __call__(self) -> Output:
         if self.cache is not None:
             self.cache.length = self.context.sequence_length
-        with torch.inference_mode(), autocast(self.device):
+        with torch.inference_mode(), self.device.autocast():
             return self.model.run(self.tokens, cache=self.cache)
 
     def uses(self) -> list[LayerUse]:
         """How much of each layer the tokens of this very pass use."""
-        layers = self.model.architecture.decoder.layers
+        layers = self.model.architecture.layers.items()
         return [
             dense_use(layer.feed_forward)
             if routing is None
-            else counted_use(layer.feed_forward, routing.load.tolist(), self.context)
-            for layer, routing in zip(layers, self().routings, strict=True)
+            else counted_use(layer.feed_forward, routing.load.tolist(), self.context.extent(slot.stack))
+            for (slot, layer), routing in zip(layers, self().routings, strict=True)
         ]
 
 
@@ -79,7 +72,7 @@ def random_passes(architectures: Sequence[Architecture], context: Context, devic
             view = buffer[used : used + parameter.numel()].view(parameter.shape)
             used += parameter.numel()
             if parameter.dim() == 1:
-                view = torch.ones_like(view)
+                view = torch.zeros_like(view) if name.endswith("bias") else torch.ones_like(view)
             elif name.endswith("router"):
                 view = view * (100 / parameter.shape[1] ** 0.5)  # standard deviation 2 / sqrt(D)
             weights[name] = view
@@ -88,8 +81,8 @@ def random_passes(architectures: Sequence[Architecture], context: Context, devic
     return passes
 
 
-def text_tokens(windows: Tensor, context: Context) -> Tensor:
-    """[B, S + 1] tokens of ``windows`` [n, any], repeated where they do not suffice."""
+def text_tokens(tokens: Tensor, context: Context) -> Tensor:
+    """[B, S + 1] of ``tokens`` [any], repeated where they do not suffice."""
     needed = context.batch_size * (context.sequence_length + 1)
-    flat = windows.flatten()
+    flat = tokens.flatten()
     return flat.repeat(-(-needed // len(flat)))[:needed].view(context.batch_size, -1)

@@ -56,9 +56,7 @@ class Timer:
             now = self.clock()
             best, passes = min(best, (now - start) * 1e3), passes + 1
         if not 0 < best < float("inf"):
-            raise StageFailed(
-                "a forward pass took no time that can be", found=f"{best} ms", allowed="a clock that runs"
-            )
+            raise StageFailed("impossible duration measured", found=f"{best} ms", allowed="a clock that runs forward")
         return (begin + now) / 2, best
 
 
@@ -77,7 +75,7 @@ class Series:
 
     @property
     def spread(self) -> float:
-        return spread(np.array(self.milliseconds))
+        return relative_iqr(np.array(self.milliseconds))
 
 
 def time_round(cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random) -> None:
@@ -124,11 +122,11 @@ class Figure:
     def of(series: Series, drift: Drift) -> Figure:
         corrected = np.array(series.milliseconds) / drift.factor(np.array(series.moments))
         logs = np.log(corrected)
-        return Figure(_middle(logs), _error(logs), spread(corrected))
+        return Figure(_middle(logs), _error(logs), relative_iqr(corrected))
 
 
 @dataclass(frozen=True)
-class Beside:
+class AnchoredTiming:
     """A pass timed beside anchors.
 
     ``raw_ms`` is what it took; ``corrected_ms`` what it would have taken on the machine as it was calibrated:
@@ -141,9 +139,9 @@ class Beside:
     error: float
 
 
-def time_beside(
+def time_with_anchors(
     run: Callable[[], object], anchors: Sequence[tuple[Callable[[], object], float]], timer: Timer
-) -> Beside:
+) -> AnchoredTiming:
     """Time ``run`` and the anchors (with the milliseconds each took when it was calibrated) in turn until their ratio
     is known, or for the most measurements. Each is compared with the anchors just before and just after."""
     for one in (run, *(anchor for anchor, _ in anchors)):
@@ -159,7 +157,7 @@ def time_beside(
         if count >= _PAIRS[1] or (count >= _PAIRS[0] and error <= _PRECISION):
             break
     raw, corrected = _middle(np.log(case.milliseconds)), _middle(ratios)
-    return Beside(raw, corrected, raw / corrected, error)
+    return AnchoredTiming(raw, corrected, raw / corrected, error)
 
 
 def _slowness(anchor: tuple[Callable[[], object], float], timer: Timer) -> float:
@@ -174,7 +172,7 @@ def time_alone(run: Callable[[], object], timer: Timer, count: int = 15) -> floa
     return float(np.percentile([timer(run)[1] for _ in range(count)], 25))
 
 
-def spread(milliseconds: np.ndarray) -> float:
+def relative_iqr(milliseconds: np.ndarray) -> float:
     """Interquartile range over median."""
     quarter, median, three_quarters = np.percentile(milliseconds, [25, 50, 75])
     return float((three_quarters - quarter) / median)

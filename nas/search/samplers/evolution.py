@@ -14,10 +14,10 @@ from moesaic.nas.costs.price import Costs
 from moesaic.nas.search.budget import cheapest
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.pareto import non_dominated
-from moesaic.nas.search.proposal import Progress, Proposal
+from moesaic.nas.search.proposal import Proposal, SearchState
 from moesaic.nas.search.rivals import uniform_layouts
 from moesaic.nas.search.samplers.independent import RandomSampler
-from moesaic.nas.search.samplers.surrogate import GaussianProcess, expected_gain, features
+from moesaic.nas.search.samplers.surrogate import GaussianProcess, expected_gain, surrogate_features
 from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture, Router, crossover, mutate
 
@@ -83,23 +83,20 @@ class EvolutionSampler:
     seeds: tuple[Architecture, ...] = ()
     _archive: Archive = field(default_factory=Archive, init=False, repr=False)
 
-    def propose(self, progress: Progress) -> Proposal | None:
-        rng = Random(f"{self.seed}/search/{progress.asked}")
+    def propose(self, state: SearchState) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{state.asked}")
         for seed in self.seeds:
-            if progress.unknown(seed):
+            if state.unknown(seed):
                 return Proposal(seed)
         archive = self._archive
-        self._read(progress.trials)
-        if progress.asked >= self.population and archive.feasible > 1:
+        self._read(state.trials)
+        if state.asked >= self.population and archive.feasible > 1:
             children = self._children([trial.architecture for trial in archive.front], rng)
-            gains = self._gains(children, progress.running, self._limits(rng))
+            gains = self._gains(children, state.running, self._limits(rng))
             for _, child in sorted(zip(-gains, children, strict=True), key=itemgetter(0)):
-                if progress.unknown(child):
+                if state.unknown(child):
                     return Proposal(child)
-        return RandomSampler(self.feasible, self.seed).propose(progress)
-
-    def observe(self, trial: Trial) -> None:
-        pass
+        return RandomSampler(self.feasible, self.seed).propose(state)
 
     def _children(self, parents: Sequence[Architecture], rng: Random) -> dict[Architecture, Costs]:
         """Different ones inside the budget, as many as some tries give, and what each is expected to cost."""
@@ -155,9 +152,13 @@ class EvolutionSampler:
 
     def _described(self, priced: Mapping[Architecture, Costs]) -> tuple[np.ndarray, np.ndarray]:
         """Features [n, columns] and costs that are objectives [n, costs]."""
-        pricer, depth = self.feasible.budget.pricer, self.feasible.space.depths[-1]
-        x = [features(pricer, architecture, costs, depth) for architecture, costs in priced.items()]
+        pricer, slots = self.feasible.budget.pricer, self.feasible.space.layers
+        x = [surrogate_features(pricer, architecture, costs, slots) for architecture, costs in priced.items()]
         return np.array(x), np.array([[costs[name] for name in self.costs] for costs in priced.values()])
+
+
+def _routers(architecture: Architecture) -> list[Router | None]:
+    return [layer.feed_forward.router for layer in architecture.layers.values()]
 
 
 def corners(feasible: FeasibleSampler, costs: Sequence[str]) -> tuple[Architecture, ...]:
@@ -172,11 +173,8 @@ def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, .
     of most FLOPs. A search that starts from them ends no worse than they are."""
     budget, found = feasible.budget, []
     for sparse, share in ((True, count - count // 2), (False, count // 2)):
-        habit = Router("top_k", k=2) if sparse else None
-        layouts = [
-            a for a in uniform_layouts(feasible.space, sparse) if a.decoder.layers[0].feed_forward.router == habit
-        ]
-        inside = [a for a in layouts if a in feasible.space and budget.fits(a)]
+        layouts = [a for a in uniform_layouts(feasible.space, sparse) if a in feasible.space and budget.fits(a)]
+        inside = [a for a in layouts if all(router is None or router.k == 2 for router in _routers(a))]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
         found += inside[:share]
     return tuple(found)

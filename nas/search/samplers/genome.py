@@ -12,7 +12,7 @@ from functools import cached_property
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Slot
 from moesaic.search_spaces.space import LayerSpace
 
 
@@ -24,32 +24,36 @@ class Genome:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
-        genes: dict[str, BaseDistribution] = {
-            "width": _ordered(self.space.widths),
-            "depth": _ordered(self.space.depths),
-        }
-        for index, layer in enumerate(self.space.layers[: self.space.depths[-1]]):
-            genes[f"layer{index}.attention"] = _category(layer.attentions)
-            genes[f"layer{index}.experts"] = _ordered(layer.groups)
-            genes[f"layer{index}.router"] = _category(_routers(layer))
+        genes: dict[str, BaseDistribution] = {}
+        for name, stack in self.space.stacks.items():
+            genes[f"{name}.width"] = _ordered(stack.widths)
+            genes[f"{name}.depth"] = _ordered(stack.depths)
+        for slot, layer in self.space.layers.items():
+            genes[f"{slot}.attention"] = _category(layer.attentions)
+            genes[f"{slot}.experts"] = _ordered(layer.groups)
+            genes[f"{slot}.router"] = _category(_routers(layer))
             for name, values in _sizes(layer).items():
-                genes[f"layer{index}.{name}"] = _ordered(values)
+                genes[f"{slot}.{name}"] = _ordered(values)
         return genes
 
     def decode(self, gene: Callable[[str, BaseDistribution], int]) -> Architecture:
         """An architecture from a function that gives each gene's index (it is asked for all of them)."""
         indices = {name: gene(name, distribution) for name, distribution in self.distributions.items()}
-        space = self.space
-        layers = [self._layer(i, indices) for i in range(space.depths[indices["depth"]])]
-        return space.build(space.widths[indices["width"]], tuple(layers))
+        stacks = {}
+        for name, space in self.space.stacks.items():
+            depth = space.depths[indices[f"{name}.depth"]]
+            layers = tuple(self._layer(Slot(name, index), indices) for index in range(depth))
+            stacks[name] = space.build(space.widths[indices[f"{name}.width"]], layers)
+        return self.space.build(stacks)
 
     def encode(self, architecture: Architecture) -> dict[str, int]:
         """Indices that decode to ``architecture``; genes it does not use are 0."""
-        stack = architecture.decoder
         genes = dict.fromkeys(self.distributions, 0)
-        genes["width"] = self.space.widths.index(stack.width)
-        genes["depth"] = self.space.depths.index(len(stack.layers))
-        for index, (layer, space) in enumerate(zip(stack.layers, self.space.layers, strict=False)):
+        for name, stack in architecture.stacks.items():
+            genes[f"{name}.width"] = self.space.stacks[name].widths.index(stack.width)
+            genes[f"{name}.depth"] = self.space.stacks[name].depths.index(len(stack.layers))
+        for slot, layer in architecture.layers.items():
+            space = self.space.layers[slot]
             part, sizes = layer.feed_forward, _sizes(space)
             values: dict[str, int] = {
                 "attention": space.attentions.index(layer.attention),
@@ -61,12 +65,12 @@ class Genome:
                 values["router"] = _routers(space).index(part.router)
                 values["shared_size"] = sizes["shared_size"].index(part.shared_size)
                 values |= {f"size{j}": sizes[f"size{j}"].index(size) for j, size in enumerate(part.expert_sizes)}
-            genes |= {f"layer{index}.{name}": value for name, value in values.items()}
+            genes |= {f"{slot}.{name}": value for name, value in values.items()}
         return genes
 
-    def _layer(self, index: int, genes: Mapping[str, int]) -> Layer:
-        space = self.space.layers[index]
-        at = {name: genes[f"layer{index}.{name}"] for name in ("attention", "experts", "router", *_sizes(space))}
+    def _layer(self, slot: Slot, genes: Mapping[str, int]) -> Layer:
+        space = self.space.layers[slot]
+        at = {name: genes[f"{slot}.{name}"] for name in ("attention", "experts", "router", *_sizes(space))}
         attention: Attention = space.attentions[at["attention"]]
         group = space.groups[at["experts"]]
         if group.experts == 1:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.proposal import UNSEEN_TRIES, Progress, Proposal
-from moesaic.nas.search.trials import Trial
+from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState
 
 
 @dataclass
@@ -17,13 +16,10 @@ class RandomSampler:
     feasible: FeasibleSampler
     seed: int
 
-    def propose(self, progress: Progress) -> Proposal | None:
-        rng = Random(f"{self.seed}/search/{progress.asked}")
+    def propose(self, state: SearchState) -> Proposal | None:
+        rng = Random(f"{self.seed}/search/{state.asked}")
         for _ in range(UNSEEN_TRIES):
             architecture = self.feasible.sample(rng)
-            if progress.unknown(architecture):
+            if state.unknown(architecture):
                 return Proposal(architecture)
         return None
-
-    def observe(self, trial: Trial) -> None:
-        pass

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.proposal import UNSEEN_TRIES, Progress, Proposal, Skipped
+from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState, Skipped
 from moesaic.nas.search.samplers.genome import Genome
 from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture
@@ -48,16 +48,21 @@ class OptunaSampler:
         self.genome = Genome(feasible.space)
         self.study = optuna.create_study(directions=[StudyDirection.MINIMIZE] * len(config.objectives))
         self.study.add_trials([frozen_trial(self.genome, trial) for trial in history])
+        self._read = len(history)
         self._asked: dict[Architecture, optuna.Trial] = {}
 
-    def propose(self, progress: Progress) -> Proposal | None:
+    def propose(self, state: SearchState) -> Proposal | None:
+        for ended in state.trials[self._read :]:
+            if ended.ended:
+                self._observe(ended)  # what was refused or a duplicate was told when it was asked
+        self._read = len(state.trials)
         skipped: list[Skipped] = []
         refusals = duplicates = 0
         while True:
             trial, architecture = self._ask()
             engine = {"params": trial.params, "system_attrs": dict(self._trials()[trial.number].system_attrs)}
             excess = self.feasible.budget.excess(architecture)
-            known = progress.seen.get(architecture.fingerprint)
+            known = state.seen.get(architecture.fingerprint)
             if max(excess.values()) > 0:
                 skipped.append(Skipped("refused", architecture, engine))
                 self._tell(trial, (), excess)
@@ -66,7 +71,7 @@ class OptunaSampler:
                 skipped.append(Skipped("duplicate", architecture, engine))
                 self._tell(trial, known.values, known.excess)
                 duplicates += 1
-            elif not progress.unknown(architecture):
+            elif not state.unknown(architecture):
                 skipped.append(Skipped("duplicate", architecture, engine))  # of one whose values nobody knows yet
                 self._tell(trial, (), excess)
                 duplicates += 1
@@ -74,20 +79,20 @@ class OptunaSampler:
                 self._asked[architecture] = trial
                 return Proposal(architecture, tuple(skipped), engine)
             if refusals == _REFUSALS or duplicates == _DUPLICATES:
-                found = self._instead(architecture, progress)
+                found = self._instead(architecture, state)
                 # It takes the last trial's place in its generation, with the genome it really has.
                 return found and Proposal(found, tuple(skipped), {**engine, "params": self.genome.encode(found)})
 
-    def _instead(self, architecture: Architecture, progress: Progress) -> Architecture | None:
+    def _instead(self, architecture: Architecture, state: SearchState) -> Architecture | None:
         """A new architecture inside the budget when the sampler offers none: the last one repaired, else a random
         one; None when the space seems exhausted."""
         rng = Random(f"{self.seed}/instead/{len(self._trials())}")
         candidates = chain(
             [self.feasible.repair(architecture, rng)], (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES))
         )
-        return next((a for a in candidates if progress.unknown(a)), None)
+        return next((a for a in candidates if state.unknown(a)), None)
 
-    def observe(self, trial: Trial) -> None:
+    def _observe(self, trial: Trial) -> None:
         asked = self._asked.pop(trial.architecture, None)
         if asked is None:  # it stood in for what the study had asked for
             self.study.add_trial(frozen_trial(self.genome, trial))

@@ -27,16 +27,18 @@ from scipy.stats import kendalltau
 
 from moesaic.nas.search.budget import Budget
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.proposal import UNSEEN_TRIES, Progress, Proposal
+from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState
 from moesaic.nas.search.rivals import uniform_layouts
 from moesaic.nas.search.samplers.independent import RandomSampler
 from moesaic.nas.search.trials import Trial
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Stack
+from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Slot
 
 Kind = Literal["attention", "feed_forward"]
 Part = Attention | FeedForward
-Slot = tuple[int, Kind]
-"""Position of a layer, and which of its parts."""
+Place = tuple[Slot, Kind]
+"""A layer's address, and which of its parts."""
+Shape = tuple[tuple[int, int], ...]
+"""Width and depth of each stack."""
 _KINDS: tuple[Kind, ...] = ("attention", "feed_forward")
 _CORRECTIONS = 30
 """Solutions that may turn out over budget, where a cost is no sum over parts, before there is none."""
@@ -45,20 +47,18 @@ _LEVELS = 16
 _PRIMES = (2, 3, 5, 7, 11)
 
 
-def slots_of(depth: int) -> list[Slot]:
-    return list(product(range(depth), _KINDS))
+def places_of(slots: Iterable[Slot]) -> list[Place]:
+    return list(product(slots, _KINDS))
 
 
-def part_of(architecture: Architecture, slot: Slot) -> Part:
-    return getattr(architecture.decoder.layers[slot[0]], slot[1])
+def part_of(architecture: Architecture, place: Place) -> Part:
+    return getattr(architecture.layers[place[0]], place[1])
 
 
-def with_part(architecture: Architecture, slot: Slot, part: Part) -> Architecture:
+def with_part(architecture: Architecture, place: Place, part: Part) -> Architecture:
     """``architecture`` with one part replaced."""
-    position, kind = slot
-    layers = list(architecture.decoder.layers)
-    layers[position] = replace(layers[position], **{kind: part})
-    return replace(architecture, decoder=replace(architecture.decoder, layers=tuple(layers)))
+    slot, kind = place
+    return architecture.with_layers({slot: replace(architecture.layers[slot], **{kind: part})})
 
 
 def role_of(trial: Trial) -> str | None:
@@ -68,12 +68,11 @@ def role_of(trial: Trial) -> str | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """``bases``: the loss of the parent at each width and depth. ``deltas``: per slot, what each part adds to it; the
-    parent's own adds nothing."""
+    """``bases``: the parent's loss in each shape. ``deltas``: what each part of a place adds; the parent's own: 0."""
 
     parent: Architecture
-    bases: Mapping[tuple[int, int], float]
-    deltas: Mapping[Slot, Mapping[Part, float]]
+    bases: Mapping[Shape, float]
+    deltas: Mapping[Place, Mapping[Part, float]]
 
     @staticmethod
     def of(trials: Iterable[Trial]) -> Scores | None:
@@ -84,11 +83,11 @@ class Scores:
         if found is None:
             return None
         parent, loss = found[0].architecture, found[1]
-        slots = slots_of(len(parent.decoder.layers))
-        deltas: dict[Slot, dict[Part, float]] = {slot: {part_of(parent, slot): 0.0} for slot in slots}
+        places = places_of(parent.layers)
+        deltas: dict[Place, dict[Part, float]] = {place: {part_of(parent, place): 0.0} for place in places}
         for trial, changed in judged:
             if _shape(trial.architecture) == _shape(parent):
-                differing = [slot for slot in slots if part_of(trial.architecture, slot) != part_of(parent, slot)]
+                differing = [place for place in places if part_of(trial.architecture, place) != part_of(parent, place)]
                 if len(differing) == 1:
                     deltas[differing[0]][part_of(trial.architecture, differing[0])] = changed - loss
         bases, scores = {_shape(parent): loss}, Scores(parent, {}, deltas)
@@ -100,45 +99,57 @@ class Scores:
     def parts(self, architecture: Architecture) -> float | None:
         """The sum of the scores of all parts; None where one has none."""
         total = 0.0
-        for slot in slots_of(len(architecture.decoder.layers)):
-            delta = self.deltas.get(slot, {}).get(part_of(architecture, slot))
+        for place in places_of(architecture.layers):
+            delta = self.deltas.get(place, {}).get(part_of(architecture, place))
             if delta is None:
                 return None
             total += delta
         return total
 
     def predict(self, architecture: Architecture) -> float | None:
-        """The loss as a sum; None where a part, or the pair of width and depth, has no score."""
+        """The loss as a sum; None where a part, or the shape, has no score."""
         base, parts = self.bases.get(_shape(architecture)), self.parts(architecture)
         return None if base is None or parts is None else base + parts
 
 
-def _shape(architecture: Architecture) -> tuple[int, int]:
-    """Width and depth."""
-    return architecture.decoder.width, len(architecture.decoder.layers)
+def _shape(architecture: Architecture) -> Shape:
+    return tuple((stack.width, len(stack.layers)) for stack in architecture.stacks.values())
+
+
+def _shaped(architecture: Architecture, shape: Shape) -> Architecture:
+    """``architecture`` with other widths and the first layers of each stack."""
+    stacks = {
+        name: replace(stack, width=width, layers=stack.layers[:depth])
+        for (name, stack), (width, depth) in zip(architecture.stacks.items(), shape, strict=True)
+    }
+    return replace(architecture, **stacks)
 
 
 class Program:
     """The integer programme of ``scores`` under a budget.
 
-    One binary variable per pair of width and depth, of which one is chosen, and one per width, slot and part. A slot
-    has one part at the chosen width if its layer is inside the chosen depth, and none otherwise. Costs, which are
-    products of width and part, are sums over these variables.
+    One binary variable per shape, of which one is chosen, and one per width, place and part. A place has one part at
+    the chosen width if its layer is inside the chosen depth, and none otherwise. Costs, which are products of width
+    and part, are sums over these variables.
     """
 
     def __init__(self, scores: Scores, budget: Budget, objectives: Iterable[str] = ()):
         self.scores, self.budget, self.objectives = scores, budget, tuple(objectives)
         self.shapes = sorted(scores.bases)
-        deepest = {width: max(d for w, d in self.shapes if w == width) for width, _ in self.shapes}
+        self.stacks = {name: number for number, name in enumerate(scores.parent.stacks)}
+        deepest: dict[tuple[str, int], int] = {}
+        for name, number in self.stacks.items():
+            for width, depth in (shape[number] for shape in self.shapes):
+                deepest[name, width] = max(depth, deepest.get((name, width), 0))
         self.choices = [
-            (width, slot, part)
-            for width, depth in deepest.items()
-            for slot in slots_of(depth)
-            for part in scores.deltas[slot]
+            (width, place, part)
+            for (name, width), depth in deepest.items()
+            for place in places_of(Slot(name, index) for index in range(depth))
+            for part in scores.deltas[place]
         ]
-        self.place = {key: i for i, key in enumerate([*self.shapes, *self.choices])}
+        self.index = {key: i for i, key in enumerate([*self.shapes, *self.choices])}
         self.losses = np.array(
-            [*(scores.bases[shape] for shape in self.shapes), *(scores.deltas[s][part] for _, s, part in self.choices)]
+            [*(scores.bases[shape] for shape in self.shapes), *(scores.deltas[p][part] for _, p, part in self.choices)]
         )
         self.limits = np.array([line.limit for line in budget.lines])
         self.bounds = self._coefficients(lambda a: list(budget.bound(a).values()))
@@ -191,56 +202,53 @@ class Program:
         }
 
     def _coefficients(self, price: Callable[[Architecture], Sequence[float]]) -> np.ndarray:
-        """[costs, variables]: what each adds, the parent's own parts nothing beyond their width and depth."""
-        stack = self.scores.parent.decoder
-
-        def host(width: int, depth: int) -> Architecture:
-            return replace(self.scores.parent, decoder=replace(stack, width=width, layers=stack.layers[:depth]))
-
-        columns = [np.array(price(host(*shape)), float) for shape in self.shapes]
-        for width, slot, part in self.choices:
-            whole = host(width, len(stack.layers))
-            columns.append(np.array(price(with_part(whole, slot, part)), float) - np.array(price(whole), float))
+        """[costs, variables]: what each adds, the parent's own parts nothing beyond their shape."""
+        parent = self.scores.parent
+        columns = [np.array(price(_shaped(parent, shape)), float) for shape in self.shapes]
+        for width, place, part in self.choices:
+            name = place[0].stack
+            host = replace(parent, **{name: replace(parent.stacks[name], width=width)})
+            columns.append(np.array(price(with_part(host, place, part)), float) - np.array(price(host), float))
         return np.array(columns).T
 
     def _structure(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One shape, and one part in each slot that it has."""
+        """One shape, and one part in each place that it has."""
         rows = [np.array([float(i < len(self.shapes)) for i in range(len(self.losses))])]
-        for width, slot in dict.fromkeys((width, slot) for width, slot, _ in self.choices):
+        for width, place in dict.fromkeys((width, place) for width, place, _ in self.choices):
             row = np.zeros(len(self.losses))
             for i, key in enumerate(self.choices, start=len(self.shapes)):
-                row[i] = key[:2] == (width, slot)
-            for i, (w, depth) in enumerate(self.shapes):
-                row[i] = -float(w == width and depth > slot[0])
+                row[i] = key[:2] == (width, place)
+            number, position = self.stacks[place[0].stack], place[0].index
+            for i, shape in enumerate(self.shapes):
+                row[i] = -float(shape[number][0] == width and shape[number][1] > position)
             rows.append(row)
         value = np.array([1.0] + [0.0] * (len(rows) - 1))
         return np.array(rows), value, value
 
     def _row(self, architecture: Architecture) -> np.ndarray | None:
         """[variables] the choices of ``architecture``; None where it cannot be chosen."""
-        width, depth = _shape(architecture)
-        keys = [(width, depth), *((width, slot, part_of(architecture, slot)) for slot in slots_of(depth))]
-        if any(key not in self.place for key in keys):
+        places = places_of(architecture.layers)
+        parts = [(architecture.width_at(place[0]), place, part_of(architecture, place)) for place in places]
+        keys = [_shape(architecture), *parts]
+        if any(key not in self.index for key in keys):
             return None
         row = np.zeros(len(self.losses))
-        row[[self.place[key] for key in keys]] = 1
+        row[[self.index[key] for key in keys]] = 1
         return row
 
     def _architecture(self, x: np.ndarray) -> Architecture:
-        width, depth = self.shapes[int(x[: len(self.shapes)].argmax())]
-        chosen: dict[Slot, Any] = {
-            slot: part
-            for (w, slot, part), value in zip(self.choices, x[len(self.shapes) :], strict=True)
-            if w == width and value > 0.5
+        host = _shaped(self.scores.parent, self.shapes[int(x[: len(self.shapes)].argmax())])
+        chosen: dict[Place, Any] = {
+            place: part
+            for (_, place, part), value in zip(self.choices, x[len(self.shapes) :], strict=True)
+            if value > 0.5
         }
-        layers = [Layer(**{kind: chosen[i, kind] for kind in _KINDS}) for i in range(depth)]
-        parent = self.scores.parent
-        return replace(parent, decoder=Stack(width, tuple(layers)))
+        return host.with_layers({slot: Layer(**{kind: chosen[slot, kind] for kind in _KINDS}) for slot in host.layers})
 
 
 @dataclass
 class PuzzleSampler:
-    """First the scores: the parent, each part in it, the parent at other widths and depths. Then the optima under the
+    """First the scores: the parent, each part in it, the parent in other shapes. Then the optima under the
     budget and a cap on every cost that is an objective, at levels that halve the gaps between earlier ones (Halton), so
     that they spread over the front; each time the best that is not known yet."""
 
@@ -252,29 +260,30 @@ class PuzzleSampler:
     _plans: dict[Architecture, dict[Architecture, str]] = field(default_factory=dict, init=False, repr=False)
     _programme: Program | None = field(default=None, init=False, repr=False)
 
-    def propose(self, progress: Progress) -> Proposal | None:
-        scores = Scores.of(progress.trials)
+    def propose(self, state: SearchState) -> Proposal | None:
+        scores = Scores.of(state.trials)
         plan = self.plan(scores.parent if scores else self._parent)
         for architecture, role in plan.items():
-            if progress.unknown(architecture):
+            if state.unknown(architecture):
                 return Proposal(architecture, engine={"puzzle": {"role": role}})
-        found = scores and self._solution(scores, progress, max(progress.asked - len(plan), 0))
+        found = scores and self._solution(scores, state, max(state.asked - len(plan), 0))
         if scores is None or found is None:
-            return RandomSampler(self.feasible, self.seed).propose(progress)
+            return RandomSampler(self.feasible, self.seed).propose(state)
         return Proposal(found, engine={"puzzle": {"role": "solution", "predicted": scores.predict(found)}})
-
-    def observe(self, trial: Trial) -> None:
-        pass
 
     def plan(self, parent: Architecture) -> dict[Architecture, str]:
         """What is evaluated for the scores of ``parent``, with its role; all inside the budget."""
         if parent not in self._plans:
-            space, fits, layers = self.feasible.space, self.feasible.budget.fits, parent.decoder.layers
+            space, fits = self.feasible.space, self.feasible.budget.fits
             plan = {parent: "parent"} if fits(parent) else {}
             plan |= dict.fromkeys(self._replacements(parent), "part")
-            for width, depth in product(space.widths, [depth for depth in space.depths if depth <= len(layers)]):
-                smallest = tuple(space.smallest_layer(i) for i in range(depth))
-                hosts = (space.build(width, layers[:depth]), space.build(width, smallest))
+            shapes = (
+                product(stack.widths, (depth for depth in stack.depths if depth <= len(parent.stacks[name].layers)))
+                for name, stack in space.stacks.items()
+            )
+            for shape in product(*shapes):
+                host = _shaped(parent, shape)
+                hosts = (host, host.with_layers({slot: space.layers[slot].smallest for slot in host.layers}))
                 if host := next((host for host in hosts if fits(host)), None):
                     plan.setdefault(host, "base")
             self._plans[parent] = plan
@@ -295,34 +304,34 @@ class PuzzleSampler:
 
     def _replacements(self, host: Architecture) -> list[Architecture]:
         replaced = [
-            with_part(host, slot, part)
-            for slot in slots_of(len(host.decoder.layers))
-            for part in self._library[slot]
-            if part != part_of(host, slot)
+            with_part(host, place, part)
+            for place in places_of(host.layers)
+            for part in self._library[place]
+            if part != part_of(host, place)
         ]
         return [architecture for architecture in replaced if self.feasible.budget.fits(architecture)]
 
     @cached_property
-    def _library(self) -> dict[Slot, list[Part]]:
-        """All parts of a slot; of many feed-forward ones the smallest and random ones of each number of experts."""
-        library: dict[Slot, list[Part]] = {}
-        for position, layer in enumerate(self.feasible.space.layers):
-            library[position, "attention"] = list(layer.attentions)
+    def _library(self) -> dict[Place, list[Part]]:
+        """All parts of a place; of many feed-forward ones the smallest and random ones of each number of experts."""
+        library: dict[Place, list[Part]] = {}
+        for slot, layer in self.feasible.space.layers.items():
+            library[slot, "attention"] = list(layer.attentions)
             if sum(group.count for group in layer.groups) <= self.parts:
-                library[position, "feed_forward"] = [part for group in layer.groups for part in group]
+                library[slot, "feed_forward"] = [part for group in layer.groups for part in group]
                 continue
-            rng, few = Random(f"{self.seed}/puzzle/{position}"), dict[Part, None]()
-            few[self.feasible.space.smallest_layer(position).feed_forward] = None
+            rng, few = Random(f"{self.seed}/puzzle/{slot}"), dict[Part, None]()
+            few[layer.smallest.feed_forward] = None
             for turn in range(UNSEEN_TRIES):
                 if len(few) < self.parts:
                     few[layer.groups[turn % len(layer.groups)].sample(rng)] = None
-            library[position, "feed_forward"] = list(few)
+            library[slot, "feed_forward"] = list(few)
         return library
 
-    def _solution(self, scores: Scores, progress: Progress, number: int) -> Architecture | None:
+    def _solution(self, scores: Scores, state: SearchState, number: int) -> Architecture | None:
         if self._programme is None or self._programme.scores != scores:
             self._programme = Program(scores, self.feasible.budget, self.objectives)
-        program, excluded = self._programme, [trial.architecture for trial in progress.seen.values()]
+        program, excluded = self._programme, [trial.architecture for trial in state.seen.values()]
         ranges = program.ranges
         for level in range(number, number + _LEVELS):
             caps = {
@@ -330,7 +339,7 @@ class PuzzleSampler:
                 for (name, (low, high)), prime in zip(ranges.items(), _PRIMES, strict=False)
             }
             while (found := program.solve(caps, excluded)) is not None:
-                if progress.unknown(found):
+                if state.unknown(found):
                     return found
                 excluded.append(found)  # it runs in another lane
         return None
@@ -357,7 +366,7 @@ def additivity(trials: Iterable[Trial]) -> dict[str, float | None] | None:
     if len(pairs) < 2:
         return None
     predicted, loss = np.array(pairs).T
-    error, tau = predicted - loss, float(kendalltau(predicted, loss).statistic)
+    error, tau = predicted - loss, float(np.asarray(kendalltau(predicted, loss))[0])
     return {
         "solutions": len(pairs),
         "mean_absolute_error": float(np.abs(error).mean()),

@@ -7,6 +7,7 @@ layers (which integer programming over scores of parts relies on), and what is l
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
@@ -14,24 +15,34 @@ from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
 from moesaic.nas.costs.price import Costs, Pricer
-from moesaic.search_spaces import Architecture, Layer
+from moesaic.search_spaces import Architecture, Layer, Slot
 
-_PER_LAYER = 10
+_ABSENT = [0.0] * 10
+"""Columns of a layer that an architecture does not have."""
 _LENGTH, _NOISE = 2.0, 0.01
 """Length scale per root of the number of columns, and variance of what no column explains; both of standardised values.
 Chosen by marginal likelihood on the tables of experiments/search_bench."""
 
 _BLAS = ThreadpoolController()
-"""Of small matrices a second thread does nothing but spin, on a processor that a lane could use."""
+"""For small matrices a second thread only spins, on a processor that a lane could use."""
 
 
-def features(pricer: Pricer, architecture: Architecture, costs: Costs, depth: int) -> list[float]:
-    """[4 + 10 * depth] columns: expected costs and coarse shape, then each layer's, of which absent ones have zeros."""
-    stack = architecture.decoder
-    row = [math.log(costs["flops"]), math.log(costs["parameters"]), math.log(stack.width), float(len(stack.layers))]
-    for layer, use in zip(stack.layers, pricer.expected_uses(architecture), strict=True):
-        row += _layer_features(layer, use.neurons + layer.feed_forward.shared_size)
-    return row + [0.0] * (_PER_LAYER * (depth - len(stack.layers)))
+def surrogate_features(
+    pricer: Pricer, architecture: Architecture, costs: Costs, slots: Collection[Slot]
+) -> list[float]:
+    """[2 + 2 * stacks + 10 * slots] columns: expected costs, each stack's shape, then each layer's columns, zeros at
+    ``slots`` where there is none."""
+    row = [math.log(costs["flops"]), math.log(costs["parameters"])]
+    for stack in architecture.stacks.values():
+        row += [math.log(stack.width), float(len(stack.layers))]
+    uses = dict(zip(architecture.layers, pricer.expected_uses(architecture), strict=True))
+    for slot in slots:
+        if slot in uses:
+            layer = architecture.layers[slot]
+            row += _layer_features(layer, uses[slot].neurons + layer.feed_forward.shared_size)
+        else:
+            row += _ABSENT
+    return row
 
 
 def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
@@ -43,7 +54,7 @@ def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
         math.log(part.experts),
         math.log(part.expert_sizes[0] / part.expert_sizes[-1]),
         float(part.shared_size),
-        float(router is not None and router.most == 1),
+        float(router is not None and router.max_experts == 1),
         (router.threshold or 0.0) if router else 0.0,
         float(attention.heads),
         float(attention.kv_heads),

@@ -1,6 +1,4 @@
 import itertools
-import json
-import time
 from dataclasses import replace
 from random import Random
 
@@ -25,11 +23,13 @@ from moesaic.nas.costs.analytic import (
 from moesaic.nas.costs.latency.probe import Pass
 from moesaic.nas.costs.measure import peak_activation_bytes
 from moesaic.nas.costs.price import Pricer
-from moesaic.nas.costs.use import LayerUse, Occupancy, counted_use, measured_use, worst_use
+from moesaic.nas.costs.use import LayerUse, Occupancy, OccupancyRow, counted_use, measured_use, worst_use
 from moesaic.nas.device import choose_device
+from moesaic.nas.tasks.language import next_tokens
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture, FeedForward, Router, load_space, preset_source
-from moesaic.supernet import LayerLoad, Transformer, evaluate
+from moesaic.search_spaces import Architecture, Backbone, FeedForward, Router, Slot, load_space, preset_source
+from moesaic.search_spaces.files import read_value, write_value
+from moesaic.supernet import LayerLoad, Transformer, evaluate, experts
 
 VOCABULARY, LENGTH, BATCH = 97, 12, 3
 CONTEXT = Context(VOCABULARY, LENGTH, BATCH)
@@ -53,7 +53,7 @@ def model_and_tokens(architecture: Architecture) -> tuple[Transformer, torch.Ten
 
 
 def measured_uses(model: Transformer, windows: torch.Tensor) -> list[LayerUse]:
-    return Pricer(CONTEXT).measured_uses(model.architecture, evaluate(model, windows).loads)
+    return Pricer(CONTEXT).measured_uses(model.architecture, evaluate(model, next_tokens(windows)).loads)
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "xmoe", "medium"])
@@ -62,6 +62,26 @@ def test_parameters_are_those_of_the_module(name):
         with torch.device("meta"):
             model = Transformer(architecture, VOCABULARY)
         assert parameters(architecture, CONTEXT) == sum(p.numel() for p in model.parameters())
+
+
+BACKBONES = {
+    "GPT-2": Backbone(16, "gelu_tanh", "layer", positions="learned", max_positions=40, biases="all"),
+    "BERT": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned", max_positions=40,
+                     biases="all", tied=False),
+    "Qwen2": Backbone(20, "swiglu", rotary_fraction=0.5, biases="qkv", tied=False),
+    "T5 v1.1": Backbone(16, "geglu_tanh", positions="none", tied=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+def test_parameters_and_flops_hold_on_every_backbone(backbone, unfused_attention):
+    for architecture in (replace(member, backbone=backbone) for member in architectures("tiny", 8)):
+        model, windows = model_and_tokens(architecture)
+        assert parameters(architecture, CONTEXT) == sum(p.numel() for p in model.parameters())
+        uses = measured_uses(model, windows)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model(windows[:, :-1])
+        assert counter.get_total_flops() == pytest.approx(CONTEXT.tokens * flops(architecture, uses, CONTEXT), rel=1e-9)
 
 
 @pytest.fixture
@@ -102,7 +122,7 @@ def test_flops_are_exactly_those_that_fvcore_counts(name, unfused_attention, mon
                 known = next(routings)
                 return replace(known, weights=known.weights + 0 * logits.sum())  # unused logits would not be traced
 
-            patch.setattr(kernels, "route", route)
+            patch.setattr(experts, "route", route)
             analysis = FlopCountAnalysis(model, windows[:, :-1]).unsupported_ops_warnings(False).tracer_warnings("none")
             counts = analysis.by_operator()
         counted = counts["linear"] + counts["matmul"]  # norms and index_add count too
@@ -113,7 +133,7 @@ def test_the_breakdown_sums_to_the_total():
     for architecture in architectures("small", 20):
         uses = Pricer(CONTEXT).expected_uses(architecture)
         layers, vocabulary = flops_breakdown(architecture, uses, CONTEXT)
-        total = sum(sum(parts.values()) for parts in layers) + vocabulary
+        total = sum(sum(parts.values()) for parts in layers.values()) + vocabulary
         assert total == pytest.approx(flops(architecture, uses, CONTEXT), rel=1e-12)
 
 
@@ -142,7 +162,7 @@ def test_active_parameters_of_a_dense_model_are_all():
     dense = [
         a
         for a in (SPACES["tiny"].sample_balanced(rng) for _ in range(300))
-        if all(layer.feed_forward.router is None for layer in a.decoder.layers)
+        if all(layer.feed_forward.router is None for layer in a.layers.values())
     ]
     assert dense
     for architecture in dense:
@@ -150,31 +170,32 @@ def test_active_parameters_of_a_dense_model_are_all():
         assert active_parameters(architecture, uses, CONTEXT) == parameters(architecture, CONTEXT)
 
 
+SLOT, EXTENT = Slot("decoder", 0), CONTEXT.extent("decoder")
 THRESHOLD = Router("threshold", threshold=0.9, max_k=4)
 
 
 def test_top_k_costs_k_experts_and_a_threshold_what_was_measured():
     part = FeedForward((64, 32, 32, 16), THRESHOLD, shared_size=16)
-    uniform = Occupancy().expected(0, part, CONTEXT)
+    uniform = Occupancy().expected(SLOT, part, EXTENT)
     assert uniform.pairs == 4  # ceil(0.9 * 4) of uniform probabilities
-    known = Occupancy({(0, 4, THRESHOLD): (0.5, 0.5, 0.25, 0.0)}).expected(0, part, CONTEXT)
+    known = Occupancy({(SLOT, 4, THRESHOLD): (0.5, 0.5, 0.25, 0.0)}).expected(SLOT, part, EXTENT)
     assert (known.pairs, known.neurons) == (1.25, 0.5 * 64 + 0.5 * 32 + 0.25 * 32)
-    assert worst_use(part, CONTEXT).neurons == 144
-    assert worst_use(FeedForward((64, 32, 16), Router("top_k", k=2)), CONTEXT).neurons == 96
-    top = Occupancy({(0, 4, THRESHOLD): (1.0, 0.25, 0.0, 0.0)}).expected(
-        0, FeedForward((64, 32), Router("top_k", k=1)), CONTEXT
+    assert worst_use(part, EXTENT).neurons == 144
+    assert worst_use(FeedForward((64, 32, 16), Router("top_k", k=2)), EXTENT).neurons == 96
+    top = Occupancy({(SLOT, 4, THRESHOLD): (1.0, 0.25, 0.0, 0.0)}).expected(
+        SLOT, FeedForward((64, 32), Router("top_k", k=1)), EXTENT
     )
     assert (top.pairs, top.neurons) == (1, 48)
 
 
 def test_use_of_a_batch_counts_rows_and_whole_tiles():
     part = FeedForward((64, 32, 16), Router("top_k", k=2))
-    use = counted_use(part, [36, 35, 1], Context(VOCABULARY, LENGTH, BATCH, row_tile=16))
+    use = counted_use(part, [36, 35, 1], EXTENT)
     assert (use.pairs, use.live_experts) == (2.0, 3)
     assert use.neurons * 36 == 36 * 64 + 35 * 32 + 16
     assert use.tiled_neurons * 36 == 48 * 64 + 48 * 32 + 16 * 16
     assert use.largest_neurons == 64
-    assert counted_use(part, [36, 36, 0], CONTEXT).live_experts == 2
+    assert counted_use(part, [36, 36, 0], EXTENT).live_experts == 2
 
 
 @pytest.mark.parametrize("tokens", [4, 60, 2000])
@@ -185,26 +206,28 @@ def test_expected_use_is_the_mean_of_batches(tokens, skew):
     shares = np.exp(-skew * np.arange(experts) / experts)
     shares /= shares.sum()
     router = Router("top_k", k=1)
-    part, context = FeedForward((32,) * experts, router), Context(VOCABULARY, tokens, 1)
-    batches = [counted_use(part, rng.multinomial(tokens, shares).tolist(), context) for _ in range(400)]
-    expected = Occupancy({(0, experts, router): tuple(shares)}).expected(0, part, context)
-    measured = measured_use(part, LayerLoad(tuple(shares)), context)
+    part, extent = FeedForward((32,) * experts, router), Context(VOCABULARY, tokens, 1).extent("decoder")
+    batches = [counted_use(part, rng.multinomial(tokens, shares).tolist(), extent) for _ in range(400)]
+    expected = Occupancy({(SLOT, experts, router): tuple(shares)}).expected(SLOT, part, extent)
+    measured = measured_use(part, LayerLoad(tuple(shares)), extent)
     for name, tolerance in (("neurons", 1e-9), ("live_experts", 0.05), ("tiled_neurons", 0.08)):
         mean = np.mean([getattr(batch, name) for batch in batches])
         assert getattr(expected, name) == pytest.approx(mean, rel=tolerance)
         assert getattr(measured, name) == pytest.approx(mean, rel=tolerance)
 
 
-def test_occupancy_survives_its_file():
-    occupancy = Occupancy({(1, 8, THRESHOLD): (1.0, 0.5), (0, 2, Router("top_k", k=1)): (0.75, 0.25)})
-    assert Occupancy.from_rows(json.loads(json.dumps(occupancy.to_rows()))) == occupancy
+def test_occupancy_survives_its_file(tmp_path):
+    other = Slot("encoder", 1), 2, Router("top_k", k=1, weights="softmax")
+    occupancy = Occupancy({(SLOT, 8, THRESHOLD): (1.0, 0.5), other: (0.75, 0.25)})
+    write_value(tmp_path / "occupancy.json", occupancy.rows(), list[OccupancyRow])
+    assert Occupancy.of(read_value(tmp_path / "occupancy.json", list[OccupancyRow])) == occupancy
 
 
 def test_a_decoding_step_keeps_its_cache_and_computes_one_token_each():
     prefill, decode = Context(VOCABULARY, 64, 4), Context(VOCABULARY, 64, 4, phase="decode")
     assert (prefill.tokens, decode.tokens) == (256, 4)
     architecture = SPACES["small"].largest
-    heads = sum(layer.attention.kv_heads for layer in architecture.decoder.layers)
+    heads = sum(layer.attention.kv_heads for layer in architecture.layers.values())
     assert cache_memory(architecture, prefill) == 0
     assert cache_memory(architecture, decode) == 2 * 4 * heads * 32 * 4 * 65
     assert Pricer(decode).expected(architecture)["flops"] == Pricer(prefill).expected(architecture)["flops"]
@@ -213,15 +236,3 @@ def test_a_decoding_step_keeps_its_cache_and_computes_one_token_each():
 def test_every_cost_has_a_dimension():
     costs = Pricer(CONTEXT).expected(SPACES["tiny"].smallest)
     assert {*costs, "latency"} == set(DIMENSIONS)
-
-
-def test_ten_thousand_architectures_are_priced_in_seconds():
-    rng = Random(0)
-    pricer = Pricer(CONTEXT)
-    found = [SPACES["small"].sample_balanced(rng) for _ in range(2000)]
-    start = time.process_time()
-    for architecture in found:
-        pricer.expected(architecture)
-    seconds = time.process_time() - start
-    # 0.1 s for these on the machine that the figure in the docs is from; the bound leaves room for a far slower one.
-    assert seconds < 1.0

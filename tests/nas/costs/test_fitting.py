@@ -209,10 +209,9 @@ def test_drift_does_not_depend_on_units(seed, level, unit, start):
     rng = np.random.default_rng(seed)
     times = np.sort(rng.uniform(0, 10, 25))
     seen = walk(rng, 25) * 3 + rng.normal(0, 0.01, 25)
-    weights = rng.uniform(0.5, 2, 25)
-    plain = Drift.of(times, seen, weights).factor(times)
+    plain = Drift.of(times, seen).factor(times)
     order = rng.permutation(25)
-    moved = Drift.of(times[order] * unit + start, seen[order] + level, weights[order] * 3)
+    moved = Drift.of(times[order] * unit + start, seen[order] + level)
     assert moved.factor(times * unit + start) == pytest.approx(plain * np.exp(level), rel=1e-4)
 
 

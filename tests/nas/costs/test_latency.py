@@ -11,7 +11,7 @@ from moesaic.nas.context import Context
 from moesaic.nas.costs.latency.calibrate import calibrate, calibration_key
 from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
 from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
-from moesaic.nas.costs.measure import latency_figures, latency_text, time_pass
+from moesaic.nas.costs.measure import LatencyFigures, time_pass
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import choose_device
 from moesaic.nas.search.budget import resolve_budget
@@ -46,8 +46,8 @@ def predictor() -> LatencyPredictor:
 def test_terms_add_up_over_layers(phase):
     context = CONTEXTS[phase]
     pricer = Pricer(context)
-    two = next(a for a in members(50) if len(a.decoder.layers) == 2)
-    ones = [SPACE.build(two.decoder.width, (layer,)) for layer in two.decoder.layers]
+    two = next(a for a in members(50) if len(a.layers) == 2)
+    ones = [replace(two, decoder=replace(two.output, layers=(layer,))) for layer in two.output.layers]
     whole = model_terms(two, pricer.expected_uses(two), context)
     parts = np.sum([model_terms(a, pricer.expected_uses(a), context) for a in ones], axis=0)
     assert whole[2:] == pytest.approx(parts[2:])
@@ -55,7 +55,7 @@ def test_terms_add_up_over_layers(phase):
 
 
 def test_the_products_of_a_dense_model_are_half_its_flops():
-    dense = next(a for a in members(300) if all(layer.feed_forward.router is None for layer in a.decoder.layers))
+    dense = next(a for a in members(300) if all(layer.feed_forward.router is None for layer in a.layers.values()))
     pricer = Pricer(CONTEXT)
     terms = dict(zip(TERMS, model_terms(dense, pricer.expected_uses(dense), CONTEXT), strict=True))
     products = terms["vocabulary_products"] + terms["projection_products"] + terms["dense_products"]
@@ -96,7 +96,7 @@ def test_text_is_repeated_to_the_shape_of_a_context():
 def test_random_models_share_one_buffer_and_are_rebuilt_from_their_seed():
     architectures = members(6)
     passes, again = (random_passes(architectures, CONTEXT, CPU, seed=1) for _ in range(2))
-    storages = {one.model.embedding.weight.untyped_storage().data_ptr() for one in passes}
+    storages = {next(one.model.parameters()).untyped_storage().data_ptr() for one in passes}
     assert len(storages) == 1
     for one, other in zip(passes, again, strict=True):
         assert one().logits.equal(other().logits)
@@ -126,9 +126,9 @@ def test_a_prediction_is_of_the_order_of_a_measurement(calibration):
     predicted = predictor.predict(SPACE.largest, one.uses())
     timing = time_pass(one, predictor, CPU)
     assert timing.corrected_ms / 4 < predicted < timing.corrected_ms * 4
-    figures = latency_figures(timing, predicted, predictor)
-    assert figures["low_ms"] < figures["high_ms"]
-    assert f"{figures['anchor_ratio']:.2f} times" in latency_text(figures)
+    figures = LatencyFigures.of(timing, predicted, predictor)
+    assert figures.low_ms < figures.high_ms
+    assert f"{figures.anchor_ratio:.2f} times" in str(figures)
 
 
 def test_a_calibration_belongs_to_device_context_and_space():
@@ -148,11 +148,11 @@ def test_a_calibration_belongs_to_device_context_and_space():
 def test_a_predictor_survives_its_file_and_is_refused_elsewhere(calibration, tmp_path):
     path = tmp_path / "predictor.json"
     calibration.predictor.save(path)
-    assert LatencyPredictor.load(path, CPU.fingerprint, str(CPU)) == calibration.predictor
+    assert LatencyPredictor.load(path, CPU) == calibration.predictor
     assert set(json.loads(path.read_text())["coefficients"]) == set(TERMS)
     other = replace(CPU, name="Another processor")
     with pytest.raises(MoesaicError, match="another device") as caught:
-        LatencyPredictor.load(path, other.fingerprint, str(other))
+        LatencyPredictor.load(path, other)
     assert CPU.name in str(caught.value.found)
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_predictor_is_one_message(tmp_path, text):
     path = tmp_path / "predictor.json"
     path.write_text(text)
     with pytest.raises(MoesaicError):
-        LatencyPredictor.load(path, "x", "x")
+        LatencyPredictor.load(path, CPU)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_predictor_with_a_damaged_part_is_one_message(predictor, tmp_path, key
     predictor.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(MoesaicError, match="not a latency predictor"):
-        LatencyPredictor.load(path, CPU.fingerprint, str(CPU))
+        LatencyPredictor.load(path, CPU)
 
 
 # ---------------------------------------------------------------- confidence
@@ -192,7 +192,7 @@ def test_a_confidence_binds_the_upper_edge_of_the_prediction(predictor):
 
     def budget(**line):
         config = Config.model_validate({"budget": {"latency": {"limit": "60%", **line}}, "space": "tiny"})
-        return resolve_budget(config, SPACE, pricer)
+        return resolve_budget(config.budget, SPACE, pricer)
 
     plain, sure = budget(), budget(confidence=0.95)
     margin = predictor.margin(0.95)

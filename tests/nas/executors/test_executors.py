@@ -15,18 +15,18 @@ import torch
 from ray.cluster_utils import Cluster
 
 from moesaic.nas.config import DeviceConfig, ExecutorConfig, LaneResources, SearchConfig
-from moesaic.nas.device import choose_device
-from moesaic.nas.executors import LocalExecutor, evaluate_all, ray_lanes
-from moesaic.nas.executors.inherited import InheritedLoss
+from moesaic.nas.executors import LocalExecutor, ray_lanes
 from moesaic.nas.executors.local import attempt
 from moesaic.nas.executors.ray_lanes import Lane, RayExecutor
-from moesaic.nas.search.budget import a_member_inside
+from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.loop import Goal, run_search
+from moesaic.nas.search.loop import BudgetSearch, run_search
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.trials import TrialLog, read_trials
+from moesaic.nas.tasks.language import next_tokens
 from moesaic.search_spaces import MoesaicError, StageFailed
-from moesaic.supernet import Transformer
+from moesaic.supernet import Judge, Transformer
+from tests.contracts.executors import ExecutorContract
 from tests.nas.command import interrupt_when, lines_in, moesaic, start
 from tests.nas.run_tools import QUICK as SETTINGS
 from tests.nas.run_tools import without_stages
@@ -38,10 +38,10 @@ HALF = LaneResources(cpu=0.5)
 
 
 @pytest.fixture(scope="module")
-def judge() -> InheritedLoss:
+def judge() -> Judge:
     torch.manual_seed(0)
     model = Transformer(tiny_space().envelope, 64).eval()
-    return InheritedLoss(model, torch.randint(0, 64, (8, 17)), choose_device(DEVICE))
+    return Judge(model, next_tokens(torch.randint(0, 64, (8, 17))))
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def run(executor, path: Path, trials: int = 30, should_stop=lambda: False):
     config = SearchConfig(sampler="evolution", trials=trials, population=8)
     log = TrialLog(path)
     try:
-        feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
-        goal = Goal("", budget, lambda history: make_sampler(config, feasible, 0, history), log.trials)
-        run_search(config, [goal], executor, log, should_stop=should_stop)
+        feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
+        one = BudgetSearch("", budget, lambda history: make_sampler(config, feasible, 0, history), log.trials)
+        run_search(config, [one], executor, log, should_stop=should_stop)
     finally:
         log.close()
         executor.close()
@@ -230,14 +230,15 @@ def test_lanes_are_of_ray_alone():
     assert ExecutorConfig.model_validate(written) == ExecutorConfig()
 
 
-def test_lanes_work_through_a_list_in_its_order(own_ray, judge):
-    architectures = list(itertools.islice(iter(tiny_space()), 0, 4000, 500))
-    executor = RayExecutor(lanes(2), judge, DEVICE)
-    outcomes = evaluate_all(executor, architectures)
-    executor.close()
-    assert [o.architecture for o in outcomes] == architectures
-    assert [o.evaluation for o in outcomes] == [judge(a) for a in architectures]
-    assert {o.lane for o in outcomes} <= {0, 1}, "one may have done all before the other was there"
+class TestLocal(ExecutorContract):
+    def make(self, judge: Judge) -> LocalExecutor:
+        return LocalExecutor(judge)
+
+
+@pytest.mark.usefixtures("own_ray")
+class TestRay(ExecutorContract):
+    def make(self, judge: Judge) -> RayExecutor:
+        return RayExecutor(lanes(2), judge, DEVICE)
 
 
 RAY = ("executor.kind=ray", "executor.lanes=2", "executor.resources.cpu=0.5")

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
-from moesaic.nas.costs.compliance import STATUSES, TOLERANCE, lines_text, status_of, worst_status
-from moesaic.nas.costs.latency.timing import Beside
+from moesaic.nas.costs.compliance import STATUSES, TOLERANCE, MeasuredLine, lines_text, status_of, worst_status
+from moesaic.nas.costs.latency.timing import AnchoredTiming
 from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
-from moesaic.nas.report.findings import gather
-from moesaic.nas.report.summary import build_summary
+from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.search.budget import Budget, BudgetLine
 from moesaic.nas.search.trials import Trial, read_trials
-from moesaic.nas.stages.export_models import run_export
-from moesaic.nas.stages.retrain_models import SEARCHED, contestants
+from moesaic.nas.stages.export_models import load_exports
+from moesaic.nas.stages.retrain_models import SEARCHED, compared_models
 from moesaic.nas.stages.run import Run
-from tests.nas.run_tools import finish, open_run, said, without_stages
+from moesaic.nas.stages.write_report import build_summary, gather
+from moesaic.search_spaces.files import read_value
+from tests.nas.run_tools import do_stage, finish, only, open_run, said, without_stages
 
 LATER = ("exports", "retrain", "report")
 
@@ -38,7 +39,7 @@ def by_loss(run: Run) -> list[Trial]:
 
 def export_with(run: Run, factors: Mapping[str, float], others: float = 0.9) -> list[str]:
     """Export while models measure their factor (by fingerprint) of the FLOPs limit; returns what was measured."""
-    (limit,) = (line.limit for line in run.budget.lines if line.cost == "flops")
+    (limit,) = (line.limit for line in only(run).budget.lines if line.cost == "flops")
     measured: list[str] = []
 
     def measure(model: Any, *arguments: Any) -> MeasuredCosts:
@@ -47,13 +48,17 @@ def export_with(run: Run, factors: Mapping[str, float], others: float = 0.9) -> 
         return replace(real, costs={**real.costs, "flops": limit * factors.get(measured[-1], others)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nas.stages.run.measure_costs", measure)
-        run_export(run)
+        patch.setattr("moesaic.nas.stages.run.measure_costs", measure)
+        do_stage(run, "export")
     return measured
 
 
 def read(run: Run, name: str) -> Any:
     return json.loads((run.path / name).read_text())
+
+
+def best(run: Run) -> ExportFigures:
+    return read_value(run.path / "exports" / "best" / "figures.json", ExportFigures)
 
 
 # ---------------------------------------------------------------- statuses
@@ -70,7 +75,8 @@ def test_a_line_is_kept_within_three_percent(measured, status):
 
 def test_a_model_has_the_status_of_its_worst_line():
     for worst in range(len(STATUSES)):
-        assert worst_status([{"status": status} for status in STATUSES[: worst + 1]]) == STATUSES[worst]
+        lines = [MeasuredLine("flops", "expected", None, 1, 1, 1, 1, "", status) for status in STATUSES[: worst + 1]]
+        assert worst_status(lines) == STATUSES[worst]
 
 
 # ---------------------------------------------------------------- the best
@@ -81,29 +87,29 @@ def test_a_best_trial_that_measures_over_is_refused_and_the_next_is_exported(sea
     measured = export_with(searched, {first.architecture.fingerprint: 1.1})
     assert measured[:2] == [first.architecture.fingerprint, second.architecture.fingerprint]
     assert measured.count(first.architecture.fingerprint) == 1  # it is no member of the exported front either
-    figures = read(searched, "exports/best/figures.json")
-    assert (figures["trial"], figures["validation_loss"]) == (second.number, second.loss)
-    (refused,) = figures["refused"]
-    assert (refused["trial"], refused["fingerprint"]) == (first.number, first.architecture.fingerprint)
-    (line,) = refused["over"]
-    assert line["name"] == "flops"
-    assert line["measured"] == pytest.approx(1.1 * line["limit"])
-    assert read(searched, "exports/exports.json")[0]["refused"] == figures["refused"]
+    figures = best(searched)
+    assert (figures.trial, figures.validation_loss) == (second.number, second.loss)
+    (refused,) = figures.refused
+    assert (refused.trial, refused.fingerprint) == (first.number, first.architecture.fingerprint)
+    (line,) = refused.over
+    assert line.name == "flops"
+    assert line.measured == pytest.approx(1.1 * line.limit)
+    assert load_exports(only(searched))[0].refused == figures.refused
     assert f"trial {first.number} is refused, over the budget when measured: flops" in said(searched)
     assert f"trial {second.number} keeps the budget" in said(searched)
     card = (searched.path / "exports" / "best" / "README.md").read_text()
     assert first.architecture.fingerprint in card
     assert "OVER" not in card
 
-    assert contestants(searched)[SEARCHED] == (second.architecture, second.loss)
+    assert compared_models(only(searched))[SEARCHED] == (second.architecture, second.loss)
     printed = finish(searched)
     sentence = f"trial {first.number} ({first.architecture.fingerprint}): {lines_text([line])}"
     assert sentence in printed
     assert sentence in (searched.path / "report" / "index.html").read_text()
     summary = read(searched, "summary.json")
     assert summary["chosen"]["fingerprint"] == second.architecture.fingerprint
-    assert summary["chosen"]["refused"] == figures["refused"]
-    findings = gather(searched, build_summary(searched))
+    assert summary["chosen"]["refused"] == read(searched, "exports/best/figures.json")["refused"]
+    findings = gather(only(searched), build_summary(only(searched)))
     assert findings.models[0].architecture == second.architecture
     assert [point.architecture for point in findings.points if point.kind == "best"] == [second.architecture]
     marked = [point for point in findings.points if "over budget when its model was measured" in point.label]
@@ -152,9 +158,9 @@ def test_a_member_of_the_front_that_is_over_is_exported_and_flagged(searched, qu
     member = json.loads((quick_run / "exports" / "exports.json").read_text())[1]
     assert member["name"] == "front-1"
     export_with(searched, {member["fingerprint"]: 1.3})
-    rows = read(searched, "exports/exports.json")
-    assert [row["fingerprint"] for row in rows][1] == member["fingerprint"]
-    assert [worst_status(row["budget"]) for row in rows] == ["inside", "over", *["inside"] * (len(rows) - 2)]
+    rows = load_exports(only(searched))
+    assert [row.fingerprint for row in rows][1] == member["fingerprint"]
+    assert [worst_status(row.budget) for row in rows] == ["inside", "over", *["inside"] * (len(rows) - 2)]
     assert "front-1 (trial" in said(searched)
     assert "**OVER BUDGET" in (searched.path / "exports" / "front-1" / "README.md").read_text()
     finish(searched)
@@ -164,10 +170,10 @@ def test_a_member_of_the_front_that_is_over_is_exported_and_flagged(searched, qu
 def test_another_choice_is_another_input_of_what_comes_after(quick_run, micro_config, tmp_path):
     run = open_run(micro_config, without_stages(quick_run, tmp_path / "run", "exports"))
     export_with(run, {by_loss(run)[0].architecture.fingerprint: 1.1})
-    assert not run.stages["retrain"].complete
+    assert not only(run).folder("retrain").complete
     same = open_run(micro_config, without_stages(quick_run, tmp_path / "same", "exports"))
-    run_export(same)
-    assert same.stages["retrain"].complete
+    do_stage(same, "export")
+    assert only(same).folder("retrain").complete
 
 
 # ---------------------------------------------------------------- latency is measured again
@@ -184,12 +190,14 @@ def test_another_choice_is_another_input_of_what_comes_after(quick_run, micro_co
 )
 def test_a_latency_over_its_budget_is_measured_twice_more(quick_run, micro_config, monkeypatch, timed, held, status):
     run = open_run(micro_config, quick_run)
-    run.budget = Budget((BudgetLine("latency", 10.0, "expected", confidence=0.9),), run.pricer)
+    part = only(run)
+    part.__dict__["budget"] = Budget((BudgetLine("latency", 10.0, "expected", confidence=0.9),), run.pricer)
     left = list(timed)
-    monkeypatch.setattr("nas.costs.measure.time_pass", lambda *_: Beside(7.0, left.pop(0), 0.7, 0.01))
+    monkeypatch.setattr("moesaic.nas.costs.measure.time_pass", lambda *_: AnchoredTiming(7.0, left.pop(0), 0.7, 0.01))
     architecture = by_loss(run)[0].architecture
-    measured = run.measure(run.supernet.extract(architecture).eval(), run.windows("test", 4))
+    judge = run.judge("test", 4, run.supernet.extract(architecture).eval())
+    measured = part.measure(judge.model, judge(architecture).loads, judge.batch.tokens)
     assert left == []
-    assert measured.costs["latency"] == measured.timing.corrected_ms == held
-    (line,) = run.budget_lines(architecture, measured.costs)
-    assert (line["status"], line["confidence"]) == (status, 0.9)
+    assert measured.costs["latency"] == measured.latency.corrected_ms == held
+    (line,) = part.measured_lines(architecture, measured.costs)
+    assert (line.status, line.confidence) == (status, 0.9)

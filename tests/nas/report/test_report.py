@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.nas.config import load_config
-from moesaic.nas.costs.compliance import margin_text
+from moesaic.nas.costs.compliance import MeasuredLine, margin_text
 from moesaic.nas.pipeline import run_stages
 from moesaic.nas.report.data import (
     ON_FRONT,
@@ -27,15 +27,16 @@ from moesaic.nas.report.data import (
     training_curves,
 )
 from moesaic.nas.report.figures import pareto_figure, ranking_figure
-from moesaic.nas.report.findings import Findings, gather
+from moesaic.nas.report.findings import Findings
 from moesaic.nas.report.html import table
 from moesaic.nas.report.page import build_page
 from moesaic.nas.report.paper import write_paper_figures
 from moesaic.nas.report.pictures import architecture_svg, pixels_per_neuron
-from moesaic.nas.report.summary import build_summary
 from moesaic.nas.search.trials import read_trials
 from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.write_report import build_summary, gather
 from moesaic.nas.terminal.progress import Reporter
+from tests.nas.run_tools import only
 
 EVIL = '<script>alert("x")</script>&'
 CONFIG = """
@@ -69,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def findings(run: Run) -> Findings:
-    return gather(run, build_summary(run))
+    return gather(only(run), build_summary(only(run)))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_breakdown_sums_to_the_total(findings: Findings):
     for model in findings.models:
         rows = breakdown(model, findings.context)
         assert [name for name, _ in rows][-1] == "vocabulary"
-        assert len(rows) == len(model.architecture.decoder.layers) + 1
+        assert len(rows) == len(model.architecture.layers) + 1
         assert sum(sum(parts.values()) for _, parts in rows) == pytest.approx(model.costs["flops"])
 
 
@@ -137,7 +138,7 @@ def test_history_has_a_step_per_evaluation_and_only_improves(findings: Findings)
     assert all(a.hypervolume <= b.hypervolume + 1e-9 for a, b in pairwise(history))
 
 
-def test_curves_are_of_the_supernet_and_every_contestant(run: Run, findings: Findings, tmp_path):
+def test_curves_are_of_the_supernet_and_every_model(run: Run, findings: Findings, tmp_path):
     assert {curve.model for curve in findings.curves} == {None, *(model.name for model in findings.models)}
     assert len({curve.label for curve in findings.curves if curve.model is None}) == 1
     assert training_curves(tmp_path, {"absent": tmp_path / "absent"}) == []
@@ -149,9 +150,12 @@ def test_measurements(tmp_path):
 
 
 def test_words(findings: Findings):
-    assert margin_text(90.0, 100.0) == "inside by 10.0%"
-    assert margin_text(103.0, 100.0) == "over by 3.0%"
-    assert margin_text(400.0, 100.0) == "over 4×"
+    def margin(measured: float) -> str:
+        return margin_text(MeasuredLine("flops", "expected", None, 100.0, 0.0, 0.0, measured, "", "inside"))
+
+    assert margin(90.0) == "inside by 10.0%"
+    assert margin(103.0) == "over by 3.0%"
+    assert margin(400.0) == "over 4×"
     assert axis_title("flops", findings.context) == "FLOPs per token"
     assert axis_title("latency", findings.context) == "latency, ms per batch of 1 × 16 tokens"
     assert axis_title("parameters", findings.context) == "parameters in total"
@@ -197,7 +201,7 @@ def test_user_data_is_escaped(findings: Findings):
     model = replace(findings.models[0], name=EVIL)
     assert EVIL not in table([EVIL], [[EVIL]])
     assert EVIL not in architecture_svg(model, pixels_per_neuron([model]))
-    summary = {**findings.summary, "name": EVIL, "device": EVIL}
+    summary = replace(findings.summary, name=EVIL, device=EVIL)
     points = [replace(point, label=EVIL) for point in findings.points]
     page = build_page(
         replace(
@@ -218,7 +222,7 @@ def test_pictures_are_xml_with_a_tile_per_expert(findings: Findings):
     for model in findings.models:
         root = ElementTree.fromstring(architecture_svg(model, 1.0))
         titles = [element.text or "" for element in root.iter("title")]
-        parts = [layer.feed_forward for layer in model.architecture.decoder.layers]
+        parts = [layer.feed_forward for layer in model.architecture.layers.values()]
         tiles = sum(part.experts + bool(part.shared_size) for part in parts)
         assert sum("of" in title.split() and title.split()[-1] == "neurons" for title in titles) == tiles
 
@@ -226,7 +230,7 @@ def test_pictures_are_xml_with_a_tile_per_expert(findings: Findings):
 def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
     bare = replace(
         findings,
-        summary={**findings.summary, "rivals": []},
+        summary=replace(findings.summary, rivals=()),
         models=findings.models[:1],
         exported=[],
         points=[point for point in findings.points if point.kind in ("evaluated", *ON_FRONT)],
@@ -238,17 +242,17 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
 
 def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
     additivity = {"solutions": 12, "mean_absolute_error": 0.0084, "mean_error": -0.0066, "tau": None}
-    search = {**findings.summary["search"], "additivity": additivity}
-    assert findings.summary["search"]["additivity"] is None
-    found = build_page(replace(findings, summary={**findings.summary, "search": search}))
+    assert findings.summary.search.additivity is None
+    search = replace(findings.summary.search, additivity=additivity)
+    found = build_page(replace(findings, summary=replace(findings.summary, search=search)))
     assert "the 12 solutions of the integer programme with a mean absolute error of 0.008 nats" in found
     assert "(mean error -0.007)." in found
 
 
 def test_trust_shows_the_front_the_rivals_and_the_check(page: str, findings: Findings):
     section = page.split('<section id="trust">')[1].split("</section>", maxsplit=1)[0]
-    for row in (*findings.summary["trust"]["front"], *findings.summary["trust"]["rivals"]):
-        assert f"<td>{row['name']}</td><td>{row['loss']:.4f} ± {row['standard_error']:.4f}</td>" in section
+    for row in (*findings.summary.trust.front, *findings.summary.trust.rivals):
+        assert f"<td>{row.name}</td><td>{row.loss:.4f} ± {row.standard_error:.4f}</td>" in section
     assert "Inherited loss ranked 4 members, trained from scratch for 3 steps" in section
     for judge in ("inherited loss", "counting FLOPs", "counting parameters"):
         assert f"<td>{judge}</td>" in section
@@ -256,18 +260,20 @@ def test_trust_shows_the_front_the_rivals_and_the_check(page: str, findings: Fin
 
 
 def test_trust_without_a_check_says_how_to_get_one(findings: Findings):
-    trust = {**findings.summary["trust"], "check": None}
-    page = build_page(replace(findings, summary={**findings.summary, "trust": trust}))
+    trust = replace(findings.summary.trust, check=None)
+    page = build_page(replace(findings, summary=replace(findings.summary, trust=trust)))
     assert "`fidelity.check=8`" in page
     assert 'id="ranking"' not in page
 
 
 def test_the_ranking_is_drawn_of_those_that_finished(findings: Findings):
-    members = [dict(member) for member in findings.summary["trust"]["check"]["members"]]
-    members[1]["retrained_loss"] = None
+    check = findings.summary.trust.check
+    assert check is not None
+    first, second, *others_left = check.members
+    members = [first, replace(second, retrained_loss=None), *others_left]
     others, best = ranking_figure(members).to_dict()["data"]
-    assert list(best["x"]) == [members[0]["inherited_loss"]]
-    assert list(others["y"]) == [member["retrained_loss"] for member in members[2:]]
+    assert list(best["x"]) == [first.inherited_loss]
+    assert list(others["y"]) == [member.retrained_loss for member in others_left]
     assert "per token" in others["text"][0]
 
 
@@ -290,4 +296,4 @@ def test_paper_figures_are_valid_and_reproducible(run: Run, findings: Findings, 
 
 def test_summary_is_written(run: Run):
     assert (run.path / "summary.json").exists()
-    assert run.stages["report"].complete
+    assert only(run).folder("report").complete

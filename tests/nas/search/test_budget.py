@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from moesaic.nas.search.budget import a_member_inside, cheapest, cost_ranges, dearest
+from moesaic.nas.search.budget import cheapest, cost_ranges, find_feasible, most_expensive
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.search_spaces import MoesaicError, neighbours
 from tests.nas.search_tools import PRICER, budget_of, small_space, tiny_space
@@ -25,7 +25,7 @@ def test_the_cheapest_is_the_cheapest_of_all(cost, bind):
 def test_the_dearest_is_the_dearest_of_all(cost, bind):
     space = small_space()
     price = PRICER.worst if bind == "worst" else PRICER.expected
-    assert price(dearest(space, PRICER, cost, bind))[cost] == max(price(a)[cost] for a in space)
+    assert price(most_expensive(space, PRICER, cost, bind))[cost] == max(price(a)[cost] for a in space)
 
 
 def test_ranges_hold_every_member():
@@ -33,9 +33,9 @@ def test_ranges_hold_every_member():
     members = list(space)
     for cost, span in cost_ranges(space, PRICER, members).items():
         values = [PRICER.expected(a)[cost] for a in members]
-        assert span["smallest"] == min(values)
-        assert span["largest"] == max(values)
-        assert span["smallest"] <= span["typical"] <= span["largest"] <= span["worst"]
+        assert span.smallest == min(values)
+        assert span.largest == max(values)
+        assert span.smallest <= span.typical <= span.largest <= span.worst
 
 
 def test_a_budget_that_can_be_met_has_a_member_inside():
@@ -43,16 +43,16 @@ def test_a_budget_that_can_be_met_has_a_member_inside():
     for share in ("35%", "50%", "100%"):
         budget = budget_of(space, flops=share, parameters=share)
         if any(budget.fits(a) for a in space):
-            assert budget.fits(a_member_inside(space, budget))
+            assert budget.fits(find_feasible(space, budget))
 
 
 def test_a_budget_nothing_meets_says_what_binds_and_what_can_be_reached():
     space = tiny_space()
     with pytest.raises(MoesaicError, match="flops binds") as caught:
-        a_member_inside(space, budget_of(space, flops="1 kFLOPs", parameters="100%"))
+        find_feasible(space, budget_of(space, flops="1 kFLOPs", parameters="100%"))
     least = PRICER.expected(cheapest(space, PRICER, "flops"))["flops"]
     nearest = str(caught.value.nearest)
-    assert a_member_inside(space, budget_of(space, flops=nearest)) in space
+    assert find_feasible(space, budget_of(space, flops=nearest)) in space
     assert f"{least / 1e3:.4g} kFLOPs" in str(caught.value.allowed)
 
 
@@ -61,7 +61,7 @@ def test_lines_that_exclude_each_other_are_told_apart_from_single_ones():
     wide = [a for a in (space.sample_balanced(Random(i)) for i in range(200))]
     few_parameters = min(PRICER.expected(a)["parameters"] for a in wide)
     budget = budget_of(space, parameters=str(round(few_parameters)), flops="40%")
-    assert budget.fits(a_member_inside(space, budget))
+    assert budget.fits(find_feasible(space, budget))
 
 
 def test_worst_case_lines_bind_the_worst_routing():
@@ -78,14 +78,14 @@ def test_worst_case_lines_bind_the_worst_routing():
 def test_draws_inside_a_budget_are_those_of_rejection():
     space = small_space()
     budget = budget_of(space, flops="75%")
-    sampler = FeasibleSampler(space, budget, a_member_inside(space, budget))
+    sampler = FeasibleSampler(space, budget, find_feasible(space, budget))
     rng = Random(0)
     counts: dict = {}
     for _ in range(6000):
         architecture = sampler.sample(rng)
         assert budget.fits(architecture)
-        counts[architecture.decoder.width, len(architecture.decoder.layers)] = (
-            counts.get((architecture.decoder.width, len(architecture.decoder.layers)), 0) + 1
+        counts[architecture.output.width, len(architecture.layers)] = (
+            counts.get((architecture.output.width, len(architecture.layers)), 0) + 1
         )
     reference: dict = dict.fromkeys(counts, 0)
     drawn = 0
@@ -93,7 +93,7 @@ def test_draws_inside_a_budget_are_those_of_rejection():
     while drawn < 6000:
         architecture = space.sample_balanced(rng)
         if budget.fits(architecture):
-            reference[architecture.decoder.width, len(architecture.decoder.layers)] += 1
+            reference[architecture.output.width, len(architecture.layers)] += 1
             drawn += 1
     observed = np.array([counts[k] for k in counts])
     expected = np.array([reference[k] for k in counts])
@@ -104,7 +104,7 @@ def test_a_walk_stays_inside_a_tight_budget_and_gets_around():
     space = tiny_space()
     least = PRICER.expected(cheapest(space, PRICER, "flops"))["flops"]
     budget = budget_of(space, flops=f"{1.6 * least} FLOPs")
-    start = a_member_inside(space, budget)
+    start = find_feasible(space, budget)
     sampler = FeasibleSampler(space, budget, start)
     assert sampler.acceptance(2000, Random(0)) < 0.2
     found = {sampler.walk(start, Random(i)) for i in range(60)}
@@ -115,7 +115,7 @@ def test_a_walk_stays_inside_a_tight_budget_and_gets_around():
 def test_repair_leaves_what_fits_and_mends_the_rest():
     space = tiny_space()
     budget = budget_of(space, flops="50%", parameters="50%")
-    sampler = FeasibleSampler(space, budget, a_member_inside(space, budget))
+    sampler = FeasibleSampler(space, budget, find_feasible(space, budget))
     rng = Random(0)
     for _ in range(100):
         architecture = space.sample_balanced(rng)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moesaic.nas.search.pareto import hypervolume, non_dominated, spread
+from moesaic.nas.search.pareto import evenly_spread, hypervolume, non_dominated
 
 points_of = st.integers(1, 3).flatmap(
     lambda m: st.integers(1, 9).flatmap(lambda n: arrays(float, (n, m), elements=st.integers(0, 6).map(float)))
@@ -43,7 +43,7 @@ def test_points_beyond_the_reference_do_not_count():
 @given(st.integers(1, 8), st.integers(1, 12))
 def test_a_spread_has_distinct_members_and_both_ends(count, size):
     points = np.column_stack([np.arange(size), np.arange(size)[::-1]]).astype(float)
-    chosen = spread(points, count)
+    chosen = evenly_spread(points, count)
     assert len(set(chosen)) == len(chosen) == min(count, size)
     assert chosen[0] == 0
     if count > 1:

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from moesaic.nas.config import SearchConfig
-from moesaic.nas.search.budget import a_member_inside
+from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.samplers.puzzle import (
     Program,
@@ -14,9 +14,9 @@ from moesaic.nas.search.samplers.puzzle import (
     Scores,
     additivity,
     part_of,
+    places_of,
     radical_inverse,
     role_of,
-    slots_of,
     with_part,
 )
 from moesaic.nas.search.trials import read_trials
@@ -27,13 +27,13 @@ from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, sma
 
 def additive(architecture) -> Evaluation:
     """A sum over parts, different at each position, and of width and depth."""
-    stack = architecture.decoder
-    loss = 4.0 - 0.002 * stack.width - 0.1 * len(stack.layers)
-    for position, layer in enumerate(stack.layers):
+    layers = list(architecture.layers.values())
+    loss = 4.0 - 0.002 * architecture.output.width - 0.1 * len(layers)
+    for position, layer in enumerate(layers):
         part = layer.feed_forward
         loss -= (0.02 + 0.01 * position) * part.worst_active_neurons**0.5 + 0.003 * part.experts
         loss -= 0.01 * layer.attention.heads / (1 + position)
-    return Evaluation(loss, 0.01, 1000, tuple(None for _ in stack.layers))
+    return Evaluation(loss, 0.01, 1000, tuple(None for _ in layers))
 
 
 def config(trials: int) -> SearchConfig:
@@ -90,10 +90,10 @@ def test_scores_come_first_and_are_the_differences_of_trials(tmp_path):
     scores = Scores.of(trials)
     assert scores is not None
     parent = scores.parent
-    for slot in slots_of(len(parent.decoder.layers)):
-        for part, delta in scores.deltas[slot].items():
-            changed = with_part(parent, slot, part)
-            assert part_of(changed, slot) == part
+    for place in places_of(parent.layers):
+        for part, delta in scores.deltas[place].items():
+            changed = with_part(parent, place, part)
+            assert part_of(changed, place) == part
             assert delta == pytest.approx(formula(changed).loss - formula(parent).loss)
 
 
@@ -126,7 +126,7 @@ def test_a_search_among_solutions_that_was_stopped_ends_as_one_that_was_not(tmp_
 
 def test_what_failed_has_no_score_and_is_not_chosen(tmp_path):
     def fails(architecture):
-        if any(layer.feed_forward.experts == 2 for layer in architecture.decoder.layers):
+        if any(layer.feed_forward.experts == 2 for layer in architecture.layers.values()):
             raise RuntimeError("out of memory")
         return formula(architecture)
 
@@ -147,7 +147,7 @@ def test_a_log_without_a_parent_has_no_scores_and_one_without_solutions_no_error
 def test_the_parent_is_inside_a_budget_that_no_uniform_network_meets():
     space = tiny_space()
     budget = budget_of(space, flops="60%")
-    inside = a_member_inside(space, budget)
+    inside = find_feasible(space, budget)
     sampler = PuzzleSampler(FeasibleSampler(space, budget, inside), 0, ("flops",), 4)
     plan = sampler.plan(inside)
     assert next(iter(plan.values())) == "parent"

@@ -1,4 +1,4 @@
-"""What every sampler must do, whichever it is; and what the search makes of it."""
+"""What a search makes of its trials: the front, several budgets, rivals, the mirror."""
 
 import errno
 import math
@@ -14,9 +14,9 @@ import pytest
 
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.executors import LocalExecutor
-from moesaic.nas.search.budget import a_member_inside
+from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.loop import Goal, hypervolume_history, result_of, run_search
+from moesaic.nas.search.loop import BudgetSearch, hypervolume_history, result_of, run_search
 from moesaic.nas.search.mirror import Mirror, database, journal
 from moesaic.nas.search.rivals import judge_rivals, uniform_layouts
 from moesaic.nas.search.samplers import make_sampler
@@ -25,99 +25,12 @@ from moesaic.nas.search.samplers.genome import Genome
 from moesaic.nas.search.trials import TrialLog
 from moesaic.search_spaces import Interrupted, MoesaicError, load_space, preset_source
 from moesaic.supernet import Evaluation
-from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
-
-SAMPLERS = ["random", "evolution", "nsga2", "tpe", "puzzle"]
+from tests.contracts.samplers import key
+from tests.nas.search_tools import Stop, budget_of, formula, search, small_space, tiny_space
 
 
 def config(sampler: str, trials: int = 40, **changes) -> SearchConfig:
-    if sampler == "tpe":
-        trials = min(trials, 14)  # it takes 50 ms for a proposal
     return SearchConfig(sampler=sampler, trials=trials, population=8, **changes)
-
-
-def key(trials):
-    return [(t.number, t.state, t.architecture.fingerprint, t.values) for t in trials]
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_nothing_over_budget_is_evaluated_and_nothing_twice(sampler, tmp_path):
-    space, asked = tiny_space(), []
-    budget = budget_of(space, flops="55%", parameters="50%")
-
-    def evaluate(architecture):
-        asked.append(architecture)
-        return formula(architecture)
-
-    trials = search(space, budget, tmp_path / "t.jsonl", config(sampler), evaluate)
-    assert len(asked) == len(set(asked)) == config(sampler).trials
-    for architecture in asked:
-        assert architecture in space
-        assert PRICER.expected(architecture)["flops"] <= budget.lines[0].limit
-        assert PRICER.expected(architecture)["parameters"] <= budget.lines[1].limit
-    refused = [t for t in trials if t.state == "refused"]
-    assert all(max(t.excess.values()) > 0 and not t.values for t in refused)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("stops", [[0, 1], [10, 3, 12]])
-def test_a_search_that_was_stopped_ends_as_one_that_was_not(sampler, stops, tmp_path):
-    space = tiny_space()
-    budget = budget_of(space, flops="45%")
-    whole = search(space, budget, tmp_path / "whole.jsonl", config(sampler))
-    for after in stops[: 1 if sampler == "tpe" else None]:
-        with pytest.raises(Interrupted):
-            search(space, budget, tmp_path / "parts.jsonl", config(sampler), should_stop=Stop(after))
-    parts = search(space, budget, tmp_path / "parts.jsonl", config(sampler))
-    assert key(parts) == key(whole)
-    assert (tmp_path / "parts.jsonl").read_text().count("\n") == len(whole)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_same_seed_gives_the_same_search_and_another_one_another(sampler, tmp_path):
-    space = tiny_space()
-    budget = budget_of(space, flops="60%")
-    first = search(space, budget, tmp_path / "1", config(sampler, 12), seed=1)
-    assert key(search(space, budget, tmp_path / "2", config(sampler, 12), seed=1)) == key(first)
-    assert key(search(space, budget, tmp_path / "3", config(sampler, 12), seed=2)) != key(first)
-
-
-@pytest.mark.parametrize("sampler", ["random", "evolution", "nsga2", "puzzle"])
-def test_an_exhausted_space_ends_the_search(sampler, tmp_path):
-    space = small_space()
-    budget = budget_of(space, flops="40%")
-    inside = [a for a in space if budget.fits(a)]
-    trials = search(space, budget, tmp_path / "t.jsonl", config(sampler, trials=10_000))
-    evaluated = [t for t in trials if t.state == "evaluated"]
-    assert len(evaluated) <= len(inside)
-    assert len(evaluated) >= 0.9 * len(inside)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_more_trials_continue_the_same_history(sampler, tmp_path):
-    space = tiny_space()
-    budget = budget_of(space, flops="60%")
-    short = search(space, budget, tmp_path / "t.jsonl", config(sampler, 9))
-    longer = search(space, budget, tmp_path / "t.jsonl", config(sampler, 14))
-    assert key(longer)[: len(short)] == key(short)
-    assert key(longer) == key(search(space, budget, tmp_path / "u.jsonl", config(sampler, 14)))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_poisoned_architecture_does_not_end_a_search(sampler, tmp_path):
-    def evaluate(architecture):
-        good = formula(architecture)
-        poisoned = architecture.decoder.width == 32
-        return Evaluation(math.nan, math.nan, good.tokens, good.loads) if poisoned else good
-
-    space = tiny_space()
-    trials = search(space, budget_of(space, flops="90%"), tmp_path / "t.jsonl", config(sampler), evaluate)
-    states = Counter(t.state for t in trials)
-    assert states["failed"] > 0
-    assert states["failed"] + states["evaluated"] == config(sampler).trials
-    result = result_of(trials)
-    assert result is not None
-    assert all(t.architecture.decoder.width == 48 for t in result.front)
 
 
 def test_measured_routing_over_budget_is_never_chosen(tmp_path):
@@ -133,11 +46,11 @@ def test_measured_routing_over_budget_is_never_chosen(tmp_path):
 
 def structured(architecture) -> Evaluation:
     """Each layer has a number of active neurons it should have: large, small, large, small."""
-    loss = 3.0 + 20.0 / architecture.decoder.width
-    for target, layer in zip_longest((300, 60, 250, 40), architecture.decoder.layers):
+    loss = 3.0 + 20.0 / architecture.output.width
+    for target, layer in zip_longest((300, 60, 250, 40), architecture.layers.values()):
         active = layer.feed_forward.worst_active_neurons if layer else 1
         loss += 0.1 * abs(math.log(active / target))
-    return Evaluation(loss, 0.01, 1000, tuple(None for _ in architecture.decoder.layers))
+    return Evaluation(loss, 0.01, 1000, tuple(None for _ in architecture.layers))
 
 
 def test_evolution_finds_better_architectures_than_random_draws(tmp_path):
@@ -199,7 +112,7 @@ def test_what_runs_in_another_lane_leaves_little_to_gain_at_its_place(tmp_path):
     space = small_space()
     budget = budget_of(space, flops="60%")
     trials = search(space, budget, tmp_path / "t.jsonl", config("random", 60))
-    sampler = EvolutionSampler(FeasibleSampler(space, budget, a_member_inside(space, budget)), 0, 8, ("flops",))
+    sampler = EvolutionSampler(FeasibleSampler(space, budget, find_feasible(space, budget)), 0, 8, ("flops",))
     sampler._read(trials)
     flops = sorted(trial.values[1] for trial in trials)
     limits = np.linspace(flops[0], flops[-1], 64)[:, None]
@@ -272,8 +185,8 @@ def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
     assert set(rivals) == {"uniform", "dense"}
     for kind, rival in rivals.items():
         assert budget.fits(rival.architecture)
-        assert len(set(rival.architecture.decoder.layers)) == 1
-        part = rival.architecture.decoder.layers[0].feed_forward
+        (layer,) = set(rival.architecture.layers.values())
+        part = layer.feed_forward
         assert (part.router is None) == (kind == "dense")
     for sparse, kind in ((False, "dense"), (True, "uniform")):
         layouts = [a for a in uniform_layouts(space, sparse) if budget.fits(a)]
@@ -283,8 +196,8 @@ def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():
 
 def test_uniform_layouts_are_swept_over_every_router_of_the_space_and_top_2():
     space = tiny_space()
-    found = {a.decoder.layers[0].feed_forward.router for a in uniform_layouts(space, sparse=True)}
-    assert found == {router for group in space.layers[0].groups for router in group.routers} - {None}
+    found = {layer.feed_forward.router for a in uniform_layouts(space, sparse=True) for layer in a.layers.values()}
+    assert found == {router for layer in space.layers.values() for g in layer.groups for router in g.routers} - {None}
     assert any(a not in small_space() for a in uniform_layouts(small_space(), sparse=True))
 
 
@@ -300,28 +213,28 @@ def test_several_budgets_share_their_evaluations_and_each_keeps_its_own_limit(tm
 
     def searched(path, should_stop=lambda: False):
         log = TrialLog(path)
-        goals = []
+        searches = []
         for name, budget in budgets.items():
-            feasible = FeasibleSampler(space, budget, a_member_inside(space, budget))
+            feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
             make = partial(make_sampler, config("evolution"), feasible, 0)
-            goals.append(Goal(name, budget, make, log.trials))
+            searches.append(BudgetSearch(name, budget, make, log.trials))
         with closing(log):
-            run_search(config("evolution"), goals, LocalExecutor(evaluate), log, should_stop=should_stop)
-        return goals, log.trials
+            run_search(config("evolution"), searches, LocalExecutor(evaluate), log, should_stop=should_stop)
+        return searches, log.trials
 
-    goals, trials = searched(tmp_path / "whole.jsonl")
+    searches, trials = searched(tmp_path / "whole.jsonl")
     assert len(asked) == len(set(asked)) == 80
     assert Counter(t.budget for t in trials if t.ended) == {"small": 40, "large": 40}
     for trial in trials:
         assert budgets[trial.budget].fits(trial.architecture) == (trial.state != "refused")
-    for goal in goals:
-        inside = {a for a in asked if goal.budget.fits(a)}
-        assert {t.architecture for t in goal.trials if t.feasible} <= inside
-        assert {t.architecture for t in goal.trials if t.ended} == set(asked)
-        result = result_of(goal.trials)
+    for one in searches:
+        inside = {a for a in asked if one.budget.fits(a)}
+        assert {t.architecture for t in one.trials if t.feasible} <= inside
+        assert {t.architecture for t in one.trials if t.ended} == set(asked)
+        result = result_of(one.trials)
         assert result is not None
-        assert all(t.costs["flops"] <= goal.budget.lines[0].limit for t in result.front)
-    small, large = (result_of(goal.trials).best.loss for goal in goals)
+        assert all(t.costs["flops"] <= one.budget.lines[0].limit for t in result.front)
+    small, large = (result_of(one.trials).best.loss for one in searches)
     assert large <= small, "what fits the small budget fits the large one"
     with pytest.raises(Interrupted):
         searched(tmp_path / "parts.jsonl", Stop(30))

@@ -6,12 +6,13 @@ import torch
 from moesaic.nas.context import Context
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.search.budget import Budget
-from moesaic.nas.search.thresholds import hold_budget, lower_thresholds
+from moesaic.nas.search.thresholds import lower_thresholds, lower_thresholds_to_fit
+from moesaic.nas.tasks.language import next_tokens
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, Stack
-from moesaic.supernet import Transformer, evaluate
+from moesaic.supernet import Judge, Transformer, evaluate
 from tests.nas.search_tools import budget_of, tiny_space
 
-WINDOWS = torch.randint(0, 64, (8, 17), generator=torch.Generator().manual_seed(0))
+BATCH = next_tokens(torch.randint(0, 64, (8, 17), generator=torch.Generator().manual_seed(0)))
 PRICER = Pricer(Context(64, 16, 2))
 
 
@@ -26,7 +27,7 @@ def threshold_model() -> Transformer:
 
 
 def measured(model: Transformer, architecture: Architecture) -> float:
-    return PRICER.measured(architecture, evaluate(model, WINDOWS, architecture).loads)["flops"]
+    return PRICER.measured(architecture, evaluate(model, BATCH, architecture).loads)["flops"]
 
 
 @pytest.mark.parametrize("share", [0.95, 0.85, 0.7])
@@ -34,7 +35,7 @@ def test_a_model_over_budget_is_brought_just_inside(share):
     model = threshold_model()
     limit = share * measured(model, model.architecture)
     budget = budget_of(tiny_space(), flops=f"{limit} FLOPs")
-    held = hold_budget(model, WINDOWS, budget)
+    held = lower_thresholds_to_fit(Judge(model, BATCH), budget)
     assert held != model.architecture
     assert measured(model, held) <= limit
     assert measured(model, held) > 0.9 * limit
@@ -45,9 +46,9 @@ def test_what_is_inside_or_cannot_be_helped_is_left_alone():
     model = threshold_model()
     flops = measured(model, model.architecture)
     roomy = budget_of(tiny_space(), flops=f"{1.1 * flops} FLOPs")
-    assert hold_budget(model, WINDOWS, roomy) == model.architecture
+    assert lower_thresholds_to_fit(Judge(model, BATCH), roomy) == model.architecture
     impossible = Budget(budget_of(tiny_space(), flops="1 FLOPs").lines, PRICER)
-    assert hold_budget(model, WINDOWS, impossible) == model.architecture
+    assert lower_thresholds_to_fit(Judge(model, BATCH), impossible) == model.architecture
 
 
 def test_compute_falls_with_the_thresholds_to_one_expert():
@@ -69,4 +70,4 @@ def test_routers_without_a_threshold_stay():
 
 
 def parts(architecture: Architecture) -> list[FeedForward]:
-    return [layer.feed_forward for layer in architecture.decoder.layers]
+    return [layer.feed_forward for layer in architecture.layers.values()]

@@ -26,11 +26,11 @@ def test_each_budget_gets_its_front_models_and_report(two_budgets):
     evaluated = [t.architecture for t in trials if t.ended]
     assert len(evaluated) == len(set(evaluated)) == 48, "24 for each, none twice"
     fronts = {}
-    for part in run.parts():
+    for part in run.budgets:
         fronts[part.name] = load_search(part)[1]
         assert all(part.budget.fits(t.architecture) for t in fronts[part.name].front)
         summary = json.loads((part.path / "summary.json").read_text())
-        assert [line["name"] for line in summary["budget"]] == list(part.config.budget)
+        assert [line["name"] for line in summary["budget"]] == list(part.limits)
         assert (part.path / "report" / "index.html").exists()
         assert (part.path / "exports" / "best" / "model.safetensors").exists()
         assert (run.path / "search" / part.name / "pareto.csv").exists()

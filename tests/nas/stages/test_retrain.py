@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from moesaic.nas.exports.figures import RetrainedModel
 from moesaic.nas.plan import build_plan
-from moesaic.nas.report.summary import verdict
-from moesaic.nas.stages.retrain_models import retrain_export, run_retrain
+from moesaic.nas.report.summary import Summary, verdict
+from moesaic.nas.stages.retrain_export import RetrainedExport, retrain_export
+from moesaic.nas.stages.retrain_models import load_results
 from moesaic.nas.stages.run import Run
 from moesaic.nas.terminal.progress import Reporter
-from moesaic.nas.training.single import difference_over_seeds, half_interval, over_seeds, paired_difference, retrain
+from moesaic.nas.trust.scores import Difference, MeanScores, SeedRun, difference_over_seeds, paired_difference
 from moesaic.search_spaces import Interrupted
-from moesaic.supernet import Evaluation, LayerLoad
-from tests.nas.run_tools import finish, open_run, without_stages
+from moesaic.search_spaces.files import read_value
+from moesaic.supernet import Evaluation, Judge, LayerLoad
+from tests.nas.run_tools import do_stage, finish, only, open_run, without_stages
 
 SEEDS = ("retrain.seeds=2", "seed=0")
 
@@ -36,12 +38,12 @@ def two_seeds(quick_run: Path, micro_config: Path, tmp_path_factory: pytest.Temp
     return run, finish(run)
 
 
-def results(run: Run) -> list[dict[str, Any]]:
-    return json.loads((run.path / "retrain" / "results.json").read_text())
+def results(run: Run) -> list[RetrainedModel]:
+    return load_results(only(run))
 
 
 def losses(run: Run) -> list[list[float]]:
-    return [[one["loss"] for one in result["runs"]] for result in results(run)]
+    return [[one.loss for one in result.runs] for result in results(run)]
 
 
 def evaluation(*sequence_losses: float) -> Evaluation:
@@ -52,33 +54,32 @@ def evaluation(*sequence_losses: float) -> Evaluation:
 
 
 def test_figures_are_means_over_seeds_with_students_interval():
-    runs = [
-        {"seed": s, "loss": loss, "standard_error": 0.1, "perplexity": math.exp(loss), "bits_per_byte": 2 * loss}
-        | {"tokens": 64}
-        for s, loss in enumerate((3.0, 3.1, 3.3))
-    ]
-    found = over_seeds(runs)
-    assert found["loss"] == pytest.approx(3.1333, abs=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(2 * found["loss"])
-    assert found["interval"] == pytest.approx(
-        stats.t.interval(0.95, 2, loc=found["loss"], scale=stats.sem([3.0, 3.1, 3.3]))
+    runs = tuple(
+        SeedRun(loss=loss, standard_error=0.1, metrics={"bits": 2 * loss}, tokens=64, seed=seed, fingerprint="a")
+        for seed, loss in enumerate((3.0, 3.1, 3.3))
     )
-    assert half_interval(found) == pytest.approx((found["interval"][1] - found["interval"][0]) / 2)
-    assert found["runs"] == runs
-    one = over_seeds(runs[:1])
-    assert (one["loss"], one["interval"], half_interval(one)) == (3.0, None, None)
+    found = MeanScores.over(runs)
+    assert found.loss == pytest.approx(3.1333, abs=1e-4)
+    assert found.metrics == pytest.approx({"bits": 2 * found.loss})
+    interval = stats.t.interval(0.95, 2, loc=found.loss, scale=stats.sem([3.0, 3.1, 3.3]))
+    assert found.interval == pytest.approx(interval)
+    assert found.half_interval == found.error == pytest.approx((interval[1] - interval[0]) / 2)
+    assert found.runs == runs
+    one = MeanScores.over(runs[:1])
+    assert (one.loss, one.interval, one.half_interval, one.error) == (3.0, None, None, 0.1)
 
 
 def test_one_seed_is_compared_over_sequences_and_several_seed_by_seed():
     mine, other = evaluation(3.0, 4.0, 5.0), evaluation(2.9, 3.8, 4.7)
     one = difference_over_seeds([mine], [other])
-    assert one == {**paired_difference(mine, other), "seeds": 1}
+    assert one == paired_difference(mine, other)
+    assert one.seeds == 1
     interval = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
-    assert (one["mean"], one["low"], one["high"]) == pytest.approx((0.2, *interval))
+    assert (one.mean, one.low, one.high) == pytest.approx((0.2, *interval))
     several = difference_over_seeds([mine, evaluation(3.5, 3.9)], [other, evaluation(3.6, 3.7)])
     interval = stats.t.interval(0.95, 1, loc=0.125, scale=stats.sem([0.2, 0.05]))
-    assert (several["mean"], several["low"], several["high"]) == pytest.approx((0.125, *interval))
-    assert several["seeds"] == 2
+    assert (several.mean, several.low, several.high) == pytest.approx((0.125, *interval))
+    assert several.seeds == 2
 
 
 @pytest.mark.parametrize(
@@ -92,13 +93,11 @@ def test_one_seed_is_compared_over_sequences_and_several_seed_by_seed():
 )
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_verdict_says_no_difference_exactly_where_the_interval_holds_zero(low, high, words, seeds):
-    above = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
-    worse = {"name": "dense", "loss": 3.9, "above_searched": {**above, "low": 5.0, "high": 6.0}}
-    summary = {
-        "chosen": {"retrained": {"loss": 3.0}},
-        "rivals": [worse, {"name": "uniform", "loss": 3.2, "above_searched": above}],
-    }
-    text = verdict(summary)
+    above = Difference((low + high) / 2, 0.1, low, high, seeds)
+    worse = SimpleNamespace(name="dense", loss=3.9, above_searched=replace(above, low=5.0, high=6.0))
+    rivals = [worse, SimpleNamespace(name="uniform", loss=3.2, above_searched=above)]
+    chosen = SimpleNamespace(retrained=SimpleNamespace(loss=3.0))
+    text = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals)))
     assert text.startswith(words)
     assert "best rival (uniform)" in text
     assert f"{low:+.4f} to {high:+.4f}" in text
@@ -108,29 +107,30 @@ def test_the_verdict_says_no_difference_exactly_where_the_interval_holds_zero(lo
 # ---------------------------------------------------------------- runs
 
 
-def test_every_contestant_is_trained_with_every_seed(two_seeds):
+def test_every_model_is_trained_with_every_seed(two_seeds):
     run, _ = two_seeds
     for result in results(run):
-        assert [one["seed"] for one in result["runs"]] == [0, 1]
-        assert result["loss"] == pytest.approx(np.mean([one["loss"] for one in result["runs"]]))
-        assert result["runs"][0]["loss"] != result["runs"][1]["loss"]
-        assert result["interval"][0] < result["loss"] < result["interval"][1]
-        assert result["above_searched"]["seeds"] == 2
+        assert [one.seed for one in result.runs] == [0, 1]
+        assert result.loss == pytest.approx(np.mean([one.loss for one in result.runs]))
+        assert result.runs[0].loss != result.runs[1].loss
+        assert result.interval is not None
+        assert result.interval[0] < result.loss < result.interval[1]
+        assert result.above_searched.seeds == 2
         for seed in (0, 1):
-            folder = run.path / "retrain" / result["name"] / f"seed-{seed}"
+            folder = run.path / "retrain" / result.name / f"seed-{seed}"
             assert {"model.safetensors", "metrics.jsonl", "architecture.yaml"} <= {p.name for p in folder.iterdir()}
     searched, *rivals = results(run)
     assert len(rivals) == 2
     for rival in rivals:
-        pairs = [a["loss"] - b["loss"] for a, b in zip(rival["runs"], searched["runs"], strict=True)]
-        assert rival["above_searched"]["mean"] == pytest.approx(np.mean(pairs))
+        pairs = [a.loss - b.loss for a, b in zip(rival.runs, searched.runs, strict=True)]
+        assert rival.above_searched.mean == pytest.approx(np.mean(pairs))
 
 
 def test_tables_show_means_with_half_their_interval(two_seeds):
     run, printed = two_seeds
     page = (run.path / "report" / "index.html").read_text()
     for result in results(run):
-        text = f"{result['loss']:.4f} ± {half_interval(result):.4f}"
+        text = f"{result.loss:.4f} ± {result.half_interval:.4f}"
         assert text in printed
         assert f"<td>{text}</td>" in page
     for text in (printed, page):
@@ -140,7 +140,7 @@ def test_tables_show_means_with_half_their_interval(two_seeds):
 
 def test_one_seed_has_no_interval_and_its_verdict_says_so(quick_run, micro_config):
     run = open_run(micro_config, quick_run)
-    assert all(result["interval"] is None and len(result["runs"]) == 1 for result in results(run))
+    assert all(result.interval is None and len(result.runs) == 1 for result in results(run))
     assert "one training seed" in (quick_run / "report" / "index.html").read_text()
 
 
@@ -150,7 +150,7 @@ def test_more_seeds_keep_what_is_trained(two_seeds, quick_run, micro_config, tmp
     before = {p: p.stat().st_mtime_ns for p in (path / "retrain").rglob("seed-0/model.safetensors")}
     assert len(before) == 3
     run = open_run(micro_config, path, *SEEDS)
-    run_retrain(run)
+    do_stage(run, "retrain")
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert losses(run) == losses(two_seeds[0])
 
@@ -159,12 +159,12 @@ def test_a_run_stopped_in_its_second_seed_ends_as_one_that_was_not(two_seeds, qu
     path = without_stages(quick_run, tmp_path / "run", "retrain", "report")
     checkpoint = path / "retrain" / "searched" / "seed-1" / "checkpoint.safetensors"
     with pytest.raises(Interrupted):
-        run_retrain(open_run(micro_config, path, *SEEDS, should_stop=checkpoint.exists))
+        do_stage(open_run(micro_config, path, *SEEDS, should_stop=checkpoint.exists), "retrain")
     assert checkpoint.exists()
     first = path / "retrain" / "searched" / "seed-0" / "model.safetensors"
     written = first.stat().st_mtime_ns
     run = open_run(micro_config, path, *SEEDS)
-    run_retrain(run)
+    do_stage(run, "retrain")
     assert first.stat().st_mtime_ns == written
     assert losses(run) == losses(two_seeds[0])
 
@@ -172,24 +172,28 @@ def test_a_run_stopped_in_its_second_seed_ends_as_one_that_was_not(two_seeds, qu
 def test_a_second_seed_over_the_budget_is_flagged(quick_run, micro_config, tmp_path, monkeypatch):
     """Its experts get more tokens than any router sends; the first seed's model is inside."""
 
-    def overloaded(architecture, config, corpus, device, seed, *arguments):
-        trained = retrain(architecture, config, corpus, device, seed, *arguments)
-        if seed == 0:
-            return trained
-        everything = [load and LayerLoad((4.0,) * len(load.pairs_per_token)) for load in trained.evaluation.loads]
-        return replace(trained, evaluation=replace(trained.evaluation, loads=tuple(everything)))
+    judged = Counter()
 
-    monkeypatch.setattr("moesaic.nas.stages.retrain_models.retrain", overloaded)
+    def overloaded(judge, architecture):
+        found = judge_alone(judge, architecture)
+        judged[architecture] += 1
+        if judged[architecture] == 1:
+            return found
+        everything = [load and LayerLoad((4.0,) * len(load.pairs_per_token)) for load in found.loads]
+        return replace(found, loads=tuple(everything))
+
+    judge_alone = Judge.__call__
+    monkeypatch.setattr(Judge, "__call__", overloaded)
     monkeypatch.setattr(
-        "moesaic.nas.stages.retrain_models.hold_budget", lambda model, windows, budget: model.architecture
+        "moesaic.nas.stages.retrain_models.lower_thresholds_to_fit", lambda judge, budget: judge.model.architecture
     )
     run = open_run(micro_config, without_stages(quick_run, tmp_path / "run", "retrain", "report"), *SEEDS)
     printed = finish(run)
-    uniform = next(result for result in results(run) if result["name"] == "uniform")
-    line = next(line for line in uniform["budget"] if line["name"] == "flops")
-    assert uniform["measured"]["flops"] <= line["limit"]
-    assert line["status"] == "over"
-    assert line["measured"] > line["limit"]
+    uniform = next(result for result in results(run) if result.name == "uniform")
+    line = next(line for line in uniform.budget if line.name == "flops")
+    assert uniform.measured["flops"] <= line.limit
+    assert line.status == "over"
+    assert line.measured > line.limit
     (row,) = (row for row in printed.splitlines() if row.split()[:1] == ["uniform"])
     assert "OVER flops" in row
 
@@ -198,13 +202,15 @@ def test_an_export_is_trained_with_every_seed(quick_run, tmp_path):
     export = tmp_path / "best"
     shutil.copytree(quick_run / "exports" / "best", export)
     arguments = (["retrain.steps=4", "retrain.seeds=3", "seed=5"], Reporter(), lambda: False)
-    result = retrain_export(export, *arguments)
-    assert [one["seed"] for one in result["runs"]] == [5, 6, 7]
-    assert result["interval"][0] < result["loss"] < result["interval"][1]
-    assert json.loads((export / "retrained" / "result.json").read_text()) == result
+    result, metrics = retrain_export(export, *arguments)
+    assert [one.seed for one in result.runs] == [5, 6, 7]
+    assert result.interval is not None
+    assert result.interval[0] < result.loss < result.interval[1]
+    assert {metric.name for metric in metrics} == set(result.metrics)
+    assert read_value(export / "retrained" / "result.json", RetrainedExport) == result
     weights = [export / "retrained" / f"seed-{seed}" / "model.safetensors" for seed in (5, 6, 7)]
     written = [path.stat().st_mtime_ns for path in weights]
-    assert retrain_export(export, *arguments) == result
+    assert retrain_export(export, *arguments)[0] == result
     assert [path.stat().st_mtime_ns for path in weights] == written
 
 
@@ -212,6 +218,6 @@ def test_a_plan_counts_every_seed(micro_config, tmp_path, monkeypatch):
     def seconds(*overrides: str) -> float:
         clock = itertools.count()
         monkeypatch.setattr("moesaic.nas.plan.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-        return build_plan(open_run(micro_config, tmp_path, *overrides))["seconds"]["retrain"]
+        return build_plan(only(open_run(micro_config, tmp_path, *overrides))).seconds["retrain"]
 
     assert seconds("retrain.seeds=3") == pytest.approx(3 * seconds())

@@ -10,10 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.stages.stage import STAGES
 from moesaic.search_spaces import Architecture, MoesaicError
 from tests.nas.command import interrupt_when, lines_in, moesaic, start
-
-STAGES = ["supernet", "latency", "search", "fidelity", "export", "retrain", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def test_the_summary_has_every_figure(finished):
         assert line["status"] in ("inside", "within tolerance", "over")
     assert summary["chosen"]["refused"] == []
     assert {model["name"] for model in summary["rivals"]} == {"uniform", "dense"}
-    assert set(summary["stage_seconds"]) >= set(STAGES) - {"report"}
+    assert set(summary["stage_seconds"]) >= {stage.name for stage in STAGES} - {"report"}
     assert summary["versions"]["torch"]
     assert summary["seed"] == 0
     chosen = Architecture.from_dict(summary["chosen"]["architecture"])
@@ -176,6 +175,17 @@ def test_weights_of_another_architecture_are_refused(finished, tmp_path):
     (export / "config.json").write_text(json.dumps(config))
     with pytest.raises(MoesaicError, match="belongs to another model"):
         load_exported(export)
+
+
+def test_an_export_of_an_earlier_version_says_so(finished, tmp_path):
+    export = tmp_path / "best"
+    shutil.copytree(finished / "exports" / "best", export)
+    config = json.loads((export / "config.json").read_text())
+    del config["architecture"]["format"]
+    (export / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoesaicError, match="another format: files of earlier versions") as caught:
+        load_exported(export)
+    assert caught.value.allowed == "format: 2"
 
 
 def test_a_truncated_supernet_is_one_message(finished, micro_config, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,20 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moesaic.nas.config import Config, RetrainConfig, TrainConfig, load_config, load_retrain_file
+from moesaic.nas.config import RetrainConfig, TrainConfig, load_config, load_retrain_file
 from moesaic.nas.device import Device
-from moesaic.nas.stages.train_supernet import run_supernet
 from moesaic.nas.training.elastic import WorkersLost
 from moesaic.nas.training.link import Link
-from moesaic.nas.training.recipe import single_job, supernet_job, training_of
-from moesaic.nas.training.single import retrain
-from moesaic.nas.training.workers import Workers
+from moesaic.nas.training.recipe import Recipe, single_recipe, supernet_recipe
+from moesaic.nas.training.trainer import Trainer
 from moesaic.search_spaces import Interrupted, MoesaicError, StageFailed
-from moesaic.supernet import Transformer
+from moesaic.supernet import Transformer, slice_of
 from moesaic.supernet.checkpoint import load_tensors
 from moesaic.supernet.metrics import read_metrics
 from tests.nas.command import interrupt_when, lines_in, start
-from tests.nas.run_tools import open_run, said
+from tests.nas.run_tools import do_stage, open_run, said
 
 STEPS = 120
 TRAINING = (f"supernet.steps={STEPS}", "supernet.checkpoint_every=20", "supernet.balance_weight=0.0")
@@ -40,7 +39,7 @@ def unbroken(micro_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Stage supernet by two workers that nothing disturbed."""
     path = tmp_path_factory.mktemp("workers") / "unbroken"
     run = open_run(micro_config, path, *TWO)
-    run_supernet(run)
+    do_stage(run, "supernet")
     assert "lost" not in said(run)
     return path / "supernet"
 
@@ -87,24 +86,27 @@ def assert_same_end(folder: Path, expected: Path) -> None:
 
 def test_two_workers_train_as_one_does(unbroken: Path, micro_config: Path, tmp_path: Path) -> None:
     run = open_run(micro_config, tmp_path / "one", *TRAINING)
-    run_supernet(run)
+    do_stage(run, "supernet")
     assert losses(unbroken) == pytest.approx(losses(tmp_path / "one" / "supernet"), rel=2e-3)
     assert losses(unbroken)[0] == pytest.approx(losses(tmp_path / "one" / "supernet")[0], rel=1e-6)
     assert {p.name for p in unbroken.iterdir()} == {p.name for p in (tmp_path / "one" / "supernet").iterdir()}
-    assert open_run(micro_config, tmp_path / "one", *TWO).stages["supernet"].complete  # however many trained it
+    assert open_run(micro_config, tmp_path / "one", *TWO).folder("supernet").complete  # however many trained it
 
 
 def test_a_model_is_retrained_from_inherited_weights(unbroken: Path, micro_config: Path, tmp_path: Path) -> None:
     run = open_run(micro_config, unbroken.parent, *TWO)
     architecture = run.space.smallest
     config = RetrainConfig(steps=4, batch_size=4, balance_weight=0.0, evaluation_windows=4)
-    inherited = run.supernet.extract(architecture)
-    found = [
-        retrain(architecture, config, run.corpus, run.device, 0, tmp_path / name, "it", inherited, workers=workers)
-        for name, workers in (("one", Workers()), ("two", Workers(TrainConfig(workers=2))))
+    recipe = single_recipe(architecture, config, 0, run.device.bfloat16)
+    losses = [
+        run.judge("test", 4, model)(architecture).loss
+        for count in (1, 2)
+        for trainer in (Trainer(run.task, run.device, TrainConfig(workers=count)),)
+        for model in (trainer.finish(recipe, tmp_path / str(count), "it", weights=slice_of(run.supernet)),)
     ]
-    assert found[1].evaluation.loss == pytest.approx(found[0].evaluation.loss, rel=1e-5)
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {"model.safetensors", "metrics.jsonl", "tensorboard"}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] != pytest.approx(run.judge("test", 4)(architecture).loss, rel=1e-5)
+    assert {path.name for path in (tmp_path / "2").iterdir()} == {"model.safetensors", "metrics.jsonl", "tensorboard"}
 
 
 # ---------------------------------------------------------------- ends of every kind
@@ -117,7 +119,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(unbroken, micro_co
 
     should_stop = once_it_trains(tmp_path / "supernet", kill)
     run = open_run(micro_config, tmp_path, *TWO, should_stop=should_stop)
-    run_supernet(run)
+    do_stage(run, "supernet")
     assert "a worker was lost; all continue from step" in said(run)
     assert_same_end(tmp_path / "supernet", unbroken)
     assert not (tmp_path / "supernet" / "workers").exists()
@@ -127,7 +129,7 @@ def test_a_stopped_training_is_continued_by_torchrun(unbroken, micro_config, tmp
     folder = tmp_path / "supernet"
     run = open_run(micro_config, tmp_path, *TWO, should_stop=once_it_trains(folder, lambda: True))
     with pytest.raises(Interrupted, match=f"of {STEPS}; the same command continues"):
-        run_supernet(run)
+        do_stage(run, "supernet")
     step = int(load_tensors(folder / "checkpoint.safetensors")[1]["step"])
     assert 20 < step < STEPS
     assert workers_of(os.getpid()) == {}
@@ -143,14 +145,14 @@ def test_a_stopped_training_is_continued_by_torchrun(unbroken, micro_config, tmp
     env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, *command, str(folder / "training.json")], env=env, check=True, capture_output=True)
     assert load_tensors(folder / "checkpoint.safetensors")[1]["step"] == str(STEPS)
-    run_supernet(open_run(micro_config, tmp_path, *TRAINING))
+    do_stage(open_run(micro_config, tmp_path, *TRAINING), "supernet")
     assert_same_end(folder, unbroken)
 
 
 def test_a_training_that_diverges_is_told_as_ever(micro_config, tmp_path) -> None:
     run = open_run(micro_config, tmp_path, *TWO, "supernet.learning_rate=1e+30", "supernet.warmup_steps=0")
     with pytest.raises(StageFailed, match="training diverged at step") as caught:
-        run_supernet(run)
+        do_stage(run, "supernet")
     assert caught.value.allowed == "a lower learning_rate or a longer warm-up"
     assert str(tmp_path / "supernet" / "checkpoint.safetensors") in caught.value.problem
 
@@ -164,7 +166,7 @@ def test_workers_that_die_too_often_are_told_with_the_cause(micro_config, tmp_pa
 
     run = open_run(micro_config, tmp_path, *TWO, "train.restarts=0", should_stop=once_it_trains(folder, kill))
     with pytest.raises(WorkersLost, match=r"worker 1 ended, after 0 restarts: Signal 9 \(SIGKILL\)") as caught:
-        run_supernet(run)
+        do_stage(run, "supernet")
     assert (caught.value.exit_code, caught.value.where) == (1, str(folder / "workers"))
     assert "Connection" in "".join(path.read_text() for path in (folder / "workers").rglob("0/stderr.log"))
 
@@ -192,7 +194,7 @@ def _command_lines() -> Iterator[str]:
 
 @pytest.mark.parametrize(("workers", "nearest"), [(3, 2), (7, 4), (100, 4)])
 def test_workers_that_no_batch_can_be_dealt_to_are_refused(micro_config, workers: int, nearest: int) -> None:
-    with pytest.raises(MoesaicError, match="cannot be dealt evenly") as caught:
+    with pytest.raises(MoesaicError, match="must divide the batch size") as caught:
         load_config(micro_config, [f"train.workers={workers}", "retrain.batch_size=8"])
     assert caught.value.where == "command line: train.workers"
     assert (caught.value.found, caught.value.nearest) == (workers, nearest)
@@ -202,12 +204,12 @@ def test_workers_that_no_batch_can_be_dealt_to_are_refused(micro_config, workers
 def test_an_export_can_be_trained_by_workers_too(tmp_path: Path) -> None:
     (tmp_path / "retrain.yaml").write_text("name: x\ndata: {}\nretrain: {batch_size: 6}\n")
     assert load_retrain_file(tmp_path / "retrain.yaml", ["train.workers=3"]).train.workers == 3
-    with pytest.raises(MoesaicError, match="cannot be dealt evenly"):
+    with pytest.raises(MoesaicError, match="must divide the batch size"):
         load_retrain_file(tmp_path / "retrain.yaml", ["train.workers=4"])
 
 
 def test_one_worker_has_nothing_to_share_a_model_with(micro_config: Path) -> None:
-    with pytest.raises(MoesaicError, match="there is one"):
+    with pytest.raises(MoesaicError, match="at least two workers"):
         load_config(micro_config, ["train.shard=true"])
 
 
@@ -215,26 +217,33 @@ def test_more_workers_than_gpus_are_refused(micro_config, tmp_path, monkeypatch)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     run = open_run(micro_config, tmp_path, *TWO)
     run.__dict__["device"] = Device("cuda", "a GPU", "float32", 1, "0")
-    monkeypatch.setattr("moesaic.nas.stages.train_supernet.supernet_training", lambda *arguments: (None, None, None))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, *_: model)
     with pytest.raises(MoesaicError, match="GPU of its own") as caught:
-        run_supernet(run)
+        do_stage(run, "supernet")
     assert (caught.value.found, caught.value.nearest) == (2, 1)
 
 
-def test_a_job_says_what_the_training_is(micro_config: Path, tmp_path: Path) -> None:
+def test_a_recipe_survives_its_journey_to_a_worker(micro_config: Path, tmp_path: Path) -> None:
     run = open_run(micro_config, tmp_path, "supernet.sharing=packed")
-    model, data, settings = training_of(supernet_job(run.config), run.corpus, run.device)
+    recipe = supernet_recipe(run.config, run.space, bfloat16=False)
+    received = Recipe.of(json.loads(json.dumps(recipe.plain())))
+    assert received == recipe
+    model = received.weights(run.task)(received.architecture)
     assert (model.architecture, model.sharing) == (run.space.envelope, "packed")
-    assert settings.steps == run.config.supernet.steps
-    assert all(torch.equal(data.batch(step), run.corpus.batch("train", 4, 0, step)) for step in (0, 5))
+    assert received.settings.steps == run.config.supernet.steps
+    data, expected = received.data(run.task), recipe.data(run.task)
+    for step in (0, 5):
+        assert torch.equal(data.batch(step).tokens, run.task.batch(4, 0, step).tokens)
+        assert data.slices(step) == expected.slices(step)
     architecture, config = run.space.smallest, RetrainConfig(steps=7, batch_size=2)
-    model, data, settings = training_of(single_job(architecture, config, 3), run.corpus, run.device)
-    assert (model.architecture, settings.steps, data.slices(4)) == (architecture, 7, [architecture])
+    received = Recipe.of(json.loads(json.dumps(single_recipe(architecture, config, 3, bfloat16=True).plain())))
+    assert (received.architecture, received.settings.steps, received.settings.bfloat16) == (architecture, 7, True)
+    assert received.data(run.task).slices(4) == [architecture]
+    model = received.weights(run.task)(received.architecture)
     torch.manual_seed(3)
-    expected = Transformer(architecture, run.corpus.vocab_size)
-    assert torch.equal(model.embedding.weight, expected.embedding.weight)
-    assert torch.equal(data.batch(1), run.corpus.batch("train", 2, 3, 1))
-    assert Config.model_validate(supernet_job(run.config)["supernet"]) == run.config
+    alike = Transformer(architecture, run.task.vocab_size)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alike.parameters(), strict=True))
+    assert torch.equal(received.data(run.task).batch(1).tokens, run.task.batch(2, 3, 1).tokens)
 
 
 # ---------------------------------------------------------------- link

@@ -1,23 +1,15 @@
-"""The configuration of a run: what a user may write, its defaults, and reading it with overrides."""
+"""What a user may write in a configuration, and its defaults."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import gcd
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moesaic.nas.context import Phase
-from moesaic.nas.units import DIMENSIONS, Limit, parse_limit
-from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
-from moesaic.search_spaces.errors import nearest_name
-from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import MoesaicError
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -53,7 +45,7 @@ class DataConfig(_Section):
         return self
 
 
-class BudgetLine(_Section):
+class LimitConfig(_Section):
     """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case.
 
     ``confidence`` is for latency, which is predicted with an error: the limit holds with that probability. Without it
@@ -98,15 +90,13 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _several_to_shard(self) -> TrainConfig:
         if self.shard and self.workers == 1:
-            raise MoesaicError("shard divides a model between workers, and there is one", nearest="workers: 2")
+            raise MoesaicError("shard needs at least two workers", nearest="workers: 2")
         return self
 
 
 class SupernetConfig(TrainingConfig):
-    """``largest_first``: share of the steps in which the largest architecture trains alone, before slices join."""
+    """``largest_first``: share of the steps in which the largest architecture trains alone, before random slices do."""
 
-    random_slices: Count = 1
-    sampling: Literal["fair", "uniform"] = "fair"
     sharing: Literal["nested", "packed"] = "nested"
     largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.15
 
@@ -141,7 +131,7 @@ class SearchConfig(_Section):
     @classmethod
     def _different_and_loss(cls, objectives: list[Objective]) -> list[Objective]:
         if len(set(objectives)) < len(objectives):
-            raise MoesaicError("an objective stands twice")
+            raise MoesaicError("duplicate objective")
         if "loss" not in objectives:
             raise MoesaicError("loss must be an objective: without it the smallest architecture always wins")
         return objectives
@@ -174,7 +164,7 @@ class ExecutorConfig(_Section):
         ignored = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
         if self.kind == "local" and ignored:
             raise MoesaicError(
-                f"{ignored[0]} is a setting of lanes, and the executor of this process has none",
+                f"{ignored[0]} is a setting of lanes, which the local executor does not have",
                 found="kind: local",
                 nearest="kind: ray",
             )
@@ -193,7 +183,9 @@ class FidelityConfig(_Section):
     def _none_or_enough(cls, check: int) -> int:
         if 0 < check < FEWEST_MEMBERS:
             raise MoesaicError(
-                "so few say nothing of a ranking", allowed=f"0, or {FEWEST_MEMBERS} and more", nearest=FEWEST_MEMBERS
+                "too few to estimate a rank correlation",
+                allowed=f"0, or {FEWEST_MEMBERS} and more",
+                nearest=FEWEST_MEMBERS,
             )
         return check
 
@@ -207,8 +199,8 @@ class ExportConfig(_Section):
 class RetrainConfig(TrainingConfig):
     """Training of the chosen architecture and, with ``rivals``, of the best uniform and dense ones in the same budget.
 
-    Each is trained once with each of ``seeds`` seeds, the first of which is the run's: with one, chance in training is
-    in no figure. What is trained is kept when there are more later.
+    Each is trained once with each of ``seeds`` seeds, the first of which is the run's; one seed gives no training
+    variance. Raising ``seeds`` later keeps what is trained.
     """
 
     seeds: Count = 1
@@ -222,15 +214,15 @@ class Config(_Section):
 
     There is one ``budget``, or several under names of their own in ``budgets``: these share one supernet and one
     search, and each gets its own models and report. ``mirror`` is the URL of a database that gets the search's trials
-    as a study of Optuna; without it they are in a journal file.
+    as a study of Optuna; without it they go to a journal file.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     space: Any = "small"
-    budget: dict[str, BudgetLine]
-    budgets: dict[BudgetName, dict[str, BudgetLine]] = {}
+    budget: dict[str, LimitConfig]
+    budgets: dict[BudgetName, dict[str, LimitConfig]] = {}
     device: DeviceConfig = DeviceConfig()
     train: TrainConfig = TrainConfig()
     supernet: SupernetConfig = SupernetConfig()
@@ -274,11 +266,13 @@ class Config(_Section):
     @model_validator(mode="after")
     def _not_both(self) -> Config:
         if bool(self.budget) == bool(self.budgets):
-            raise MoesaicError("there is one budget, or several in budgets", allowed="one of the two keys")
+            raise MoesaicError("a run has one budget, or several under budgets", allowed="one of the two keys")
         return self
 
-    def limits(self) -> dict[str, Limit]:
-        return {name: parse_limit(line.limit, name) for name, line in self.budget.items()}
+    @property
+    def budgets_by_name(self) -> dict[str, dict[str, LimitConfig]]:
+        """Every budget; the name of a single one is empty."""
+        return self.budgets or {"": self.budget}
 
 
 def _lines(value: Any) -> Any:
@@ -297,128 +291,3 @@ class RetrainFile(_Section):
     device: DeviceConfig = DeviceConfig()
     train: TrainConfig = TrainConfig()
     retrain: RetrainConfig = RetrainConfig()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A configuration with the space it names and the YAML it came from."""
-
-    config: Config
-    space: SearchSpace
-    source: YamlSource
-
-    def under(self, name: str) -> Loaded:
-        """The configuration with that one of its ``budgets`` alone."""
-        config = self.config.model_copy(update={"budget": self.config.budgets[name], "budgets": {}})
-        return replace(self, config=config)
-
-    def resolved_yaml(self) -> str:
-        """The whole configuration, defaults written out, ready to be read again."""
-        return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a run's YAML and apply ``KEY=VALUE`` overrides with dotted keys.
-
-    Raises
-    ------
-    MoesaicError : the first thing that does not fit, with file, line, key and the nearest valid value.
-    """
-    source = _read(path, overrides)
-    config = validate(Config, source)
-    _check_workers(config.train, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
-    budgets = {("budgets", name): lines for name, lines in config.budgets.items()}
-    for keys, lines in {("budget",): config.budget, **budgets}.items():
-        for name, line in lines.items():
-            _check_budget((*keys, name), line, source)
-    space_source = source.at("space", data=config.space)
-    return Loaded(config, load_space(space_source), source)
-
-
-def load_retrain_file(path: Path, overrides: Sequence[str] = ()) -> RetrainFile:
-    """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
-    source = _read(path, overrides)
-    file = validate(RetrainFile, source)
-    _check_workers(file.train, file.retrain.batch_size, source)
-    return file
-
-
-def _read(path: str | Path, overrides: Sequence[str]) -> YamlSource:
-    source = read_yaml(path)
-    if source.data is None:
-        raise MoesaicError("is empty", where=str(path), allowed="a configuration; `moesaic init` writes one")
-    if not isinstance(source.data, dict):
-        raise MoesaicError(
-            "is not a mapping of keys", where=source.where(), found=source.data, allowed=", ".join(Config.model_fields)
-        )
-    return _overridden(source, overrides)
-
-
-def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
-    """Raises MoesaicError unless every worker gets as many of ``rows`` rows of each batch."""
-    if rows % train.workers:
-        raise MoesaicError(
-            "batches cannot be dealt evenly to the workers",
-            where=source.where(("train", "workers")),
-            found=train.workers,
-            allowed=f"a divisor of batch_size: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
-            nearest=max(n for n in range(1, min(train.workers, rows) + 1) if rows % n == 0),
-        )
-
-
-def _check_budget(path: tuple[str, ...], line: BudgetLine, source: YamlSource) -> None:
-    name = path[-1]
-    if name not in DIMENSIONS:
-        raise MoesaicError(
-            "unknown cost",
-            where=source.where(path),
-            found=name,
-            allowed=", ".join(DIMENSIONS),
-            nearest=nearest_name(name, DIMENSIONS),
-        )
-    if line.confidence is not None and name != "latency":
-        raise MoesaicError(
-            f"{name} is computed without error and takes no confidence",
-            where=source.where((*path, "confidence")),
-            found=line.confidence,
-            allowed="confidence of latency alone",
-        )
-    try:
-        parse_limit(line.limit, name)
-    except MoesaicError as error:
-        raise MoesaicError(
-            error.problem,
-            where=source.where(path),
-            found=error.found,
-            allowed=error.allowed,
-            nearest=error.nearest,
-        ) from None
-
-
-def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
-    data = copy.deepcopy(source.data)
-    lines: dict[tuple[str | int, ...], int | str] = dict(source.lines)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise MoesaicError(
-                "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
-            )
-        value = parse_yaml(text, f"command line: {key}").data
-        *parents, last = path = tuple(key.split("."))
-        target: dict[str, Any] = data
-        for depth, parent in enumerate(parents):
-            inner = target.get(parent)
-            if parent == "space" and isinstance(inner, str):
-                inner = {"preset": inner}  # `space: small` takes overrides like `space: {preset: small}`
-            if inner is None:
-                inner = {}
-            if not isinstance(inner, dict):
-                raise MoesaicError(
-                    "the key has no parts", where=f"command line: {'.'.join(parents[: depth + 1])}", found=override
-                )
-            target[parent] = inner
-            target = inner
-        target[last] = value
-        lines[path] = "command line"
-    return YamlSource(source.name, data, lines)

@@ -1,4 +1,4 @@
-"""A training in this process, or in several that are started, watched and stopped from here."""
+"""Trainings in this process, or in several that are started, watched and stopped from here."""
 
 from __future__ import annotations
 
@@ -12,65 +12,91 @@ from pathlib import Path
 import torch
 
 from moesaic.nas.config import TrainConfig
-from moesaic.nas.data import Corpus
 from moesaic.nas.device import Device
-from moesaic.nas.training.recipe import Job, Training
+from moesaic.nas.tasks import Task
+from moesaic.nas.training.recipe import Recipe
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import write_json
-from moesaic.supernet import train
+from moesaic.supernet import Transformer, Weights, train
+from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.train import CHECKPOINT, load_trained, save_initial
 
 OnStep = Callable[[int, dict[str, float]], None]
-JOB, LOGS = "training.json", "workers"
+JOB, LOGS, WEIGHTS = "training.json", "workers", "model.safetensors"
 _LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Workers:
-    """How many processes train, by ``config``. ``say`` is told when they had to be restarted."""
+class Trainer:
+    """Trains models for ``task`` on ``device``, in as many processes as ``config`` says.
 
+    ``say`` is told when workers had to be restarted; ``should_stop`` is asked before each step.
+    """
+
+    task: Task
+    device: Device
     config: TrainConfig = field(default_factory=TrainConfig)
     say: Callable[[str], None] = lambda text: None
+    should_stop: Callable[[], bool] = lambda: False
 
     def train(
         self,
-        training: Training,
-        job: Job,
-        corpus: Corpus,
-        device: Device,
+        recipe: Recipe,
         directory: Path,
         identity: str,
-        on_step: OnStep,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        """``supernet.train`` in this process, or in several, to which ``job`` says what ``training`` is.
+        on_step: OnStep = lambda step, record: None,
+        weights: Weights | None = None,
+    ) -> Transformer:
+        """The trained model, on the device, in evaluation mode.
 
-        Of several, ``on_step`` is told the latest step now and then, and ``directory`` also holds ``training.json``,
-        with which ``torchrun`` can continue the training, until that is complete; ``workers/`` with what they printed
-        stays when they failed.
+        ``directory`` receives checkpoints and metrics, under ``identity``; a training that was cut off continues
+        there. ``weights`` are the initial ones in place of random ones. Where several processes train, ``on_step`` is
+        told the latest step now and then, and ``directory`` also holds ``training.json``, with which ``torchrun`` can
+        continue the training until it is complete; ``workers/`` with what they printed stays when they failed.
 
         Raises
         ------
         StageFailed, Interrupted, MoesaicError : as ``supernet.train``.
-        WorkersLost : as ``nas.elastic.launch``.
+        WorkersLost : as ``moesaic.nas.training.elastic.launch``.
         """
-        model, data, settings = training
+        model = (weights or recipe.weights(self.task))(recipe.architecture).to(self.device.torch_device)
         if self.config.workers == 1:
-            train(model, data, settings, directory, identity, on_step, should_stop)
-            return
-        _check_devices(device, self.config.workers)
+            data = recipe.data(self.task)
+            train(model, data, recipe.settings, directory, identity, on_step, self.should_stop)
+            return model.eval()
+        _check_devices(self.device, self.config.workers)
         model.cpu()  # the GPUs are the workers'
         if not (directory / CHECKPOINT).exists():
             save_initial(model, directory, identity)
-        place = {"corpus": str(corpus.tokenizer_path.parent.absolute()), "sequence_length": corpus.sequence_length}
-        facts = {"identity": identity, **place, "device": asdict(device), "shard": self.config.shard}
-        write_json(directory / JOB, {**facts, **job})
-        self._run(directory, on_step, should_stop)
+        facts = {"identity": identity, "device": asdict(self.device), "shard": self.config.shard}
+        write_json(directory / JOB, {**facts, "task": self.task.plain(), "recipe": recipe.plain()})
+        self._run(directory, on_step)
         load_trained(model, directory / CHECKPOINT)
-        model.to(device.torch_device)
         (directory / JOB).unlink()
+        return model.to(self.device.torch_device).eval()
 
-    def _run(self, directory: Path, on_step: OnStep, should_stop: Callable[[], bool]) -> None:
+    def finish(
+        self,
+        recipe: Recipe,
+        directory: Path,
+        identity: str,
+        on_step: OnStep = lambda step, record: None,
+        weights: Weights | None = None,
+    ) -> Transformer:
+        """``train``, which leaves ``model.safetensors`` and no checkpoint; loaded where it is there with
+        ``identity``."""
+        path = directory / WEIGHTS
+        tensors, metadata = load_tensors(path) if path.exists() else ({}, {})
+        if metadata.get("identity") == identity:
+            model = Transformer(recipe.architecture, self.task.vocab_size, recipe.sharing)
+            load_weights(model, tensors, str(path))
+            return model.to(self.device.torch_device).eval()
+        model = self.train(recipe, directory, identity, on_step, weights)
+        save_tensors(path, dict(model.named_parameters()), {"identity": identity})
+        (directory / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size
+        return model
+
+    def _run(self, directory: Path, on_step: OnStep) -> None:
         """Run the workers to the end of the training in ``directory``."""
         from moesaic.nas.training.elastic import launch  # imported here, as the link: of use to several processes alone
         from moesaic.nas.training.link import Link
@@ -82,7 +108,7 @@ class Workers:
             ended = False
             while not ended:
                 ended = bool(wait([agent], _LOOK_SECONDS).done)
-                if should_stop():
+                if self.should_stop():
                     link.ask_to_stop()
                 news = link.news()
                 if news is None or news["step"] == step:
@@ -99,9 +125,6 @@ class Workers:
         shutil.rmtree(logs, ignore_errors=True)
         if error is not None:
             raise error
-
-
-ONE = Workers()
 
 
 def _check_devices(device: Device, workers: int) -> None:

@@ -1,34 +1,37 @@
-"""Who competes under a budget: candidates of each kind, ranked by inherited loss, of which the first that keep the
+"""Which models meet under a budget: candidates of each kind, ranked by inherited loss, of which the first that keep the
 budget when they are measured are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from moesaic.nas.costs.compliance import worst_status
-from moesaic.nas.costs.measure import latency_figures
-from moesaic.nas.search.rivals import uniform_layouts
-from moesaic.nas.stages.check_fidelity import run_fidelity
-from moesaic.nas.stages.run import Run
-from moesaic.nas.stages.run_search import inherited_loss, load_search, run_search_stage
-from moesaic.nas.trust.correction import Correction, Judged
-from moesaic.nas.trust.judges import correction_of, judged_trial
-from moesaic.nas.trust.sentences import corrects
-from moesaic.search_spaces import Architecture, MoesaicError
-from moesaic.search_spaces.files import read_json
-from moesaic.supernet import Evaluation, evaluate
+from experiments.common import Row, do_stage
+from moesaic import (
+    Architecture,
+    BudgetRun,
+    Correction,
+    Evaluation,
+    Judged,
+    MoesaicError,
+    Trial,
+    correction_of,
+    load_search,
+    load_trust,
+    uniform_layouts,
+    worst_status,
+)
 
 COUNTS = {"searched": 3, "random": 1, "uniform": 3, "dense": 2}
 """Of each kind, how many are trained. The first ``searched`` one is what the tool ships."""
+SEARCHES = ("searched", "random")
 TRIES = 12
 """Most candidates of a kind that are measured to find so many."""
 SCREEN_WINDOWS = 16
 FINALISTS = 60
 
 T = TypeVar("T")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,35 +40,46 @@ class Candidate:
     inherited_loss: float
 
 
-def candidates(run: Run, kind: str, searched: Run) -> list[Candidate]:
+def search(part: BudgetRun, kind: str) -> None:
+    """Do what the candidates of a kind need: a search, of the searched ones the check of its ranking as well."""
+    if kind in SEARCHES:
+        do_stage(part.run, "search")
+    if kind == "searched":
+        do_stage(part.run, "fidelity")
+
+
+def candidates(part: BudgetRun, kind: str, searched: BudgetRun) -> list[Candidate]:
     """The first of a kind, best first, by the judge that chooses the searched model: inherited loss, or that corrected
-    by the trainings of the searched run's stage fidelity. ``run`` is that of the kind: it has the kind's sampler."""
-    if kind in ("searched", "random"):
-        run_search_stage(run)
-        if kind == "searched":
-            run_fidelity(run)
-        judged = [judged_trial(trial) for trial in load_search(run)[0] if trial.feasible]
+    by the trainings of the searched run's stage fidelity. ``part`` is that of the kind: it has the kind's sampler."""
+    if kind in SEARCHES:
+        judged = [judged_trial(trial) for trial in load_search(part)[0] if trial.feasible]
     else:
-        layouts = [layout for layout in uniform_layouts(run.space, kind == "uniform") if run.budget.fits(layout)]
-        run.reporter.say(f"{run.path.parent.name}: {len(layouts)} {kind} layouts inside the budget")
-        few = run.windows("validation", SCREEN_WINDOWS)
-        finalists = screened(layouts, lambda layout: evaluate(run.supernet, few, layout).loss)
-        judge = inherited_loss(run)
-        judged = [judged_layout(run, layout, judge(layout)) for layout in finalists]
+        run = part.run
+        layouts = [layout for layout in uniform_layouts(run.space, kind == "uniform") if part.budget.fits(layout)]
+        run.reporter.say(f"{part.path.parent.name}: {len(layouts)} {kind} layouts inside the budget")
+        rough = run.judge("validation", SCREEN_WINDOWS)
+        judge = run.judge("validation", run.config.search.evaluation_windows)
+        finalists = screened(layouts, lambda layout: rough(layout).loss)
+        judged = [judged_layout(part, layout, judge(layout)) for layout in finalists]
     return distinct(ranked(judged, correction_by(searched)))[:TRIES]
 
 
-def judged_layout(run: Run, layout: Architecture, evaluation: Evaluation) -> Judged:
-    costs = run.pricer.measured(layout, evaluation.loads)
+def judged_trial(trial: Trial) -> Judged:
+    assert trial.loss is not None, "a feasible trial was evaluated"
+    return Judged(trial.architecture, trial.loss, trial.costs["flops"], trial.costs["parameters"])
+
+
+def judged_layout(part: BudgetRun, layout: Architecture, evaluation: Evaluation) -> Judged:
+    costs = part.run.pricer.measured(layout, evaluation.loads)
     return Judged(layout, evaluation.loss, costs["flops"], costs["parameters"])
 
 
-def correction_by(run: Run) -> Correction | None:
+def correction_by(searched: BudgetRun) -> Correction | None:
     """The correction that a run's export follows; None where inherited losses decide."""
-    check = read_json(run.stages["fidelity"].path / "fidelity.json")["check"]
-    if check is None or not corrects(check["judges"]):
+    trust = load_trust(searched)
+    if trust.check is None or not trust.corrected:
         return None
-    return correction_of(load_search(run)[0], check["members"])
+    return correction_of(load_search(searched)[0], trust.check.members)
 
 
 def ranked(judged: Sequence[Judged], correction: Correction | None) -> list[Candidate]:
@@ -89,20 +103,20 @@ def screened(items: Sequence[T], rough: Callable[[T], float]) -> list[T]:
     return sorted(items, key=rough)[:FINALISTS]
 
 
-def measured(run: Run, candidate: Candidate) -> Row:
-    """What a candidate really costs on this device, with the supernet's weights, beside its budget."""
-    architecture = candidate.architecture
+def measured(part: BudgetRun, candidate: Candidate) -> Row:
+    """What a candidate costs on this device, with the supernet's weights, beside its budget."""
+    architecture, run = candidate.architecture, part.run
     model = run.supernet.extract(architecture).eval()
-    found = run.measure(model, run.windows("test", run.config.retrain.evaluation_windows))
-    predicted = run.pricer.expected(architecture)["latency"]
-    lines = run.budget_lines(architecture, found.costs)
+    judge = run.judge("test", run.config.retrain.evaluation_windows, model)
+    found = part.measure(model, judge(architecture).loads, judge.batch.tokens)
+    lines = part.measured_lines(architecture, found.costs)
     return {
         "fingerprint": architecture.fingerprint,
         "architecture": architecture.to_dict(),
         "inherited_loss": candidate.inherited_loss,
         "costs": found.costs,
-        "latency": latency_figures(found.timing, predicted, run.predictor),
-        "budget": lines,
+        "latency": asdict(found.latency),
+        "budget": [asdict(line) for line in lines],
         "status": worst_status(lines),
     }
 

@@ -1,0 +1,86 @@
+"""What the scripts share: the facts of a result, tables that grow row by row, work in processes, Markdown.
+
+Scripts are modules: ``python -m experiments.pricing.run``, from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from moesaic import MoesaicError, Run, run_stages, versions
+
+DOCS = Path(__file__).parents[1] / "docs"
+Row = dict[str, Any]
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the docstring of a script as it is."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script. An error that a person can put right is a message, not a traceback."""
+    try:
+        main()
+    except MoesaicError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def facts(device: object) -> Row:
+    """What every result says of itself."""
+    return {"date": today(), "device": str(device), "versions": versions()}
+
+
+def digest(values: Row) -> str:
+    """16 hexadecimal digits that identify ``values``."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table with a JSON record per line; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_row(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def in_processes(
+    work: Callable[..., Result], jobs: Mapping[Key, tuple], lanes: int
+) -> Iterator[tuple[Key, Future[Result]]]:
+    """Call ``work`` with the arguments of each job, ``lanes`` at a time, each in a process. Jobs come back as they end,
+    by key."""
+    with ProcessPoolExecutor(lanes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        keys = {pool.submit(work, *arguments): key for key, arguments in jobs.items()}
+        for future in as_completed(keys):
+            yield keys[future], future
+
+
+def do_stage(run: Run, name: str) -> None:
+    """Do one stage of a run, unless it is complete."""
+    run_stages(run, Console(stderr=True), only=name)
+
+
+def markdown(columns: str, rows: Sequence[Sequence[str]]) -> str:
+    """A table. ``columns`` are names separated by ``|``."""
+    names = columns.split("|")
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ["---"] * len(names), *rows))

@@ -1,0 +1,76 @@
+"""What the command line does, for programs: run, plan and load."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moesaic.nas.config import load_config
+from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.pipeline import run_stages
+from moesaic.nas.plan import Plan, build_plan
+from moesaic.nas.report.summary import Summary
+from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.write_report import load_summary
+from moesaic.nas.terminal.progress import Reporter
+from moesaic.supernet import Transformer
+
+PathLike = str | os.PathLike[str]
+
+
+def open_run(
+    config: PathLike,
+    overrides: Sequence[str] = (),
+    out: PathLike | None = None,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """A run whose stages can be done one by one, and whose artifacts are its properties.
+
+    Parameters
+    ----------
+    config : YAML file of the run.
+    overrides : ``KEY=VALUE`` settings, such as ``search.trials=50``.
+    out : directory of the run; by default ``runs/NAME``.
+    reporter : what messages and progress go to; by default standard error.
+    should_stop : asked now and then; True saves what there is and raises Interrupted.
+
+    Raises
+    ------
+    MoesaicError : the configuration is wrong, with file, line and key.
+    """
+    loaded = load_config(config, overrides)
+    path = Path(out) if out is not None else Path("runs") / loaded.config.name
+    return Run(loaded, path, reporter or Reporter(), should_stop)
+
+
+def run(config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None) -> dict[str, Summary]:
+    """Do the whole job, as ``moesaic run``; continues where it stopped. What was found, by the name of the budget (a
+    single one has an empty name).
+
+    Raises
+    ------
+    MoesaicError : as ``open_run``, and where a stage fails.
+    """
+    opened = open_run(config, overrides, out)
+    run_stages(opened, Console(file=io.StringIO()))
+    return {part.name: load_summary(part) for part in opened.budgets}
+
+
+def plan(config: PathLike, overrides: Sequence[str] = ()) -> dict[str, Plan]:
+    """Look before training, as ``moesaic plan``; by the name of the budget."""
+    return {part.name: build_plan(part) for part in open_run(config, overrides).budgets}
+
+
+def load(folder: PathLike) -> Transformer:
+    """The model in a folder that ``moesaic export`` wrote, on the CPU, in evaluation mode. Nothing in it is executed.
+
+    Raises
+    ------
+    MoesaicError : not an export, damaged, or weights that are not those of its architecture.
+    """
+    return load_exported(folder)

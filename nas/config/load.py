@@ -1,0 +1,155 @@
+"""Reading a configuration: YAML, overrides from the command line, and the checks that need more than one key."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import yaml
+
+from moesaic.nas.config.sections import Config, LimitConfig, RetrainFile, TrainConfig
+from moesaic.nas.units import DIMENSIONS, parse_limit
+from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
+from moesaic.search_spaces.errors import nearest_name
+from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration with the space it names and the YAML it came from."""
+
+    config: Config
+    space: SearchSpace
+    source: YamlSource
+
+    def resolved_yaml(self, budget: str = "") -> str:
+        """The whole configuration with its defaults, ready to be read again; of several budgets ``budget`` alone."""
+        config = self.config
+        if budget:
+            config = config.model_copy(update={"budget": config.budgets[budget], "budgets": {}})
+        return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+    """Read a run's YAML and apply ``KEY=VALUE`` overrides with dotted keys.
+
+    Raises
+    ------
+    MoesaicError : the first thing that does not fit, with file, line, key and the nearest valid value.
+    """
+    source = _read(path, overrides)
+    config = validate(Config, source)
+    _check_workers(config.train, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
+    budgets = {("budgets", name): lines for name, lines in config.budgets.items()}
+    for keys, lines in {("budget",): config.budget, **budgets}.items():
+        for name, line in lines.items():
+            _check_budget((*keys, name), line, source)
+    space = load_space(source.at("space", data=config.space))
+    _check_positions(config, space, source)
+    return Loaded(config, space, source)
+
+
+def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RetrainFile:
+    """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
+    source = _read(path, overrides)
+    file = validate(RetrainFile, source)
+    _check_workers(file.train, file.retrain.batch_size, source)
+    return file
+
+
+def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> YamlSource:
+    source = read_yaml(path)
+    if source.data is None:
+        raise MoesaicError("is empty", where=str(path), allowed="a configuration; `moesaic init` writes one")
+    if not isinstance(source.data, dict):
+        raise MoesaicError(
+            "is not a mapping of keys", where=source.where(), found=source.data, allowed=", ".join(Config.model_fields)
+        )
+    return _overridden(source, overrides)
+
+
+def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
+    """Raises MoesaicError unless every worker gets as many of ``rows`` rows of each batch."""
+    if rows % train.workers:
+        raise MoesaicError(
+            "workers must divide the batch size",
+            where=source.where(("train", "workers")),
+            found=train.workers,
+            allowed=f"a divisor of batch_size: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
+            nearest=max(n for n in range(1, min(train.workers, rows) + 1) if rows % n == 0),
+        )
+
+
+def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where sequences are longer than learned positions reach."""
+    most, longest = space.backbone.max_positions, config.data.sequence_length
+    if most is not None and longest > most:
+        raise MoesaicError(
+            "sequences are longer than the learned positions of the space reach",
+            where=source.where(("data", "sequence_length")),
+            found=longest,
+            allowed=f"at most max_positions = {most}",
+            nearest=most,
+        )
+
+
+def _check_budget(path: tuple[str, ...], line: LimitConfig, source: YamlSource) -> None:
+    name = path[-1]
+    if name not in DIMENSIONS:
+        raise MoesaicError(
+            "unknown cost",
+            where=source.where(path),
+            found=name,
+            allowed=", ".join(DIMENSIONS),
+            nearest=nearest_name(name, DIMENSIONS),
+        )
+    if line.confidence is not None and name != "latency":
+        raise MoesaicError(
+            f"{name} is exact and takes no confidence",
+            where=source.where((*path, "confidence")),
+            found=line.confidence,
+            allowed="confidence of latency only",
+        )
+    try:
+        parse_limit(line.limit, name)
+    except MoesaicError as error:
+        raise MoesaicError(
+            error.problem,
+            where=source.where(path),
+            found=error.found,
+            allowed=error.allowed,
+            nearest=error.nearest,
+        ) from None
+
+
+def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
+    data = copy.deepcopy(source.data)
+    lines: dict[tuple[str | int, ...], int | str] = dict(source.lines)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise MoesaicError(
+                "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
+            )
+        value = parse_yaml(text, f"command line: {key}").data
+        *parents, last = path = tuple(key.split("."))
+        target: dict[str, Any] = data
+        for depth, parent in enumerate(parents):
+            inner = target.get(parent)
+            if parent == "space" and isinstance(inner, str):
+                inner = {"preset": inner}  # `space: small` takes overrides like `space: {preset: small}`
+            if inner is None:
+                inner = {}
+            if not isinstance(inner, dict):
+                raise MoesaicError(
+                    "this key is not a mapping", where=f"command line: {'.'.join(parents[: depth + 1])}", found=override
+                )
+            target[parent] = inner
+            target = inner
+        target[last] = value
+        lines[path] = "command line"
+    return YamlSource(source.name, data, lines)

@@ -1,0 +1,66 @@
+"""The model card of an exported model: the picture, the figures, and how they were obtained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesaic.nas import __version__
+from moesaic.nas.costs.compliance import MeasuredLine, over_text, refused_text
+from moesaic.nas.exports.figures import ExportFigures
+from moesaic.nas.tasks import Metric
+from moesaic.nas.units import DIMENSIONS
+from moesaic.search_spaces import Architecture, draw
+
+
+def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequence[Metric]) -> str:
+    """A README for the folder; ``metrics`` are those of the task."""
+    over, refused = over_text(figures.budget), refused_text(figures.refused)
+    rows = [_budget_row(line) for line in figures.budget]
+    costs = [
+        f"| {name} | {DIMENSIONS[name].format(figures.predicted[name])} | "
+        f"{DIMENSIONS[name].format(figures.measured[name])} | {DIMENSIONS[name].per} |"
+        for name in figures.measured
+    ]
+    scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in metrics)
+    return "\n".join(
+        [
+            f"# {figures.name}: a sparse Transformer designed by Moesaic {__version__}",
+            "",
+            "```",
+            draw(architecture),
+            "```",
+            "",
+            f"Weights: {figures.weights}. Loss on the test split: {figures.loss:.4f} nats per token "
+            f"(standard error {figures.standard_error:.4f}, {figures.tokens} tokens), {scores}.",
+            "",
+            *([f"**{over}.**", ""] if over else []),
+            "| budget line | limit | predicted | measured | status |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            *([refused, ""] if refused else []),
+            "| cost | predicted | measured | |",
+            "|---|---|---|---|",
+            *costs,
+            "",
+            "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
+            "expected load of each expert, measured from the load on the test text. Latency is that of a pass over",
+            f"{figures.context} on {figures.device}.",
+            "Memory is the weights in float32 and the peak of activations of such a pass.",
+            "",
+            str(figures.latency),
+            "",
+            "Slice of the supernet against this model: largest logit difference "
+            f"{figures.slice_max_logit_difference:.2g}; "
+            f"this model against itself read back from disk: {figures.reload_max_logit_difference or 0:.2g}.",
+            "",
+            "Load it with `moesaic.load(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
+            "",
+        ]
+    )
+
+
+def _budget_row(line: MeasuredLine) -> str:
+    form, status = DIMENSIONS[line.name].format, "**OVER**" if line.status == "over" else line.status
+    costs = " | ".join(form(cost) for cost in (line.limit, line.predicted, line.measured))
+    return f"| {line.name} ({line.bind}) | {costs} | {status} |"

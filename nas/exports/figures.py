@@ -1,0 +1,54 @@
+"""What is known of an exported model and of a retrained one: the values in ``figures.json`` and ``results.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesaic.nas.context import Context
+from moesaic.nas.costs.compliance import MeasuredLine, Refused
+from moesaic.nas.costs.measure import LatencyFigures
+from moesaic.nas.trust.scores import Difference, MeanScores, Scores
+from moesaic.search_spaces.architecture import ArchitectureField
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFigures(Scores):
+    """Scores are of the test split. ``predicted`` and ``measured`` are costs by name, in base units; ``refused`` the
+    candidates that were better by loss and over the budget. The last two say how far logits are from those of the
+    supernet's slice, and from those of the model read back from disk (None: not read back yet)."""
+
+    name: str
+    trial: int
+    fingerprint: str
+    weights: str
+    validation_loss: float | None
+    predicted: dict[str, float]
+    measured: dict[str, float]
+    latency: LatencyFigures
+    budget: tuple[MeasuredLine, ...]
+    refused: tuple[Refused, ...]
+    device: str
+    context: Context
+    slice_max_logit_difference: float
+    reload_max_logit_difference: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainedModel(MeanScores):
+    """The searched model or a rival, trained alike and judged on the test split, with the thresholds that the first
+    seed's model needs to fit the budget. ``measured`` costs are those of that model; budget lines on what follows from
+    routing are those of the seed that needs most. ``seconds`` are those of all trainings."""
+
+    name: str
+    fingerprint: str
+    architecture: ArchitectureField
+    thresholds_lowered: bool
+    inherited_loss: float | None
+    above_searched: Difference
+    predicted: dict[str, float]
+    measured: dict[str, float]
+    latency: LatencyFigures
+    budget: tuple[MeasuredLine, ...]
+    steps: int
+    init: str
+    seconds: float

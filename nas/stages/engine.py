@@ -1,0 +1,47 @@
+"""How a stage is done: skipped when complete, continued when cut off, done anew when its inputs changed."""
+
+from __future__ import annotations
+
+from moesaic.nas.stages.directory import RunDirectory, stopwatch
+from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.stage import Stage, before
+from moesaic.nas.terminal.progress import duration
+from moesaic.search_spaces import MoesaicError
+
+
+def do(stage: Stage, run: Run | BudgetRun) -> None:
+    """Do a stage, unless it is complete.
+
+    Raises
+    ------
+    MoesaicError : a stage before it is not complete; or as the stage's work.
+    """
+    directory, say = run.folder(stage.name), run.reporter.say
+    if directory.complete:
+        say(f"{stage.name}: complete, skipped")
+        return
+    require(run, before(stage), stage.name)
+    prepared = RunDirectory(run.path).prepare(directory, stage.extendable)
+    if prepared.changes:
+        again = "continues" if prepared.continues else "runs again; what was there moved to previous/"
+        say(f"{stage.name}: {again}, because {'; '.join(map(str, prepared.changes))}")
+    elif prepared.continues:
+        say(f"{stage.name}: continues where it stopped")
+    with stopwatch() as seconds:
+        digest = stage.work(run, directory)
+    total = seconds[0] + run.spent_ahead.pop(stage.name, 0.0)
+    directory.finish(total, prepared.continues, digest)
+    run.forget_folders()  # the inputs of later stages hold this one's result
+    say(f"{stage.name}: done in {duration(total)}")
+
+
+def require(run: Run | BudgetRun, stages: list[Stage], for_what: str) -> None:
+    """Raises MoesaicError with the command that does the first of ``stages`` that is not complete."""
+    for stage in stages:
+        directory = run.folder(stage.name)
+        if not directory.complete:
+            raise MoesaicError(
+                f"{for_what} needs stage {stage.name}, which is not complete for this configuration",
+                where=str(directory.path),
+                nearest=f"moesaic {stage.name} {run.source_name}",
+            )

@@ -1,0 +1,92 @@
+"""The command `moesaic retrain DIRECTORY`: train one exported model by its ``retrain.yaml``, outside of any run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.nas.config import load_retrain_file
+from moesaic.nas.data import load_corpus
+from moesaic.nas.device import choose_device
+from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.stages.directory import RunDirectory, fingerprint
+from moesaic.nas.stages.retrain_models import seed_directory
+from moesaic.nas.tasks import LanguageModelling, Metric
+from moesaic.nas.terminal.progress import Reporter
+from moesaic.nas.training.recipe import single_recipe
+from moesaic.nas.training.trainer import Trainer
+from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun
+from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.files import write_value
+from moesaic.supernet import Judge, slice_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainedExport(MeanScores):
+    """``result.json``: means over the seeds, of which ``seed`` is the first."""
+
+    name: str
+    fingerprint: str
+    device: str
+    steps: int
+    init: str
+    seed: int
+
+
+def retrain_export(
+    directory: Path, overrides: Sequence[str], reporter: Reporter, should_stop: Callable[[], bool]
+) -> tuple[RetrainedExport, Sequence[Metric]]:
+    """Train an exported model with its own tokenizer, into ``directory/retrained``: a folder per seed, and
+    ``result.json``. Returns that result, and the metrics it is in."""
+    model = load_exported(directory)
+    file = load_retrain_file(directory / "retrain.yaml", overrides)
+    device = choose_device(file.device)
+    corpus = load_corpus(
+        file.data,
+        str(directory / "retrain.yaml"),
+        lambda text: reporter.say(f"data: {text}"),
+        tokenizer=directory / "tokenizer.json",
+    )
+    task = LanguageModelling(corpus)
+    if task.vocab_size != model.vocab_size:
+        raise MoesaicError(
+            "tokenizer and model disagree",
+            where=str(directory / "tokenizer.json"),
+            found=f"{task.vocab_size} tokens",
+            allowed=f"{model.vocab_size} tokens",
+        )
+    trainer = Trainer(task, device, file.train, reporter.say, should_stop)
+    weights = slice_of(model) if file.retrain.init == "inherited" else None
+    unimportant = {"name": True, "seed": True, "train": True, "retrain": {"seeds"}}
+    inputs = {
+        "file": file.model_dump(mode="json", exclude=unimportant),
+        "corpus": task.fingerprint,
+        "architecture": model.architecture.fingerprint,
+    }
+    target, runs, steps = RunDirectory(directory / "retrained"), [], file.retrain.steps
+    with target.locked(), reporter.progress("retrain") as bar:
+        for seed in range(file.seed, file.seed + file.retrain.seeds):
+            trained = trainer.finish(
+                single_recipe(model.architecture, file.retrain, seed, device.bfloat16),
+                seed_directory(target.path, seed),
+                fingerprint(inputs | {"seed": seed}),
+                lambda step, record: bar.update(
+                    len(runs) * steps + step, file.retrain.seeds * steps, f"loss {record['loss']:.3f}"
+                ),
+                weights,
+            )
+            judge = Judge(trained, task.held_out("test", file.retrain.evaluation_windows), device.bfloat16, task.loss)
+            scores = Scores.of(task, "test", judge(model.architecture))
+            runs.append(SeedRun(**vars(scores), seed=seed, fingerprint=model.architecture.fingerprint))
+        result = RetrainedExport(
+            **vars(MeanScores.over(runs)),
+            name=file.name,
+            fingerprint=model.architecture.fingerprint,
+            device=str(device),
+            steps=steps,
+            init=file.retrain.init,
+            seed=file.seed,
+        )
+        write_value(target.path / "result.json", result)
+    return result, task.metrics

@@ -1,0 +1,76 @@
+"""What a task is: where batches come from, which loss a step minimises, and by which metrics people compare models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from moesaic.supernet import Batch
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that people compare: ``name`` as a key, ``title`` in tables, ``form`` its format specification."""
+
+    name: str
+    title: str
+    form: str
+    higher_is_better: bool = False
+
+    def format(self, value: float) -> str:
+        return format(value, self.form)
+
+
+class Task(Protocol):
+    """One task on one corpus. Batches are functions of their arguments alone."""
+
+    @property
+    def loss(self) -> str:
+        """What a step minimises: a key of ``supernet.losses.LOSSES``."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is reported beside the loss."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the data, their splits and their encoding."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def sequence_length(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """``tokenizer.json`` of the vocabulary."""
+        ...
+
+    def batch(self, size: int, seed: int, step: int) -> Batch:
+        """``size`` sequences of the training split."""
+        ...
+
+    def held_out(self, split: Split, count: int) -> Batch:
+        """Up to ``count`` fixed sequences of a split, evenly spread over it."""
+        ...
+
+    def measure(self, split: Split, loss: float) -> dict[str, float]:
+        """Each of ``metrics`` by name, for a mean ``loss`` (nats per token) on a split."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """What another process on this machine makes the same task of, as values that JSON can hold."""
+        ...
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """The task of ``plain``. Raises MoesaicError where its data are gone."""
+        ...

@@ -1,0 +1,239 @@
+"""What a layer is made of: routers, feed-forward parts, attention; and what a whole family of models has in common.
+
+Equal parts are equal values: experts are stored largest first (their order means nothing) and routers in one spelling.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from moesaic.search_spaces.errors import MoesaicError
+
+TILE = 16
+"""Expert sizes are multiples of this: GPU loads need the alignment."""
+
+STRICT = {"extra": "forbid"}
+
+GATED = {"relu": False, "gelu": False, "gelu_tanh": False, "swiglu": True, "geglu": True, "geglu_tanh": True}
+"""Activations, and whether their unit has a gate: ``swiglu`` is silu(gate) * up (arXiv 2002.05202)."""
+
+RouterWeights = Literal["sum", "softmax"]
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token uses, and with what weights.
+
+    ``top_k``: the ``k`` most probable. ``threshold`` (XMoE, arXiv 2403.18926): experts in falling order of
+    probability while the mass ranked strictly ahead is below ``threshold``, at least one, at most ``max_k``.
+
+    ``weights`` of a token's experts: ``sum`` divides their probabilities by their sum, so that the scale of the output
+    does not depend on the number of experts; ``softmax`` leaves them as they are (XMoE, Switch).
+    """
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["top_k", "threshold"]
+    k: int | None = None
+    threshold: float | None = None
+    max_k: int | None = None
+    weights: RouterWeights = "sum"
+
+    def __post_init__(self) -> None:
+        if self.kind == "top_k":
+            if self.threshold is not None or self.max_k is not None:
+                raise ValueError("a top_k router takes k alone, neither threshold nor max_k")
+            at_least(self.k, 1, "k")
+        else:
+            if self.k is not None:
+                raise ValueError("a threshold router takes threshold and max_k, not k")
+            at_least(self.max_k, 1, "max_k")
+            if self.threshold is None or not 0 < self.threshold < 1:
+                raise MoesaicError("threshold is a probability mass", found=self.threshold, allowed="0 < threshold < 1")
+
+    @property
+    def max_experts(self) -> int:
+        """The largest number of experts one token may use."""
+        most = self.k if self.kind == "top_k" else self.max_k
+        assert most is not None
+        return most
+
+    def for_experts(self, experts: int) -> Router:
+        """The canonical spelling for ``experts`` experts: no more than all, and one expert at most is top-1.
+
+        The j most probable of E experts hold a mass of j / E or more, so a threshold router keeps no more than
+        ceil(threshold * E) of them, whatever its max_k.
+        """
+        most = min(self.max_experts, experts)
+        if self.threshold is not None:
+            most = min(most, math.ceil(self.threshold * experts - 1e-9))
+        if most == self.max_experts and (self.kind == "top_k" or most > 1):
+            return self
+        if self.kind == "top_k" or most == 1:
+            return Router("top_k", k=most, weights=self.weights)
+        return replace(self, max_k=most)
+
+    def __str__(self) -> str:
+        choice = f"top-{self.k}" if self.kind == "top_k" else f"mass {self.threshold:g}, max {self.max_k}"
+        return choice if self.weights == "sum" else f"{choice}, {self.weights} weights"
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Experts of one layer: neurons per expert, largest first. One expert without a router is a dense layer.
+
+    ``shared_size`` neurons are used by every token beside the routed ones.
+    """
+
+    __pydantic_config__ = STRICT
+
+    expert_sizes: tuple[int, ...]
+    router: Router | None = None
+    shared_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.expert_sizes:
+            raise ValueError("expert_sizes needs at least one expert")
+        for size in self.expert_sizes:
+            tile_multiple(size, "expert size")
+        if self.shared_size:
+            tile_multiple(self.shared_size, "shared_size")
+        if len(self.expert_sizes) == 1 and (self.router or self.shared_size):
+            raise ValueError("a layer of one expert is dense: it has neither router nor shared expert")
+        if len(self.expert_sizes) > 1 and self.router is None:
+            raise ValueError("a layer of several experts needs a router")
+        if self.router and self.router.kind == "top_k" and self.router.max_experts > len(self.expert_sizes):
+            raise MoesaicError("k exceeds the experts", found=self.router.k, allowed=f"1 to {len(self.expert_sizes)}")
+        if self.router:
+            object.__setattr__(self, "router", self.router.for_experts(len(self.expert_sizes)))
+        object.__setattr__(self, "expert_sizes", tuple(sorted(self.expert_sizes, reverse=True)))
+
+    @property
+    def experts(self) -> int:
+        return len(self.expert_sizes)
+
+    @cached_property
+    def neurons(self) -> int:
+        """All neurons of the layer, shared ones included."""
+        return sum(self.expert_sizes) + self.shared_size
+
+    @cached_property
+    def worst_active_neurons(self) -> int:
+        """Neurons of a token that takes the largest experts its router allows."""
+        return sum(self.expert_sizes[: self.router.max_experts if self.router else 1]) + self.shared_size
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention with ``heads`` query heads in groups that share ``kv_heads`` key/value heads."""
+
+    __pydantic_config__ = STRICT
+
+    heads: int
+    kv_heads: int
+
+    def __post_init__(self) -> None:
+        at_least(self.heads, 1, "heads")
+        at_least(self.kv_heads, 1, "kv_heads")
+        if self.heads % self.kv_heads:
+            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise MoesaicError("kv_heads must divide heads", found=f"{self.kv_heads} of {self.heads}", allowed=divisors)
+
+
+@dataclass(frozen=True)
+class Layer:
+    __pydantic_config__ = STRICT
+
+    attention: Attention
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a family of models fixes rather than searches. The defaults are those of Llama.
+
+    ``head_size`` does not depend on the width. ``norm`` is RMSNorm, or LayerNorm with its bias; ``norm_place`` is
+    ``pre`` (blocks read normed states, and so does the vocabulary layer) or ``post`` (the sum after a block is normed).
+    ``embedding_norm`` norms the embeddings (BERT).
+
+    ``positions``: ``rotary`` turns the first ``rotary_fraction`` of a head by angles of base ``rotary_base`` (arXiv
+    2104.09864), ``learned`` adds one of ``max_positions`` vectors to the embedding, ``none`` adds nothing.
+
+    ``biases``: of query, key and value (``qkv``: Qwen2), or of these, the output of attention and both layers of the
+    feed-forward part (``all``: GPT-2, OPT, BERT). ``tied``: the vocabulary layer has the weights of the embedding.
+    """
+
+    __pydantic_config__ = STRICT
+
+    head_size: int = 32
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_place: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-6
+    embedding_norm: bool = False
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rotary_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    max_positions: int | None = None
+    biases: Literal["none", "qkv", "all"] = "none"
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self.head_size, 1, "head_size")
+        if not 0 < self.norm_eps < 1:
+            raise MoesaicError("norm_eps must be small", found=self.norm_eps, allowed="0 < norm_eps < 1")
+        if self.positions == "rotary":
+            if not 0 < self.rotary_fraction <= 1 or not self.rotary_base > 1:
+                raise MoesaicError(
+                    "impossible rotary positions",
+                    found=f"base {self.rotary_base:g}, fraction {self.rotary_fraction:g}",
+                    allowed="rotary_base > 1 and 0 < rotary_fraction <= 1",
+                )
+            if self.rotary_size % 2 or not self.rotary_size:
+                raise MoesaicError(
+                    "rotary positions turn pairs of values",
+                    found=f"{self.rotary_size} of a head_size of {self.head_size}",
+                    allowed="head_size x rotary_fraction is even",
+                )
+        if (self.positions == "learned") != (self.max_positions is not None):
+            raise ValueError("max_positions goes with learned positions, which need it")
+        if self.max_positions is not None:
+            at_least(self.max_positions, 1, "max_positions")
+        if self.biases == "all" and self.gated:
+            raise MoesaicError("a gated unit has no biases", found=self.activation, allowed="biases: none or qkv")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a neuron has a gate beside its up weights."""
+        return GATED[self.activation]
+
+    @property
+    def matrices(self) -> int:
+        """Weight rows per neuron: up and down, and the gate of a gated unit."""
+        return 3 if self.gated else 2
+
+    @property
+    def rotary_size(self) -> int:
+        """Values of a head that turn with the position."""
+        return round(self.head_size * self.rotary_fraction) if self.positions == "rotary" else 0
+
+    @property
+    def norm_vectors(self) -> int:
+        """Vectors of a norm: scales, and the biases of a LayerNorm."""
+        return 2 if self.norm == "layer" else 1
+
+
+def at_least(value: int | None, least: int, name: str) -> None:
+    """Raises MoesaicError unless ``value`` is there and ``least`` or more."""
+    if value is None or value < least:
+        raise MoesaicError(f"{name} is needed" if value is None else f"{name} is too small", allowed=f">= {least}")
+
+
+def tile_multiple(value: int, name: str) -> None:
+    """Raises MoesaicError unless ``value`` is a positive multiple of ``TILE``."""
+    if value < TILE or value % TILE:
+        nearest = max(TILE, round(value / TILE) * TILE)
+        raise MoesaicError(f"{name} must be a multiple of {TILE}", found=value, nearest=nearest)

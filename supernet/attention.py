@@ -1,0 +1,138 @@
+"""Grouped-query self-attention, computed with a slice of its weights.
+
+Shapes: B sequences, S positions of the hidden states, P that they can see, D width, H heads, K key/value heads, C head
+size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.search_spaces import Attention, Backbone
+from moesaic.supernet.batch import Inputs
+from moesaic.supernet.regions import Region
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864) and biases by the backbone."""
+
+    def __init__(self, width: int, attention: Attention, backbone: Backbone):
+        super().__init__()
+        self.attention, self.backbone = attention, backbone
+        self.width, self.head_size = width, backbone.head_size
+        rows, kv_rows = attention.heads * self.head_size, attention.kv_heads * self.head_size
+        self.q = nn.Parameter(torch.empty(rows, width))
+        self.k = nn.Parameter(torch.empty(kv_rows, width))
+        self.v = nn.Parameter(torch.empty(kv_rows, width))
+        self.o = nn.Parameter(torch.empty(width, rows))
+
+        def bias(size: int, there: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(size)) if there else None
+
+        reads, writes = backbone.biases != "none", backbone.biases == "all"
+        self.q_bias, self.k_bias, self.v_bias = bias(rows, reads), bias(kv_rows, reads), bias(kv_rows, reads)
+        self.o_bias = bias(width, writes)
+
+    def initialise(self, write_std: float) -> None:
+        """Weights that read the residual stream at Normal(0, 1 / sqrt(D)), those that write to it at ``write_std``."""
+        for weight in (self.q, self.k, self.v):
+            nn.init.normal_(weight, std=self.width**-0.5)
+        nn.init.normal_(self.o, std=write_std)
+        for bias in (self.q_bias, self.k_bias, self.v_bias, self.o_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def where(self, width: int, attention: Attention) -> dict[str, Region]:
+        """The region of each parameter that ``attention`` at ``width`` uses: its first heads of each kind.
+
+        Raises
+        ------
+        ValueError : it has more of something than this module.
+        """
+        mine = self.attention
+        if width > self.width or attention.heads > mine.heads or attention.kv_heads > mine.kv_heads:
+            raise ValueError(f"{attention} of width {width} exceeds {mine} of width {self.width}")
+        return _regions(width, attention, self.head_size, self.backbone.biases)
+
+    def forward(self, x: Tensor, attention: Attention, inputs: Inputs) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        batch, length, width = x.shape
+        at, cache = self.where(width, attention), inputs.cache
+
+        def heads(name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+            own = None if bias is None else at[f"{name}_bias"].of(bias)
+            return F.linear(x, at[name].of(weight), own).view(batch, length, -1, self.head_size).transpose(1, 2)
+
+        q = heads("q", self.q, self.q_bias)  # [B, H, S, C]
+        k, v = heads("k", self.k, self.k_bias), heads("v", self.v, self.v_bias)  # [B, K, S, C]
+        if self.backbone.positions == "rotary":
+            # One table for all lengths of a cache, so that a step of decoding looks its angles up.
+            start, end = (0, length) if cache is None else (cache.length, cache.capacity)
+            table = _angles(end, self.backbone.rotary_size, self.backbone.rotary_base, x.device)
+            angles = tuple(part[start : start + length] for part in table)
+            q, k = _rotate(q, angles), _rotate(k, angles)
+        if cache is not None:
+            k, v = cache.extended(k, v)
+        mixed = _mix(q, k, v, inputs).transpose(1, 2).reshape(batch, length, -1)
+        bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
+        return F.linear(mixed, at["o"].of(self.o), bias)
+
+
+@lru_cache(maxsize=4096)
+def _regions(width: int, attention: Attention, head_size: int, biases: str) -> dict[str, Region]:
+    rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
+    regions = {name: Region.first(n, width) for name, n in (("q", rows), ("k", kv_rows), ("v", kv_rows))}
+    regions["o"] = Region.first(width, rows)
+    if biases != "none":
+        regions |= {"q_bias": Region.first(rows), **dict.fromkeys(("k_bias", "v_bias"), Region.first(kv_rows))}
+    if biases == "all":
+        regions["o_bias"] = Region.first(width)
+    return regions
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    """[B, H, S, C]: the values [B, K, P, C] that queries [B, H, S, C] attend to."""
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    if length == 1:
+        # The queries of a group see one head and all positions: rows of one product, for which nothing is copied.
+        grouped = q.reshape(len(q), k.shape[1], group, -1)
+        mask = None if inputs.mask is None else _seen(inputs, 1, k.shape[2], q.device)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if inputs.mask is None and (not inputs.causal or length == k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=inputs.causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(inputs, length, k.shape[2], q.device))
+
+
+def _seen(inputs: Inputs, length: int, positions: int, device: torch.device) -> Tensor:
+    """[1 or B, 1, S, P] whether each of the last S positions sees each of the P."""
+    seen = torch.ones(1, 1, length, positions, dtype=torch.bool, device=device)
+    if inputs.causal:
+        seen = seen.tril(positions - length)
+    if inputs.mask is not None:
+        # What padding sees is not used, but a softmax over nothing would be NaN, and spread.
+        seen = seen & inputs.mask[:, None, None] | ~inputs.mask[:, None, -length:, None]
+    return seen
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
+    """Turn the pairs (i, i + R/2) of each head's first R values in [B, H, S, C] by its position's angles, cos and sin
+    [S, R/2]."""
+    cos, sin = angles
+    size = 2 * cos.shape[-1]
+    first, second = x[..., :size].chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), dim=-1)
+
+
+@lru_cache(maxsize=32)
+def _angles(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin [S, R/2]."""
+    with torch.inference_mode(False):  # the cached tensors must also serve a training step
+        rate = base ** (-torch.arange(0, size, 2, device=device) / size)
+        angle = torch.arange(length, device=device)[:, None] * rate
+        return angle.cos(), angle.sin()

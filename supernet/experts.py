@@ -1,0 +1,88 @@
+"""The feed-forward part of a layer: one bank of neurons, a router, and whichever experts an architecture cuts out.
+
+Shapes: T tokens, D width, N neurons, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
+from moesaic.search_spaces import Backbone, FeedForward
+from moesaic.supernet.regions import Region
+from moesaic.supernet.sharing import Sharing, expert_layout
+
+
+class SparseFeedForward(nn.Module):
+    def __init__(self, width: int, part: FeedForward, backbone: Backbone, sharing: Sharing):
+        super().__init__()
+        self.part, self.sharing, self.width, self.activation = part, sharing, width, backbone.activation
+        biased = backbone.biases == "all"
+        self.up = nn.Parameter(torch.empty(part.neurons, width))
+        self.gate = nn.Parameter(torch.empty(part.neurons, width)) if backbone.gated else None
+        self.down = nn.Parameter(torch.empty(part.neurons, width))
+        self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
+        self.up_bias = nn.Parameter(torch.empty(part.neurons)) if biased else None
+        self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
+
+    def initialise(self, write_std: float) -> None:
+        """Weights that read the residual stream at Normal(0, 1 / sqrt(D)), those that write to it at ``write_std``."""
+        for weight in (self.up, self.gate):
+            if weight is not None:
+                nn.init.normal_(weight, std=self.width**-0.5)
+        nn.init.normal_(self.down, std=write_std)
+        if self.router is not None:
+            nn.init.normal_(self.router, std=0.02)
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def where(self, width: int, part: FeedForward) -> dict[str, Region]:
+        """The region of each parameter that ``part`` at ``width`` uses; of a dense part none of the router.
+
+        Raises
+        ------
+        ValueError : the bank cannot hold it.
+        """
+        if width > self.width:
+            raise ValueError(f"width {width} exceeds {self.width}")
+        layout = expert_layout(self.part, part, self.sharing)
+        shared = ((0, part.shared_size),) if part.shared_size else ()
+        rows = (*shared, *((start, start + size) for start, size in layout.segments))
+        matrices = ["up", "down"] if self.gate is None else ["up", "gate", "down"]
+        regions = dict.fromkeys(matrices, Region(rows, width))
+        if part.router is not None:
+            regions["router"] = Region.first(part.experts, width)
+        if self.up_bias is not None:
+            regions |= {"up_bias": Region(rows), "down_bias": Region.first(width)}
+        return regions
+
+    def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
+        """[T, D] to [T, D], and where the tokens went (None for a dense layer)."""
+        routing = self.route(x, part) if part.router else None
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = self._experts(x, expert_layout(self.part, part, self.sharing), routing)
+        if part.shared_size:
+            out = out + self._experts(x, ExpertLayout((0,), (part.shared_size,)), None)
+        if self.down_bias is not None:
+            out = out + self.down_bias[: x.shape[1]]
+        return out, routing
+
+    def route(self, x: Tensor, part: FeedForward) -> Routing:
+        """Router logits in float32 whatever the rest computes in: a rounded tie would send a token elsewhere."""
+        assert self.router is not None and part.router is not None
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router[: part.experts, : x.shape[1]].float())
+        return route(
+            logits,
+            max_experts=part.router.max_experts,
+            threshold=part.router.threshold,
+            normalise=part.router.weights == "sum",
+        )
+
+    def _experts(self, x: Tensor, layout: ExpertLayout, routing: Routing | None) -> Tensor:
+        bank = Bank(self.up, self.gate, self.down, self.up_bias)
+        return sparse_ffn(x, bank, layout, routing, self.activation)

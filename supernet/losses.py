@@ -1,0 +1,24 @@
+"""What a step minimises: functions from a model's output and its batch to a loss at every place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.supernet.batch import Batch
+from moesaic.supernet.model import Output
+
+Loss = Callable[[Output, Batch], Tensor]
+"""[B, S] nats per token; what it gives at padding is not used."""
+
+
+def cross_entropy(output: Output, batch: Batch) -> Tensor:
+    """-log p(target) in float32."""
+    logits = output.logits.float().flatten(0, 1)  # [B * S, V]
+    return F.cross_entropy(logits, batch.targets.flatten(), reduction="none").view_as(batch.targets)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
+"""By the name under which another process finds them."""

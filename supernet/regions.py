@@ -1,0 +1,36 @@
+"""Which part of a parameter a slice uses: each module says it once, in ``where``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """Runs of rows, ``(start, stop)`` each, and of a matrix the first ``columns``."""
+
+    rows: tuple[tuple[int, int], ...]
+    columns: int | None = None
+
+    @staticmethod
+    def first(rows: int, columns: int | None = None) -> Region:
+        return Region(((0, rows),), columns)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The region of ``tensor`` [N] or [N, D]: a view where its rows are one run, else a copy."""
+        runs = [tensor[start:stop] if self.columns is None else tensor[start:stop, : self.columns]
+                for start, stop in self.rows]  # fmt: skip
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+Regions = Mapping[str, Region]
+"""By the name of the parameter."""
+
+
+def inside(name: str, regions: Regions) -> dict[str, Region]:
+    """The regions of a module as those of the one that holds it as ``name``."""
+    return {f"{name}.{own}": region for own, region in regions.items()}

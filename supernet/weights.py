@@ -1,0 +1,28 @@
+"""Where a model's weights come from: functions from an architecture to a model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moesaic.search_spaces import Architecture
+from moesaic.supernet.model import Transformer
+from moesaic.supernet.sharing import Sharing
+
+Weights = Callable[[Architecture], Transformer]
+
+
+def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested") -> Weights:
+    """Random weights, a function of ``seed``."""
+
+    def build(architecture: Architecture) -> Transformer:
+        torch.manual_seed(seed)
+        return Transformer(architecture, vocab_size, sharing)
+
+    return build
+
+
+def slice_of(model: Transformer) -> Weights:
+    """Copies of the weights that the slice of ``model`` has."""
+    return model.extract

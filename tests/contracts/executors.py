@@ -1,0 +1,72 @@
+"""What every executor must do. A suite is a subclass of ``ExecutorContract`` that makes one."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from moesaic.nas.config import SearchConfig
+from moesaic.nas.executors import Executor, evaluate_all
+from moesaic.nas.search.budget import find_feasible
+from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.loop import BudgetSearch, run_search
+from moesaic.nas.search.samplers import make_sampler
+from moesaic.nas.search.trials import TrialLog, read_trials
+from moesaic.search_spaces import Architecture
+from moesaic.supernet import Judge
+from tests.nas.search_tools import budget_of, tiny_space
+
+
+def members(count: int) -> list[Architecture]:
+    return list(itertools.islice(iter(tiny_space()), 0, 500 * count, 500))
+
+
+class ExecutorContract:
+    def make(self, judge: Judge) -> Executor:
+        """An executor that evaluates with ``judge``; its test closes it."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def executor(self, judge: Judge):
+        executor = self.make(judge)
+        yield executor
+        executor.close()
+
+    def test_a_list_comes_back_in_its_order_with_the_judge_s_evaluations(self, executor: Executor, judge: Judge):
+        architectures = members(8)
+        outcomes = evaluate_all(executor, architectures)
+        assert [outcome.architecture for outcome in outcomes] == architectures
+        assert [outcome.evaluation for outcome in outcomes] == [judge(a) for a in architectures]
+        assert {outcome.lane for outcome in outcomes} <= set(range(executor.lanes))
+        assert all(outcome.attempts == 1 and outcome.reason is None for outcome in outcomes)
+        assert all(outcome.seconds > 0 for outcome in outcomes)
+
+    def test_it_takes_no_more_than_it_says_and_gives_each_back_once(self, executor: Executor):
+        room = executor.free
+        assert executor.lanes <= room <= executor.lanes + 1
+        wanted = members(room)
+        for left, architecture in enumerate(reversed(wanted)):
+            assert executor.free == room - left
+            executor.submit(architecture)
+        assert executor.free == 0
+        back = [executor.next().architecture for _ in wanted]
+        assert set(back) == set(wanted)
+        assert executor.free == room
+
+    def test_a_search_on_it_is_complete_and_inside_its_budget(self, executor: Executor, judge: Judge, tmp_path: Path):
+        space, config = tiny_space(), SearchConfig(sampler="random", trials=12)
+        budget = budget_of(space, flops="60%")
+        feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
+        with closing(TrialLog(tmp_path / "t.jsonl")) as log:
+            run_search(config, [BudgetSearch("", budget, partial(make_sampler, config, feasible, 0))], executor, log)
+        trials = read_trials(tmp_path / "t.jsonl")
+        assert [trial.number for trial in trials] == list(range(12))
+        assert len({trial.architecture for trial in trials}) == 12
+        for trial in trials:
+            assert trial.state == "evaluated"
+            assert budget.fits(trial.architecture)
+            assert trial.loss == judge(trial.architecture).loss

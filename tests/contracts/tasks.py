@@ -1,0 +1,89 @@
+"""What every task must do. A suite is a subclass of ``TaskContract`` with a fixture that makes one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moesaic.nas.tasks import Task, task_of
+from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, scratch, train
+from moesaic.supernet.losses import LOSSES
+from tests.nas.search_tools import tiny_space
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in ((getattr(first, name), getattr(second, name)) for name in ("tokens", "targets", "mask"))
+    )
+
+
+class TaskContract:
+    """Tests take the fixture ``task``."""
+
+    def test_a_batch_is_a_function_of_seed_and_step(self, task: Task) -> None:
+        batch = task.batch(4, seed=1, step=2)
+        assert same(batch, task.batch(4, seed=1, step=2))
+        assert not same(batch, task.batch(4, seed=1, step=3))
+        assert not same(batch, task.batch(4, seed=2, step=2))
+        assert len(batch) == len(batch.targets) == 4
+
+    def test_ids_are_of_the_vocabulary_and_no_sequence_is_too_long(self, task: Task) -> None:
+        for batch in (task.batch(4, 0, 0), task.held_out("validation", 4), task.held_out("test", 4)):
+            assert batch.tokens.shape == batch.targets.shape
+            assert batch.tokens.shape[1] <= task.sequence_length
+            assert 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < task.vocab_size
+            assert 0 <= int(batch.targets.min()) <= int(batch.targets.max()) < task.vocab_size
+            assert int(batch.counts().min()) > 0
+
+    @pytest.mark.parametrize("split", ["train", "validation", "test"])
+    def test_held_out_sequences_are_fixed_and_no_more_than_asked(self, task: Task, split) -> None:
+        assert same(task.held_out(split, 5), task.held_out(split, 5))
+        assert 0 < len(task.held_out(split, 5)) <= 5
+        assert len(task.held_out(split, 10**9)) > 1
+
+    def test_splits_share_no_sequence(self, task: Task) -> None:
+        splits = [task.held_out(split, 8).tokens.tolist() for split in ("train", "validation", "test")]
+        sequences = [tuple(sequence) for split in splits for sequence in split]
+        assert len(set(sequences)) == len(sequences)
+
+    def test_every_metric_is_measured_and_follows_the_loss(self, task: Task) -> None:
+        names = [metric.name for metric in task.metrics]
+        assert len(set(names)) == len(names)
+        better, worse = task.measure("test", 1.0), task.measure("test", 2.0)
+        assert set(better) == set(worse) == set(names)
+        for metric in task.metrics:
+            assert (better[metric.name] > worse[metric.name]) == metric.higher_is_better
+            assert metric.format(better[metric.name])
+        assert all(not math.isnan(value) for value in task.measure("test", 1e4).values())
+
+    def test_another_process_makes_the_same_task(self, task: Task) -> None:
+        other = task_of(json.loads(json.dumps(task.plain())))
+        assert type(other) is type(task)
+        assert other.fingerprint == task.fingerprint
+        assert (other.vocab_size, other.sequence_length, other.loss) == (
+            task.vocab_size,
+            task.sequence_length,
+            task.loss,
+        )
+        assert same(other.batch(3, 1, 7), task.batch(3, 1, 7))
+        assert same(other.held_out("test", 3), task.held_out("test", 3))
+        assert other.measure("test", 1.5) == task.measure("test", 1.5)
+        assert other.tokenizer.read_bytes() == task.tokenizer.read_bytes()
+
+    def test_a_model_learns_it(self, task: Task, tmp_path) -> None:
+        architecture = tiny_space().largest
+        architecture = replace(architecture, backbone=replace(architecture.backbone, activation="swiglu"))
+        model = scratch(task.vocab_size, seed=0)(architecture)
+        judge = Judge(model, task.held_out("validation", 8), loss=task.loss)
+        assert task.loss in LOSSES
+        before = judge(architecture).loss
+        settings = TrainSettings(steps=30, learning_rate=3e-3, warmup_steps=3)
+        data = TrainData(lambda step: task.batch(8, 0, step), lambda step: [architecture], task.loss)
+        train(model, data, settings, tmp_path, "contract")
+        after = judge(architecture).loss
+        assert after < before - 0.1
