@@ -7,7 +7,6 @@ into a model of its own with the same outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -187,9 +186,9 @@ class Transformer(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def layers(self) -> Iterator[TransformerLayer]:
+    def layers(self) -> list[TransformerLayer]:
         """Every layer, in the order of ``architecture.layers``."""
-        return (module for module in self.modules() if isinstance(module, TransformerLayer))
+        return [module for module in self.modules() if isinstance(module, TransformerLayer)]
 
     def forward(self, tokens: Tensor, architecture: Architecture | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits [B, S, V] of token ids [B, S], computed with the slice ``architecture`` (by default, all of it)."""

@@ -29,8 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moesaic.kernels import Bank, ExpertLayout, reference, sparse_ffn
-from moesaic.nas.device import processor_name
-from moesaic.nas.report.summary import versions
+from moesaic.nas.device import processor_name, versions
 from moesaic.search_spaces.files import write_json
 
 OURS = "torch"

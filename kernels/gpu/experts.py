@@ -223,10 +223,8 @@ def _backward(
     # Without unused rows or columns every element of a bank's gradient is written by the kernel.
     covered = sum(sizes) == len(up) and x.shape[1] == up.shape[1]
     if not len(tokens):
-        zeros = (
-            x.new_empty(0) if leaf is None else torch.zeros_like(leaf) for leaf in (up, up_bias, gate, down, weights)
-        )
-        return grad_x.zero_(), *zeros
+        bias, gates = (x.new_empty(0) if leaf is None else torch.zeros_like(leaf) for leaf in (up_bias, gate))
+        return grad_x.zero_(), torch.zeros_like(up), bias, gates, torch.zeros_like(down), torch.zeros_like(weights)
     call = _Call(x, up, tokens, offsets, starts, sizes)
     grad_pre_up, scaled = call.hidden(x), call.hidden(x)
     grad_pre_gate = call.hidden(x) if gate is not None else None
@@ -261,7 +259,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, starts, sizes, activation, _ = inputs
-    _, *kept = output
+    kept = output[1:]
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *kept)

@@ -12,16 +12,29 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Router, Stack
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    Backbone,
+    FeedForward,
+    Layer,
+    MoesaicError,
+    Router,
+    Slot,
+    Stack,
+)
+from moesaic.search_spaces.parts import GATED
 
 tiles = st.integers(1, 8).map(lambda n: 16 * n)
 
 
 @st.composite
 def routers(draw: st.DrawFn, experts: int) -> Router:
+    weights = draw(st.sampled_from(["sum", "softmax"]))
     if draw(st.booleans()):
-        return Router("top_k", k=draw(st.integers(1, experts)))
-    return Router("threshold", threshold=draw(st.floats(0.01, 0.99)), max_k=draw(st.integers(1, 2 * experts)))
+        return Router("top_k", k=draw(st.integers(1, experts)), weights=weights)
+    threshold, max_k = draw(st.floats(0.01, 0.99)), draw(st.integers(1, 2 * experts))
+    return Router("threshold", threshold=threshold, max_k=max_k, weights=weights)
 
 
 @st.composite
@@ -40,12 +53,28 @@ def layers(draw: st.DrawFn) -> Layer:
 
 @st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
-    backbone = Backbone(
-        draw(st.sampled_from([16, 32])),
-        draw(st.sampled_from(["relu", "gelu", "swiglu"])),
-        draw(st.sampled_from(["sum", "softmax"])),
+    found = tuple(draw(st.lists(layers(), min_size=1, max_size=3)))
+    return Architecture(Stack(draw(tiles), found, draw(st.booleans())), draw(backbones()))
+
+
+@st.composite
+def backbones(draw: st.DrawFn) -> Backbone:
+    activation = draw(st.sampled_from(sorted(GATED)))
+    positions = draw(st.sampled_from(["rotary", "learned", "none"]))
+    rotary = {"rotary_base": 500.0, "rotary_fraction": draw(st.sampled_from([0.5, 1.0]))}
+    return Backbone(
+        head_size=draw(st.sampled_from([16, 20, 32])),
+        activation=activation,
+        norm=draw(st.sampled_from(["rms", "layer"])),
+        norm_place=draw(st.sampled_from(["pre", "post"])),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
+        embedding_norm=draw(st.booleans()),
+        positions=positions,
+        **(rotary if positions == "rotary" else {}),
+        max_positions=64 if positions == "learned" else None,
+        biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
+        tied=draw(st.booleans()),
     )
-    return Architecture(Stack(draw(tiles), tuple(draw(st.lists(layers(), min_size=1, max_size=3)))), backbone)
 
 
 def pinned() -> Architecture:
@@ -55,7 +84,7 @@ def pinned() -> Architecture:
     )
 
 
-PINNED = "c7336bfb723a4dd1"
+PINNED = "b04f778e322f137b"
 
 
 @given(architectures())
@@ -75,7 +104,7 @@ def test_yaml_round_trip(architecture: Architecture, tmp_path_factory: pytest.Te
 @given(architectures())
 def test_dict_is_plain_data_without_empty_keys(architecture: Architecture) -> None:
     def walk(value: object) -> None:
-        assert type(value) in (dict, list, int, float, str)
+        assert type(value) in (dict, list, int, float, str, bool)
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             walk(inner)
 
@@ -124,7 +153,9 @@ def test_fingerprint_is_pinned() -> None:
 def test_fingerprint_is_the_same_in_every_process(hash_seed: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(pinned().to_yaml())
-    code = "import sys; from search_spaces import Architecture; print(Architecture.from_yaml(sys.argv[1]).fingerprint)"
+    code = (
+        "import sys; from moesaic.search_spaces import Architecture as A; print(A.from_yaml(sys.argv[1]).fingerprint)"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     found = subprocess.run(
         [sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True, check=True
@@ -158,7 +189,18 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "shared": lambda d: d["decoder"]["layers"][0]["feed_forward"].pop("shared_size"),
     "activation": lambda d: d["backbone"].update(activation="relu"),
     "head_size": lambda d: d["backbone"].update(head_size=32),
-    "router_weights": lambda d: d["backbone"].update(router_weights="softmax"),
+    "router weights": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(weights="softmax"),
+    "causal": lambda d: d["decoder"].update(causal=False),
+    "norm": lambda d: d["backbone"].update(norm="layer"),
+    "norm_place": lambda d: d["backbone"].update(norm_place="post"),
+    "norm_eps": lambda d: d["backbone"].update(norm_eps=1e-5),
+    "embedding_norm": lambda d: d["backbone"].update(embedding_norm=True),
+    "positions": lambda d: d["backbone"].update(positions="none"),
+    "learned positions": lambda d: d["backbone"].update(positions="learned", max_positions=8),
+    "rotary_base": lambda d: d["backbone"].update(rotary_base=500.0),
+    "rotary_fraction": lambda d: d["backbone"].update(rotary_fraction=0.5),
+    "biases": lambda d: d["backbone"].update(biases="all"),
+    "tied": lambda d: d["backbone"].update(tied=False),
 }
 
 
@@ -177,6 +219,7 @@ def test_neurons_and_worst_active_neurons() -> None:
 
 
 TEXT = """\
+format: 2
 decoder:
   width: 32
   layers:
@@ -190,21 +233,21 @@ decoder:
 
 MISTAKES = {
     # what is written: (in place of what, place, the nearest right value or None)
-    "expert_size: [": ("expert_sizes: [", "a.yaml:6: decoder.layers.0.feed_forward.expert_size", "expert_sizes"),
-    "  widht: 32": ("  width: 32", "a.yaml:2: decoder.widht", "width"),
-    "  width: wide": ("  width: 32", "a.yaml:2: decoder.width", None),
-    "  width: 40": ("  width: 32", "a.yaml:1: decoder", 32),
-    "[64, 30]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", 32),
-    "[64, many]": ("[64, 32]", "a.yaml:6: decoder.layers.0.feed_forward.expert_sizes.1", None),
-    "kv_heads: 3": ("kv_heads: 2", "a.yaml:4: decoder.layers.0.attention", None),
-    "        k: 3": ("        k: 2", "a.yaml:5: decoder.layers.0.feed_forward", None),
-    "        k: 0": ("        k: 2", "a.yaml:7: decoder.layers.0.feed_forward.router", None),
-    "        max_k: 2": ("        k: 2", "a.yaml:7: decoder.layers.0.feed_forward.router", None),
-    "        kind: topk": ("        kind: top_k", "a.yaml:8: decoder.layers.0.feed_forward.router.kind", "top_k"),
-    "      shared_size: 8\n      router:": ("      router:", "a.yaml:5: decoder.layers.0.feed_forward", 16),
-    "[64]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", None),
-    "[]": ("[64, 32]", "a.yaml:5: decoder.layers.0.feed_forward", None),
-    "{heads: 4}": ("{heads: 4, kv_heads: 2}", "a.yaml:4: decoder.layers.0.attention.kv_heads", None),
+    "expert_size: [": ("expert_sizes: [", "a.yaml:7: decoder.layers.0.feed_forward.expert_size", "expert_sizes"),
+    "  widht: 32": ("  width: 32", "a.yaml:3: decoder.widht", "width"),
+    "  width: wide": ("  width: 32", "a.yaml:3: decoder.width", None),
+    "  width: 40": ("  width: 32", "a.yaml:2: decoder", 32),
+    "[64, 30]": ("[64, 32]", "a.yaml:6: decoder.layers.0.feed_forward", 32),
+    "[64, many]": ("[64, 32]", "a.yaml:7: decoder.layers.0.feed_forward.expert_sizes.1", None),
+    "kv_heads: 3": ("kv_heads: 2", "a.yaml:5: decoder.layers.0.attention", None),
+    "        k: 3": ("        k: 2", "a.yaml:6: decoder.layers.0.feed_forward", None),
+    "        k: 0": ("        k: 2", "a.yaml:8: decoder.layers.0.feed_forward.router", None),
+    "        max_k: 2": ("        k: 2", "a.yaml:8: decoder.layers.0.feed_forward.router", None),
+    "        kind: topk": ("        kind: top_k", "a.yaml:9: decoder.layers.0.feed_forward.router.kind", "top_k"),
+    "      shared_size: 8\n      router:": ("      router:", "a.yaml:6: decoder.layers.0.feed_forward", 16),
+    "[64]": ("[64, 32]", "a.yaml:6: decoder.layers.0.feed_forward", None),
+    "[]": ("[64, 32]", "a.yaml:6: decoder.layers.0.feed_forward", None),
+    "{heads: 4}": ("{heads: 4, kv_heads: 2}", "a.yaml:5: decoder.layers.0.attention.kv_heads", None),
 }
 
 
@@ -231,7 +274,15 @@ def test_a_mistake_is_refused_with_its_line_and_key(
         (lambda: Attention(6, 4), "4 of 6", [1, 2, 3, 6]),
         (lambda: FeedForward((16, 16), Router("top_k", k=3)), 3, "1 to 2"),
         (lambda: Router("threshold", threshold=1.0, max_k=2), 1.0, "0 < threshold < 1"),
-        (lambda: Backbone(head_size=15), 15, "an even head_size >= 2"),
+        (lambda: Backbone(head_size=15), "15 of a head_size of 15", "head_size x rotary_fraction is even"),
+        (
+            lambda: Backbone(head_size=16, rotary_fraction=0.3),
+            "5 of a head_size of 16",
+            "head_size x rotary_fraction is even",
+        ),
+        (lambda: Backbone(rotary_base=1), "base 1, fraction 1", "rotary_base > 1 and 0 < rotary_fraction <= 1"),
+        (lambda: Backbone(norm_eps=1.0), 1.0, "0 < norm_eps < 1"),
+        (lambda: Backbone(activation="geglu", biases="all"), "geglu", "biases: none or qkv"),
     ],
 )
 def test_an_impossible_value_says_what_is_possible(make: Callable, found: object, allowed: object) -> None:
@@ -253,6 +304,10 @@ def test_an_impossible_value_says_what_is_possible(make: Callable, found: object
         lambda: FeedForward((16, 16), Router("top_k", k=1), -16),
         lambda: FeedForward((0,)),
         lambda: Stack(32, ()),
+        lambda: Backbone(positions="learned"),
+        lambda: Backbone(max_positions=8),
+        lambda: Backbone(positions="learned", max_positions=0),
+        lambda: Backbone(head_size=0),
         lambda: Attention(0, 1),
     ],
 )
@@ -262,7 +317,7 @@ def test_contradictions_are_refused(make: Callable) -> None:
 
 
 def test_from_dict_names_its_source_and_refuses_other_data() -> None:
-    for data in (None, [1], "small", {"decoder": 3}):
+    for data in (None, [1], "small", {"format": 2, "decoder": 3}):
         with pytest.raises(MoesaicError) as caught:
             Architecture.from_dict(data, "trial 7")
         assert caught.value.where is not None
@@ -271,3 +326,32 @@ def test_from_dict_names_its_source_and_refuses_other_data() -> None:
 
 def test_yaml_is_readable_without_this_program() -> None:
     assert yaml.safe_load(pinned().to_yaml())["decoder"]["layers"][0]["feed_forward"]["expert_sizes"] == [64, 32, 16]
+
+
+@pytest.mark.parametrize("format", [None, 1, 3, "2"])
+def test_an_architecture_in_another_format_says_so(format: object) -> None:
+    plain = pinned().to_dict()
+    assert plain.pop("format") == 2
+    data = plain if format is None else {**plain, "format": format}
+    with pytest.raises(MoesaicError, match="another format: files of earlier versions cannot be read") as caught:
+        Architecture.from_dict(data, "trial 7")
+    assert caught.value.where == "trial 7: format"
+    assert caught.value.allowed == "format: 2"
+
+
+def test_every_layer_has_an_address() -> None:
+    architecture = pinned()
+    first, second = Slot("decoder", 0), Slot("decoder", 1)
+    assert list(architecture.layers) == [first, second] == sorted(architecture.layers)
+    assert [str(slot) for slot in architecture.layers] == ["decoder.0", "decoder.1"]
+    assert tuple(architecture.layers.values()) == architecture.decoder.layers
+    changed = architecture.with_layers({second: architecture.layers[first]})
+    assert changed.decoder.layers == (architecture.layers[first],) * 2
+    assert architecture.with_layers({}) == architecture
+    assert architecture.width_at(second) == architecture.output.width == 32
+
+
+def test_what_has_its_default_is_not_written() -> None:
+    assert Architecture(pinned().decoder).to_dict()["backbone"] == {"head_size": 32, "activation": "swiglu"}
+    assert "causal" not in pinned().to_dict()["decoder"]
+    assert "weights" not in pinned().to_dict()["decoder"]["layers"][0]["feed_forward"]["router"]

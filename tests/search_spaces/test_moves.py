@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.search_spaces import Architecture, Layer, SearchSpace, crossover, load_space, mutate, neighbours
+from moesaic.search_spaces import Architecture, Layer, SearchSpace, Stack, crossover, load_space, mutate, neighbours
 from moesaic.search_spaces.space import LayerSpace
 from moesaic.search_spaces.yaml_source import YamlSource
 
@@ -39,15 +39,15 @@ def one_choice_apart(space: LayerSpace, one: Layer, other: Layer) -> bool:
 def is_one_step(space: SearchSpace, a: Architecture, b: Architecture) -> bool:
     """The definition of a neighbour, told from two architectures alone."""
     if a.decoder.width != b.decoder.width:
-        return a.decoder.layers == b.decoder.layers and beside(space.widths, a.decoder.width, b.decoder.width)
+        return a.decoder.layers == b.decoder.layers and beside(space.decoder.widths, a.decoder.width, b.decoder.width)
     mine, other = a.decoder.layers, b.decoder.layers
     if len(mine) != len(other):
         shared = min(len(mine), len(other))
-        return mine[:shared] == other[:shared] and beside(space.depths, len(mine), len(other))
+        return mine[:shared] == other[:shared] and beside(space.decoder.depths, len(mine), len(other))
     changed = [i for i in range(len(mine)) if mine[i] != other[i]]
     if len(changed) != 1:
         return False
-    one, two, layer = mine[changed[0]], other[changed[0]], space.layers[changed[0]]
+    one, two, layer = mine[changed[0]], other[changed[0]], space.decoder.layers[changed[0]]
     counts = tuple(group.experts for group in layer.groups)
     if one.feed_forward.experts != two.feed_forward.experts:
         return one.attention == two.attention and beside(counts, one.feed_forward.experts, two.feed_forward.experts)
@@ -86,7 +86,7 @@ def test_another_expert_may_have_any_size_and_keeps_the_others(sparse_space: Sea
 
 def test_a_deeper_neighbour_repeats_the_last_layer() -> None:
     space = load_space(YamlSource("test", "tiny"))
-    shallow = space.build(32, space.sample(Random(1)).decoder.layers[:1])
+    shallow = space.build({"decoder": Stack(32, space.sample(Random(1)).decoder.layers[:1])})
     deeper = [n for n in neighbours(space, shallow) if len(n.decoder.layers) == 2]
     assert [n.decoder.layers for n in deeper] == [shallow.decoder.layers * 2]
 

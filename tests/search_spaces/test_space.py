@@ -21,6 +21,7 @@ from moesaic.search_spaces import (
     Router,
     SearchSpace,
     Stack,
+    StackSpace,
     load_space,
 )
 from moesaic.search_spaces.yaml_source import YamlSource
@@ -102,7 +103,7 @@ def test_listing_is_every_description_up_to_the_order_of_experts(small) -> None:
 def test_cardinality_of_a_large_space_is_exact(preset_space: SearchSpace) -> None:
     """Beyond 2**53 a float would round: count again with the multisets of each layer listed one by one."""
     layers = []
-    for layer in preset_space.layers:
+    for layer in preset_space.layers.values():
         parts = sum(
             sum(1 for _ in combinations_with_replacement(group.sizes, group.experts))
             * len(set(group.shared_sizes))
@@ -110,7 +111,7 @@ def test_cardinality_of_a_large_space_is_exact(preset_space: SearchSpace) -> Non
             for group in layer.groups
         )
         layers.append(parts * len(set(layer.attentions)))
-    expected = sum(prod(layers[:depth]) for depth in preset_space.depths) * len(preset_space.widths)
+    expected = sum(prod(layers[:depth]) for depth in preset_space.decoder.depths) * len(preset_space.decoder.widths)
     assert preset_space.cardinality == expected
     assert preset_space.raw_cardinality > preset_space.cardinality
 
@@ -142,7 +143,7 @@ def test_sample_balanced_draws_numbers_of_experts_evenly_and_multisets_without_b
 def test_sample_balanced_draws_depths_evenly(small) -> None:
     rng = Random(5)
     drawn = Counter(len(small.space.sample_balanced(rng).decoder.layers) for _ in range(1000))
-    assert set(drawn) == set(small.space.depths)
+    assert set(drawn) == set(small.space.decoder.depths)
     assert len(drawn) == 1 or chisquare(list(drawn.values())).pvalue > 1e-3
 
 
@@ -317,9 +318,9 @@ def test_envelope_is_no_larger_than_it_must_be(small_space: SearchSpace) -> None
 
 
 def test_envelope_has_whole_groups_of_heads_where_the_largest_pairs_do_not_fit_together() -> None:
-    layer = _overrides().layers[0]
+    layer = _overrides().decoder.layers[0]
     uneven = replace(layer, attentions=(Attention(4, 4), Attention(6, 3)))
-    space = SearchSpace("uneven", Backbone(), (16,), (1,), (uneven,))
+    space = SearchSpace("uneven", Backbone(), StackSpace((16,), (1,), (uneven,)))
     attention = space.envelope.decoder.layers[0].attention
     assert attention.heads >= 6
     assert attention.kv_heads >= 4
@@ -327,8 +328,8 @@ def test_envelope_has_whole_groups_of_heads_where_the_largest_pairs_do_not_fit_t
 
 
 def test_a_long_dense_layer_fits_into_the_bank_of_few_small_experts() -> None:
-    layer = _overrides().layers[0]
+    layer = _overrides().decoder.layers[0]
     groups = tuple(replace(g, sizes=(16, 512)) if g.experts == 1 else g for g in layer.groups)
-    space = SearchSpace("long", Backbone(), (16,), (1,), (replace(layer, groups=groups),))
+    space = SearchSpace("long", Backbone(), StackSpace((16,), (1,), (replace(layer, groups=groups),)))
     assert space.envelope.decoder.layers[0].feed_forward.expert_sizes == (512 - 16, 16)
     assert all(holds(space.envelope, member) for member in space)

@@ -36,7 +36,7 @@ def test_presets_are_there_and_load() -> None:
 def test_a_space_reads_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(TEXT)
     space = load_space(read_yaml(tmp_path / "space.yaml"))
-    assert (space.widths, space.depths, space.name) == ((32, 48), (1, 2), "custom")
+    assert (space.decoder.widths, space.decoder.depths, space.name) == ((32, 48), (1, 2), "custom")
     # 2 pairs of heads x (1 dense + 3 multisets), and a second layer that is dense
     assert space.cardinality == 2 * (2 * 4 + 2 * 4 * 2 * 1)
 
@@ -49,10 +49,10 @@ def test_order_and_repetition_in_a_list_mean_nothing() -> None:
 def test_overrides_of_a_preset_replace_lists_and_keep_the_rest() -> None:
     tiny = load_space(YamlSource("test", "tiny"))
     changed = load_space(parse_yaml("preset: tiny\nwidth: [64]\nlayer: {heads: [4]}\n", "test"))
-    assert changed.widths == (64,)
-    assert {a.heads for a in changed.layers[0].attentions} == {4}
-    assert {a.kv_heads for a in changed.layers[0].attentions} == {1, 2}
-    assert changed.layers[0].groups == tiny.layers[0].groups
+    assert changed.decoder.widths == (64,)
+    assert {a.heads for a in changed.decoder.layers[0].attentions} == {4}
+    assert {a.kv_heads for a in changed.decoder.layers[0].attentions} == {1, 2}
+    assert changed.decoder.layers[0].groups == tiny.decoder.layers[0].groups
     assert changed.backbone == tiny.backbone
     assert load_space(parse_yaml("{preset: tiny, backbone: {head_size: 8}}", "test")).backbone.activation == "swiglu"
 

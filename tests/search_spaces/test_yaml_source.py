@@ -76,7 +76,7 @@ def test_a_value_that_is_not_what_it_claims_has_its_line(value: str) -> None:
 def test_a_key_that_stands_twice_is_refused(text: str, where: str, first: int) -> None:
     error = refused(text)
     assert error.where == where
-    assert error.problem == f"key stands twice (first on line {first})"
+    assert error.problem == f"duplicate key (first on line {first})"
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.yaml_source import YamlSource
-from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Transformer, train
+from moesaic.supernet import Batch, SliceSampler, TrainData, TrainSettings, Transformer, train
 from moesaic.supernet.checkpoint import load_tensors
 from moesaic.supernet.distributed import Ranks, joined, used_parameters
 from moesaic.supernet.metrics import read_metrics
@@ -26,12 +26,23 @@ from moesaic.supernet.train import CHECKPOINT
 VOCABULARY, STEPS = 23, 8
 SETTINGS = TrainSettings(STEPS, learning_rate=1e-4, warmup_steps=2, balance_weight=0.0, checkpoint_every=4, log_every=1)
 SPACE = load_space(YamlSource("test", "tiny"))
-SLICES = SliceSampler(SPACE, seed=0, random_slices=2).slices
+SAMPLER = SliceSampler(SPACE, seed=0)
+
+
+def SLICES(step: int) -> list[Architecture]:
+    """Two slices a step, so that gradients add up."""
+    return [*SAMPLER.slices(2 * step), *SAMPLER.slices(2 * step + 1)]
+
+
 CPU = torch.device("cpu")
 
 
-def batch(step: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(step))
+def batch(step: int) -> Batch:
+    return shifted(torch.randint(0, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(step)))
+
+
+def shifted(windows: Tensor) -> Batch:
+    return Batch(windows[:, :-1], windows[:, 1:])
 
 
 def fresh_model(envelope: Architecture = SPACE.envelope) -> Transformer:
@@ -76,14 +87,14 @@ def _diverging_in_the_second(folder: Path, ranks: Ranks) -> None:
     """Its rows alone give a loss that is not finite: tokens whose embedding is infinite."""
     model = fresh_model()
     with torch.no_grad():
-        model.embedding.weight[VOCABULARY - 1] = math.inf
+        model.get_parameter("stacks.decoder.embedding.weight")[VOCABULARY - 1] = math.inf
     safe, poisoned = torch.zeros(2, 9, dtype=torch.long), torch.full((2, 9), VOCABULARY - 1)
-    data = TrainData(lambda step: torch.stack([safe, poisoned], 1).flatten(0, 1), SLICES)
+    data = TrainData(lambda step: shifted(torch.stack([safe, poisoned], 1).flatten(0, 1)), SLICES)
     train(model, data, SETTINGS, folder / "diverged", "run", ranks=ranks)
 
 
 def _uneven(folder: Path, ranks: Ranks) -> None:
-    run(folder / "uneven", ranks, data=TrainData(lambda step: batch(step)[:3], SLICES))
+    run(folder / "uneven", ranks, data=TrainData(lambda step: batch(step)[slice(3)], SLICES))
 
 
 def _missing_gradient(folder: Path, ranks: Ranks) -> None:
@@ -93,7 +104,9 @@ def _missing_gradient(folder: Path, ranks: Ranks) -> None:
     if ranks.rank == 1:
         model.layers[0].feed_forward.up.grad = None
     ranks.average_gradients(model, [SPACE.largest])
-    assert all((p.grad == 3).all() for n, p in model.named_parameters() if n != "layers.0.feed_forward.up")
+    assert all(
+        (p.grad == 3).all() for n, p in model.named_parameters() if n != "stacks.decoder.layers.0.feed_forward.up"
+    )
     assert (model.layers[0].feed_forward.up.grad == 1.5).all()
 
 
@@ -163,7 +176,7 @@ def assert_same_figures(one: Path, other: Path, steps: int) -> None:
 def test_the_slices_are_of_every_kind() -> None:
     slices = [architecture for step in range(STEPS) for architecture in SLICES(step)]
     parts = [layer.feed_forward for architecture in slices for layer in architecture.decoder.layers]
-    assert {len(architecture.decoder.layers) for architecture in slices} == set(SPACE.depths)
+    assert {len(architecture.decoder.layers) for architecture in slices} == set(SPACE.decoder.depths)
     assert {part.router and part.router.kind for part in parts} >= {None, "top_k"}
     assert len({part.experts for part in parts}) > 1
 
@@ -216,8 +229,8 @@ def test_a_gradient_that_one_process_lacks_counts_as_zero(folder: Path) -> None:
 def test_one_process_alone_leaves_everything_as_it_is() -> None:
     ranks, model = Ranks(), fresh_model()
     assert ranks.leads
-    assert ranks.rows(batch(0)).data_ptr() != 0
-    assert torch.equal(ranks.rows(batch(0)), batch(0))
+    assert torch.equal(ranks.rows(batch(0)).tokens, batch(0).tokens)
+    assert torch.equal(ranks.rows(batch(0)).targets, batch(0).targets)
     assert (ranks.any(False), ranks.any(True), ranks.mean([0.1, 0.2])) == (False, True, [0.1, 0.2])
     ranks.average_gradients(model, [SPACE.largest])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -232,7 +245,7 @@ def test_architectures_say_which_parameters_get_gradients(preset_space: SearchSp
         model.zero_grad(set_to_none=True)
         slices = [preset_space.sample_balanced(Random(f"{seed}/{n}")) for n in range(1 + seed % 2)]
         for architecture in slices:
-            model.run(batch(0)[:1, :-1], architecture).logits.square().sum().backward()
+            model.run(batch(0).tokens[:1], architecture).logits.square().sum().backward()
         found = {id(parameter) for parameter in used_parameters(model, slices)}
         assert found == {id(parameter) for parameter in model.parameters() if parameter.grad is not None}
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from moesaic import kernels
 from moesaic.search_spaces import Attention, Backbone, FeedForward, Router
-from moesaic.supernet.layers import RMSNorm, SelfAttention, SparseFeedForward, _angles, _rotate
+from moesaic.supernet.attention import SelfAttention, _angles, _rotate
+from moesaic.supernet.batch import Inputs
+from moesaic.supernet.experts import SparseFeedForward
+from moesaic.supernet.norms import Norm
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -24,7 +27,7 @@ def filled(module: torch.nn.Module, scale: float) -> torch.nn.Module:
 
 
 def test_rms_norm_divides_by_the_root_of_the_mean_square_of_the_features_it_gets() -> None:
-    norm = RMSNorm(8)
+    norm = Norm(8, Backbone())
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1, 9))
     x = randn(3, 5) * 10
@@ -35,7 +38,7 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square_of_the_features_it_gets
 
 def test_rms_norm_does_not_see_the_scale_of_its_input() -> None:
     x = randn(3, 8)
-    torch.testing.assert_close(RMSNorm(8)(x * 1000), RMSNorm(8)(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Norm(8, Backbone())(x * 1000), Norm(8, Backbone())(x), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- attention
@@ -54,12 +57,14 @@ def turned(vector: list[float], position: int) -> list[float]:
 def test_rotation_turns_pairs_by_their_positions_angles() -> None:
     x = randn(2, 3, 6, 8)
     expected = [[[turned(v, m) for m, v in enumerate(head)] for head in row] for row in x.tolist()]
-    torch.testing.assert_close(_rotate(x, _angles(6, 8, x.device)), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        _rotate(x, _angles(6, 8, 10_000.0, x.device)), torch.tensor(expected), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_scores_depend_on_the_distance_of_two_positions_alone() -> None:
     q, k = randn(8, seed=1).expand(1, 1, 20, 8), randn(8, seed=2).expand(1, 1, 20, 8)
-    angles = _angles(20, 8, q.device)
+    angles = _angles(20, 8, 10_000.0, q.device)
     scores = (_rotate(q, angles) @ _rotate(k, angles).transpose(-1, -2))[0, 0]
     for distance in range(-19, 20):
         diagonal = scores.diagonal(distance)
@@ -93,7 +98,7 @@ def test_grouped_query_attention_is_that_of_repeated_heads(heads: int, kv_heads:
     assert isinstance(module, SelfAttention)
     x, attention = randn(2, 6, width, seed=9), Attention(heads, kv_heads)
     expected = torch.stack([naive_attention(module, row, attention) for row in x])
-    torch.testing.assert_close(module(x, attention), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x, attention, Inputs()), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -101,7 +106,7 @@ def test_attention_over_repeated_tokens_does_not_see_where_they_stand() -> None:
     """The layer has no absolute positions: a sequence that begins later gives the same outputs, later."""
     module = filled(SelfAttention(16, Attention(2, 1), Backbone(head_size=8)), 0.3)
     x = randn(1, 1, 16).expand(1, 9, 16)
-    out = module(x, Attention(2, 1))
+    out = module(x, Attention(2, 1), Inputs())
     torch.testing.assert_close(out, out[:, :1].expand_as(out), rtol=1e-4, atol=1e-4)
 
 

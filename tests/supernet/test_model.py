@@ -134,11 +134,14 @@ def test_an_extracted_model_has_the_dtype_of_the_supernet(tiny_space: SearchSpac
     torch.testing.assert_close(logits, extracted(make_tokens()), rtol=1e-12, atol=1e-12)
 
 
-def test_slices_are_views_where_rows_stand_together(tiny_space: SearchSpace, make_model) -> None:
-    supernet = make_model(tiny_space.envelope)
-    found = supernet.slices(tiny_space.smallest)
-    expected = {name: p.shape for name, p in supernet.extract(tiny_space.smallest).named_parameters()}
-    assert {name: tensor.shape for name, tensor in found.items()} == expected
+def test_regions_are_the_parameters_of_a_model_of_its_own(preset_space: SearchSpace, sharing: str, make_model) -> None:
+    supernet = make_model(preset_space.envelope, sharing)
+    parameters = dict(supernet.named_parameters())
+    for architecture in some_members(preset_space, 4):
+        found = {name: region.of(parameters[name]) for name, region in supernet.where(architecture).items()}
+        expected = dict(supernet.extract(architecture).named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
 
 
 # ---------------------------------------------------------------- gradients
@@ -209,12 +212,12 @@ def too_large(space: SearchSpace) -> dict[str, Architecture]:
         "dense size": with_layer(feed_forward=FeedForward((1024,))),
         "shared size": with_layer(feed_forward=replace(part, shared_size=32)),
         "activation": replace(largest, backbone=replace(largest.backbone, activation="gelu")),
-        "router weights": replace(largest, backbone=replace(largest.backbone, router_weights="softmax")),
+        "norm": replace(largest, backbone=replace(largest.backbone, norm="layer")),
     }
 
 
 CHOICES = ["width", "depth", "heads", "kv_heads", "experts", "expert size", "dense size", "shared size",
-           "activation", "router weights"]  # fmt: skip
+           "activation", "norm"]  # fmt: skip
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -231,9 +234,9 @@ def test_what_does_not_fit_is_neither_run_nor_extracted(choice: str, tiny_space,
 # ---------------------------------------------------------------- the function it computes
 
 
-def uniform_layers(router: Router, router_weights: str = "sum", experts: int = 4, depth: int = 2) -> Architecture:
+def uniform_layers(router: Router, experts: int = 4, depth: int = 2) -> Architecture:
     part = FeedForward((32,) * experts, router)
-    return Architecture(Stack(64, (Layer(Attention(2, 1), part),) * depth), Backbone(16, "swiglu", router_weights))
+    return Architecture(Stack(64, (Layer(Attention(2, 1), part),) * depth), Backbone(16))
 
 
 @pytest.mark.parametrize("router", [Router("threshold", threshold=0.6, max_k=3), Router("top_k", k=2)])
@@ -252,7 +255,7 @@ def test_later_tokens_and_other_rows_do_not_change_earlier_logits(router: Router
 
 
 def feed_forward_rms(experts: int, router_weights: str, make_model: MakeModel) -> float:
-    model = make_model(uniform_layers(Router("top_k", k=2), router_weights, experts, depth=1), scale=1.0)
+    model = make_model(uniform_layers(Router("top_k", k=2, weights=router_weights), experts, depth=1), scale=1.0)
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(5))
     layer = model.layers[0]
     with torch.no_grad():
@@ -283,7 +286,10 @@ def test_initial_loss_is_that_of_a_guess(tiny_space: SearchSpace, make_tokens) -
 
 def test_embedding_is_tied(tiny_space: SearchSpace, make_model) -> None:
     names = {name for name, _ in make_model(tiny_space.envelope).named_parameters()}
-    assert {n for n in names if "layers" not in n} == {"embedding.weight", "norm.weight"}
+    assert {n.removeprefix("stacks.decoder.") for n in names if "layers" not in n} == {
+        "embedding.weight",
+        "norm.weight",
+    }
 
 
 def test_run_tells_the_routing_of_every_sparse_layer(make_model, make_tokens) -> None:

@@ -9,38 +9,31 @@ from moesaic.search_spaces import Architecture, SearchSpace, load_space
 from moesaic.search_spaces.yaml_source import YamlSource
 from moesaic.supernet import SliceSampler
 
-SAMPLINGS = ["fair", "uniform"]
 
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("random_slices", [1, 3])
-def test_a_step_has_random_members(sampling: str, random_slices: int, preset_space: SearchSpace) -> None:
-    sampler = SliceSampler(preset_space, 0, random_slices, sampling)
+def test_a_step_has_one_random_member(preset_space: SearchSpace) -> None:
+    sampler = SliceSampler(preset_space, 0)
     for step in range(20):
-        slices = sampler.slices(step)
-        assert len(slices) == random_slices
-        assert all(member in preset_space for member in slices)
+        (member,) = sampler.slices(step)
+        assert member in preset_space
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_slices_are_a_function_of_seed_and_step(sampling: str, preset_space: SearchSpace) -> None:
-    forward = [SliceSampler(preset_space, 3, 2, sampling).slices(step) for step in range(10)]
-    one = SliceSampler(preset_space, 3, 2, sampling)
+def test_slices_are_a_function_of_seed_and_step(preset_space: SearchSpace) -> None:
+    forward = [SliceSampler(preset_space, 3).slices(step) for step in range(10)]
+    one = SliceSampler(preset_space, 3)
     assert [one.slices(step) for step in reversed(range(10))] == forward[::-1]
-    assert [SliceSampler(preset_space, 4, 2, sampling).slices(step) for step in range(10)] != forward
+    assert [SliceSampler(preset_space, 4).slices(step) for step in range(10)] != forward
     assert len({tuple(found) for found in forward}) > 5
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_the_largest_trains_alone_for_as_long_as_asked_and_no_card_is_lost(sampling: str, tiny_space) -> None:
-    plain, patient = SliceSampler(tiny_space, 0, 2, sampling), SliceSampler(tiny_space, 0, 2, sampling, largest_first=5)
+def test_the_largest_trains_alone_for_as_long_as_asked_and_no_card_is_lost(tiny_space) -> None:
+    plain, patient = SliceSampler(tiny_space, 0), SliceSampler(tiny_space, 0, largest_first=5)
     assert [patient.slices(step) for step in range(5)] == [[tiny_space.largest]] * 5
     assert [patient.slices(step + 5) for step in range(8)] == [plain.slices(step) for step in range(8)]
 
 
-def drawn(space: SearchSpace, draws: int, random_slices: int = 1, seed: int = 0) -> list[Architecture]:
-    sampler = SliceSampler(space, seed, random_slices, "fair")
-    return [member for step in range(draws // random_slices) for member in sampler.slices(step)]
+def drawn(space: SearchSpace, draws: int, seed: int = 0) -> list[Architecture]:
+    sampler = SliceSampler(space, seed)
+    return [member for step in range(draws) for member in sampler.slices(step)]
 
 
 UNEVEN = {
@@ -58,17 +51,16 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("random_slices", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_fair_sampling_deals_every_choice_equally_often_over_whole_decks(random_slices: int, seed: int) -> None:
+def test_fair_sampling_deals_every_choice_equally_often_over_whole_decks(seed: int) -> None:
     """36 draws are whole decks of widths and depths, and of the experts of layers that 3, 2 and 1 of 3 depths have."""
     space = load_space(YamlSource("test", UNEVEN))
-    members = drawn(space, 36, random_slices, seed)
+    members = drawn(space, 36, seed)
     assert set(Counter(m.decoder.width for m in members).values()) == {36 // 3}
     assert set(Counter(len(m.decoder.layers) for m in members).values()) == {36 // 3}
-    for index, layer in enumerate(space.layers):
+    for index, layer in enumerate(space.decoder.layers):
         parts = [m.decoder.layers[index].feed_forward for m in members if len(m.decoder.layers) > index]
-        deep = sum(depth > index for depth in space.depths)
+        deep = sum(depth > index for depth in space.decoder.depths)
         assert len(parts) == 36 * deep // 3
         counts = Counter(part.experts for part in parts)
         assert set(counts) == {group.experts for group in layer.groups}
@@ -78,7 +70,7 @@ def test_fair_sampling_deals_every_choice_equally_often_over_whole_decks(random_
 def test_fair_sampling_deals_each_value_once_before_any_comes_again() -> None:
     space = load_space(YamlSource("test", UNEVEN))
     members = drawn(space, 144)
-    for index, layer in enumerate(space.layers):
+    for index, layer in enumerate(space.decoder.layers):
         parts = [m.decoder.layers[index].feed_forward for m in members if len(m.decoder.layers) > index]
         size = len(layer.groups)
         for first in range(0, len(parts) - size + 1, size):
@@ -88,7 +80,7 @@ def test_fair_sampling_deals_each_value_once_before_any_comes_again() -> None:
 def test_fair_sampling_deals_the_routers_of_each_number_of_experts_equally_often() -> None:
     space = load_space(YamlSource("test", UNEVEN))
     members = drawn(space, 3 * 4 * 12)
-    for group in space.layers[0].groups:
+    for group in space.decoder.layers[0].groups:
         routers = [
             m.decoder.layers[0].feed_forward.router
             for m in members

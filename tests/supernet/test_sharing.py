@@ -53,7 +53,7 @@ def test_a_dense_layer_uses_the_bank_from_its_first_routed_row(sharing: str) -> 
 def test_a_nested_neuron_always_serves_the_same_expert(tiny_space: SearchSpace) -> None:
     bank = tiny_space.envelope.decoder.layers[0].feed_forward
     owner: dict[int, int] = {}
-    group = tiny_space.layers[0].groups
+    group = tiny_space.decoder.layers[0].groups
     for part in (part for g in group if g.experts > 1 for part in g):
         for expert, (start, size) in enumerate(expert_layout(bank, part, "nested").segments):
             for row in range(start, start + size):

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from moesaic.search_spaces import Interrupted, MoesaicError, SearchSpace, StageFailed
-from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
+from moesaic.supernet import Batch, SliceSampler, TrainData, TrainSettings, Transformer, evaluate, train
 from moesaic.supernet.checkpoint import load_tensors
 from moesaic.supernet.metrics import MetricLog, read_metrics
 from moesaic.supernet.train import CHECKPOINT
@@ -21,10 +20,11 @@ MakeModel = Callable[..., Transformer]
 SETTINGS = TrainSettings(steps=12, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1)
 
 
-def batch(step: int) -> Tensor:
-    """Windows of a sequence that counts upwards: the next token follows from the last."""
+def batch(step: int) -> Batch:
+    """Sequences that counts upwards: the next token follows from the last."""
     starts = torch.randint(0, 23, (4, 1), generator=torch.Generator().manual_seed(step))
-    return (starts + torch.arange(9)) % 23
+    windows = (starts + torch.arange(9)) % 23
+    return Batch(windows[:, :-1], windows[:, 1:])
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_nan_that_appears_in_training_leaves_the_checkpoint_before_it(run, tmp
     def poison(step: int, record: dict[str, float]) -> None:
         if step == 6:
             with torch.no_grad():
-                model.norm.weight[0] = math.nan
+                model.get_parameter("stacks.decoder.norm.weight")[0] = math.nan
 
     with pytest.raises(StageFailed, match="diverged at step 6"):
         run(tmp_path, model=model, on_step=poison)
@@ -232,7 +232,7 @@ def test_a_step_is_the_mean_over_its_slices(run, tmp_path: Path, tiny_space, mak
     slices = [tiny_space.largest, tiny_space.smallest]
     settings = replace(SETTINGS, steps=1, balance_weight=0.5, clip_norm=1e9)
     run(tmp_path, settings, model=model, data=TrainData(batch, lambda step: slices))
-    tokens, targets = batch(0)[:, :-1], batch(0)[:, 1:]
+    tokens, targets = batch(0).tokens, batch(0).targets
     outputs = [twin.run(tokens, a) for a in slices]
     loss = sum(-o.logits.log_softmax(-1).gather(-1, targets[..., None]).mean() for o in outputs) / 2
     balance = sum(o.balance_loss() for o in outputs) / 2
