@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 COSTS = ("flops", "latency", "parameters", "active_parameters", "memory")
-LOSSES = ("loss", "standard_error", "perplexity", "bits_per_byte")
+LOSSES = ("loss", "standard_error")
+METRICS = ("perplexity", "bits_per_byte")
 
 
 def check(run: Path) -> list[str]:
@@ -21,16 +22,22 @@ def check(run: Path) -> list[str]:
         },
         **{f"chosen.{kind}.{cost}": chosen[kind][cost] for kind in ("predicted", "measured") for cost in COSTS},
         **{f"inherited.{name}": chosen["inherited"][name] for name in LOSSES},
+        **{f"inherited.{name}": chosen["inherited"]["metrics"][name] for name in METRICS},
         **{
             f"{model['name']}.{name}": model[name]
             for model in (chosen["retrained"], *summary["rivals"])
             for name in LOSSES
         },
         **{
+            f"{model['name']}.{name}": model["metrics"][name]
+            for model in (chosen["retrained"], *summary["rivals"])
+            for name in METRICS
+        },
+        **{
             f"stage_seconds.{name}": summary["stage_seconds"].get(name)
             for name in ("supernet", "latency", "search", "fidelity", "export", "retrain")
         },
-        "latency_predictor.mape": summary["latency_predictor"]["mape"],
+        "latency_predictor.mape": summary["latency_predictor"]["accuracy"]["mape"],
         "search.hypervolume": summary["search"]["hypervolume"],
         "trust.levels": summary["trust"]["front"][-1]["level"],
         **{f"trust.{row['name']}": row["standard_error"] for row in summary["trust"]["front"]},
