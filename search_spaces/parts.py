@@ -182,11 +182,12 @@ class Backbone:
     tied: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rotary_base", float(self.rotary_base))  # 500 and 500.0 are written alike
         at_least(self.head_size, 1, "head_size")
         if not 0 < self.norm_eps < 1:
             raise MoesaicError("norm_eps must be small", found=self.norm_eps, allowed="0 < norm_eps < 1")
         if self.positions == "rotary":
-            if not 0 < self.rotary_fraction <= 1 or not self.rotary_base > 1:
+            if not 0 < self.rotary_fraction <= 1 or not 1 < self.rotary_base < math.inf:
                 raise MoesaicError(
                     "impossible rotary positions",
                     found=f"base {self.rotary_base:g}, fraction {self.rotary_fraction:g}",

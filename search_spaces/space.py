@@ -226,6 +226,8 @@ class SearchSpace:
         """(key, found, allowed) of the first thing that puts ``architecture`` outside, None for a member."""
         if architecture.backbone != self.backbone:
             return "backbone", architecture.backbone, self.backbone
+        if architecture.stacks.keys() != self.stacks.keys():
+            return "stacks", list(architecture.stacks), list(self.stacks)
         for name, stack in architecture.stacks.items():
             if reason := self.stacks[name].why_not(stack):
                 return f"{name}.{reason[0]}", reason[1], reason[2]

@@ -78,7 +78,7 @@ class Ranks:
     def average_gradients(self, model: Transformer, slices: Sequence[Architecture]) -> None:
         """Replace the gradients of what ``slices`` use by their means over the processes.
 
-        A gradient that is missing here counts as zero: were it left out, one process would wait for ever.
+        A gradient that is missing here counts as zero: without it the other processes would never finish the reduction.
         """
         if self.size == 1 or self.mesh is not None:
             return

@@ -72,9 +72,11 @@ def evaluate(
 
 def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:
     """Mean over tokens of sequences with ``losses`` [n] and ``counts`` [n] tokens, and its standard error, infinite for
-    one sequence: that of a mean where all are of one length, else that of a ratio (Cochran 1977, 2.11)."""
+    one sequence: that of a mean where all are of one length, else that of a ratio (Cochran 1977, 2.11). A sequence
+    without a token is none."""
+    losses, counts = losses[counts > 0], counts[counts > 0]
     size = len(losses)
-    if bool((counts == counts[0]).all()):
+    if bool((counts == counts[:1]).all()):
         return losses.mean().item(), losses.std().item() / size**0.5 if size > 1 else math.inf
     mean = (losses * counts).sum() / counts.sum()
     deviations = counts / counts.mean() * (losses - mean)

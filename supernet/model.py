@@ -32,8 +32,8 @@ class Output:
     routings: tuple[Routing | None, ...]
 
     def balance_loss(self) -> Tensor:
-        """Mean over the sparse layers of ``Routing.balance_loss``; 1 when all are balanced, 0 without any."""
-        losses = [routing.balance_loss() for routing in self.routings if routing is not None]
+        """Mean over the sparse layers of ``Routing.balance_loss``; 1 when all are balanced, 0 without any or tokens."""
+        losses = [r.balance_loss() for r in self.routings if r is not None and len(r.probabilities)]
         return torch.stack(losses).mean() if losses else self.logits.new_zeros(())
 
 
@@ -249,6 +249,8 @@ class Transformer(nn.Module):
         try:
             if architecture.backbone != self.architecture.backbone:
                 raise ValueError(f"backbone {architecture.backbone} is not {self.architecture.backbone}")
+            if architecture.stacks.keys() != self.architecture.stacks.keys():
+                raise ValueError(f"stacks {[*architecture.stacks]} are not {[*self.architecture.stacks]}")
             regions: dict[str, Region] = {}
             for name, stack in architecture.stacks.items():
                 regions |= inside(f"stacks.{name}", self._stack(name).where(stack))

@@ -132,7 +132,11 @@ def _train_step(
     ranks: Ranks,
 ) -> dict[str, float]:
     device = model.device
-    batch = ranks.rows(data.batch(step)).to(device)
+    whole = data.batch(step)
+    batch = ranks.rows(whole)
+    # A process counts by its tokens: all means together are then the mean over the tokens of the whole batch.
+    share = ranks.size * batch.counts().sum().item() / max(1, whole.counts().sum().item())
+    batch = batch.to(device)
     rate = settings.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -142,7 +146,7 @@ def _train_step(
     for architecture in slices:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
             output = model.run(batch.tokens, architecture, mask=batch.mask)
-        loss = batch.mean(LOSSES[data.loss](output, batch))
+        loss = batch.mean(LOSSES[data.loss](output, batch)) * share
         balance = output.balance_loss()
         ((loss + settings.balance_weight * balance) / len(slices)).backward()
         losses.append(loss.item())

@@ -91,7 +91,7 @@ def database(url: str) -> BaseStorage:
     except (ImportError, StorageInternalError, SQLAlchemyError) as error:
         why = str(error.__cause__ or error).strip().partition("\n")[0]
         raise MoesaicError(
-            "no database opens there",
+            "cannot open the database",
             where="mirror",
             found=f"{url} ({why})",
             allowed="a URL such as postgresql://USER@HOST/NAME or sqlite:///FILE, and the driver that it needs",

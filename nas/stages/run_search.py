@@ -66,7 +66,7 @@ def work(run: Run, directory: StageDirectory) -> str:
 
 
 def check_mirror(run: Run) -> None:
-    """Raises MoesaicError when no database opens at ``mirror``, before hours of training are spent."""
+    """Raises MoesaicError when the database at ``mirror`` cannot be opened, before hours of training are spent."""
     if run.config.mirror:
         database(run.config.mirror)
 

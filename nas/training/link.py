@@ -1,7 +1,7 @@
 """What the workers of a training and the program that started them tell one another: news, a request to stop, an end.
 
 Texts in a store of torch.distributed, which the program serves and which ends with it: a worker that tells its news
-to nobody fails, so that no training goes on unwatched.
+to no one fails, so that no training goes on unwatched.
 """
 
 from __future__ import annotations

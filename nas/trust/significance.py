@@ -22,8 +22,8 @@ def adjusted_p_values(losses: np.ndarray) -> np.ndarray:
 def paired_p_values(losses: np.ndarray) -> np.ndarray:
     """[m, m] two-sided p-values of paired t-tests between models, from ``losses`` [m, n] on the same n >= 2 sequences.
 
-    What two models share, easy and hard text, cancels in their differences. Sequences count as independent; chance in
-    training is not in it. Models of equal losses have p = 1.
+    What two models share, easy and hard text, cancels in their differences. Sequences count as independent. Excludes
+    training-seed variance. Models of equal losses have p = 1.
     """
     return np.array([_p_values(losses - model) for model in losses])
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import read_json, write_atomically, write_json, write_text
+from moesaic.search_spaces.architecture import ArchitectureField
+from moesaic.search_spaces.files import read_json, read_value, write_atomically, write_json, write_text, write_value
+from tests.search_spaces.test_architecture import architectures, pinned
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -90,3 +95,57 @@ def test_absent_json_is_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     with pytest.raises(MoesaicError, match="cannot be read"):
         read_json(tmp_path)
+
+
+# ---------------------------------------------------------------- typed values
+
+
+@dataclass(frozen=True)
+class Row:
+    architecture: ArchitectureField
+    scores: tuple[float, ...]
+    note: str | None = None
+
+
+rows = st.builds(
+    Row,
+    architectures(),
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
+    st.none() | st.text(st.characters(codec="utf-8"), max_size=5),
+)
+
+
+@given(found=st.lists(rows, max_size=2))
+def test_a_value_is_read_as_the_equal_one_that_was_written(found: list[Row], tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("values") / "rows.json"
+    write_value(path, found, list[Row])
+    assert read_value(path, list[Row]) == found
+    assert [row["architecture"] for row in read_json(path)] == [row.architecture.to_dict() for row in found]
+    for row in found[:1]:
+        write_value(path, row)
+        assert read_value(path, Row) == row
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda row: row.pop("scores"), "scores"),
+        (lambda row: row.update(scores=[0.5, "high"]), "scores.1"),
+        (lambda row: row["architecture"].update(format=1), "architecture"),
+        (lambda row: row["architecture"]["decoder"].update(width=40), "architecture"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_place(tmp_path: Path, change, place: str) -> None:
+    path = tmp_path / "row.json"
+    write_value(path, Row(pinned(), (0.5, 1.0)))
+    data = read_json(path)
+    change(data)
+    write_json(path, data)
+    with pytest.raises(MoesaicError, match=f"is damaged or of another version: {place}: ") as caught:
+        read_value(path, Row)
+    assert caught.value.where == str(path)
+
+
+def test_a_value_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MoesaicError, match="no such file"):
+        read_value(tmp_path / "row.json", Row)

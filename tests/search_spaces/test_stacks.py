@@ -1,101 +1,196 @@
-"""A second stack is one more value: an encoder, made here, goes through everything that a decoder goes through."""
+"""A second stack is one more value: an encoder goes through everything that a decoder goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import product
 from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from moesaic.search_spaces import (
     Architecture,
+    Attention,
+    FeedForward,
+    Layer,
     SearchSpace,
     Slot,
     Stack,
-    StackSpace,
     crossover,
     draw,
-    load_space,
     mutate,
     neighbours,
 )
-from moesaic.search_spaces.yaml_source import YamlSource
+from tests.search_spaces.two_stacks import TwoStacks, two_stack_space
+
+TWO = two_stack_space()
+MEMBERS = list(TWO)
+ENCODER, FIRST, SECOND = Slot("encoder", 0), Slot("decoder", 0), Slot("decoder", 1)
+FOREIGN = Layer(Attention(4, 4), FeedForward((512,)))
+seeds = st.integers(0, 2**32)
+alone = {name: SearchSpace(name, TWO.backbone, stack) for name, stack in TWO.stacks.items()}
+"""Each stack as the only one of a space."""
 
 
-@dataclass(frozen=True)
-class TwoStacks(Architecture):
-    encoder: Stack = field(kw_only=True)
-
-    @cached_property
-    def stacks(self) -> dict[str, Stack]:
-        return {"encoder": self.encoder, "decoder": self.decoder}
+def member(seed: int) -> Architecture:
+    return TWO.sample_balanced(Random(seed))
 
 
-@dataclass(frozen=True)
-class TwoStackSpace(SearchSpace):
-    encoder: StackSpace
-
-    @cached_property
-    def stacks(self) -> dict[str, StackSpace]:
-        return {"encoder": self.encoder, "decoder": self.decoder}
-
-    def build(self, stacks: Mapping[str, Stack]) -> Architecture:
-        return TwoStacks(**stacks, backbone=self.backbone)
+# ---------------------------------------------------------------- members
 
 
-def part(name: str, depth: list[int]) -> StackSpace:
-    layer = {"heads": [1, 2], "kv_heads": [1], "experts": [1, 2], "dense_sizes": [32], "expert_sizes": [16, 32],
-             "routers": [{"kind": "top_k", "k": [1]}]}  # fmt: skip
-    return load_space(YamlSource(name, {"width": [16, 32], "depth": depth, "layer": layer})).decoder
+def test_members_are_all_pairs_of_stacks() -> None:
+    assert (TWO.cardinality, TWO.raw_cardinality) == (16 * 144, 20 * 220)
+    assert len(MEMBERS) == len(set(MEMBERS)) == TWO.cardinality
+    pairs = {(one.stacks["encoder"], one.stacks["decoder"]) for one in MEMBERS}
+    assert pairs == set(product(TWO.encoder, TWO.decoder))
+    assert all(type(one) is TwoStacks and one in TWO for one in MEMBERS)
+    assert len({one.fingerprint for one in MEMBERS}) == TWO.cardinality
+    assert TWO.depth == 3
 
 
-def space() -> TwoStackSpace:
-    one = load_space(YamlSource("test", "tiny"))
-    return TwoStackSpace("two", one.backbone, part("decoder", [1, 2]), part("encoder", [1]))
+def test_uniform_sampling_draws_both_stacks_uniformly_and_apart() -> None:
+    rng = Random(2)
+    drawn = Counter(TWO.sample(rng) for _ in range(8 * TWO.cardinality))
+    assert set(drawn) <= set(MEMBERS)
+    assert chisquare([drawn[one] for one in MEMBERS]).pvalue > 1e-3
 
 
-def test_members_are_all_pairs_and_each_is_drawn() -> None:
-    two, rng = space(), Random(0)
-    members = list(two)
-    assert len(set(members)) == len(members) == two.cardinality == two.encoder.count * two.decoder.count
-    assert two.raw_cardinality == two.encoder.raw_count * two.decoder.raw_count
-    assert all(member in two for member in members[::7])
-    drawn = {two.sample_balanced(rng) for _ in range(200)} | {two.sample(rng) for _ in range(200)}
-    assert drawn <= set(members)
-    assert {(len(a.stacks["encoder"].layers), len(a.stacks["decoder"].layers)) for a in drawn} == {(1, 1), (1, 2)}
-    for extreme in (two.largest, two.smallest):
-        assert extreme in two
-    assert list(two.largest.layers) == [Slot("encoder", 0), Slot("decoder", 0), Slot("decoder", 1)] == list(two.layers)
+def test_balanced_sampling_draws_each_choice_of_each_stack_evenly() -> None:
+    rng = Random(3)
+    drawn = [TWO.sample_balanced(rng) for _ in range(2000)]
+    assert set(drawn) <= set(MEMBERS)
+    shapes = Counter((a.encoder.width, a.decoder.width, len(a.decoder.layers)) for a in drawn)
+    assert len(shapes) == 8
+    assert chisquare(list(shapes.values())).pvalue > 1e-3
+    experts = Counter((a.layers[ENCODER].feed_forward.experts, a.layers[FIRST].feed_forward.experts) for a in drawn)
+    assert len(experts) == 4
+    assert chisquare(list(experts.values())).pvalue > 1e-3
 
 
-def test_moves_change_one_stack_and_stay_in_the_space() -> None:
-    two, rng = space(), Random(1)
-    for _ in range(20):
-        member = two.sample_balanced(rng)
-        found = neighbours(two, member)
-        assert found and all(neighbour in two for neighbour in found)
-        changed = [{n for n, s in neighbour.stacks.items() if s != member.stacks[n]} for neighbour in found]
-        assert all(len(names) == 1 for names in changed)
-        assert {name for names in changed for name in names} == {"encoder", "decoder"}
-        assert mutate(two, member, rng, steps=3) in two
-        other = two.sample_balanced(rng)
-        child = crossover(two, member, other, rng)
-        assert child in two
-        for slot, layer in child.layers.items():
-            assert layer in [parent.layers[slot] for parent in (member, other) if slot in parent.layers]
+def test_extremes_are_those_of_each_stack() -> None:
+    for name in ("largest", "smallest", "envelope"):
+        found = getattr(TWO, name)
+        assert found.stacks == {stack: getattr(space.decoder, name) for stack, space in alone.items()}
+    assert TWO.largest in TWO
+    assert TWO.smallest in TWO
+    assert list(TWO.layers) == list(TWO.largest.layers) == [ENCODER, FIRST, SECOND]
 
 
-def test_what_does_not_belong_and_the_picture_name_the_stack() -> None:
-    two = space()
-    wide = TwoStacks(two.smallest.decoder, two.backbone, encoder=Stack(64, two.smallest.decoder.layers))
-    reason = two.why_not(wide)
+OUTSIDE = {
+    "backbone": replace(TWO.smallest, backbone=replace(TWO.backbone, tied=False)),
+    "encoder.width": replace(TWO.smallest, encoder=replace(TWO.encoder.smallest, width=16)),  # a decoder's width
+    "encoder.causal": replace(TWO.smallest, encoder=replace(TWO.encoder.smallest, causal=True)),
+    "encoder.layers": replace(TWO.smallest, encoder=Stack(32, TWO.encoder.smallest.layers * 2, False)),
+    "encoder.layers.0.attention": TWO.smallest.with_layers({ENCODER: FOREIGN}),
+    "decoder.causal": replace(TWO.smallest, decoder=replace(TWO.decoder.smallest, causal=False)),
+    "decoder.layers.1.attention": TWO.largest.with_layers({SECOND: FOREIGN}),
+}
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_non_member_is_refused_with_the_stack_and_key_that_differ(key: str) -> None:
+    assert OUTSIDE[key] not in TWO
+    reason = TWO.why_not(OUTSIDE[key])
     assert reason is not None
-    assert reason[0] == "encoder.width"
-    lines = draw(two.largest).split("\n")
-    assert lines[0].startswith("encoder width 32, 1 layers, decoder width 32, 2 layers")
+    assert reason[0] == key
+
+
+def test_a_network_of_other_stacks_is_no_member() -> None:
+    lone = Architecture(TWO.decoder.smallest, TWO.backbone)
+    assert lone in alone["decoder"]
+    assert TWO.why_not(lone) == ("stacks", ["decoder"], ["encoder", "decoder"])
+    assert alone["decoder"].why_not(TWO.smallest) == ("stacks", ["encoder", "decoder"], ["decoder"])
+
+
+# ---------------------------------------------------------------- values
+
+
+def test_layers_are_at_the_addresses_of_their_stacks() -> None:
+    largest = TWO.largest
+    assert [str(slot) for slot in largest.layers] == ["encoder.0", "decoder.0", "decoder.1"]
+    assert [largest.width_at(slot) for slot in largest.layers] == [48, 32, 32]
+    assert largest.output == largest.stacks["decoder"]
+    assert [largest.layers[slot] for slot in (FIRST, SECOND)] == list(largest.decoder.layers)
+
+
+@given(seed=seeds, slots=st.sets(st.sampled_from([ENCODER, FIRST, SECOND])))
+def test_with_layers_changes_those_addresses_alone(seed: int, slots: set[Slot]) -> None:
+    before = member(seed)
+    changed = before.with_layers(dict.fromkeys(slots, FOREIGN))
+    assert type(changed) is TwoStacks
+    assert changed.layers == {slot: FOREIGN if slot in slots else layer for slot, layer in before.layers.items()}
+    for name, stack in changed.stacks.items():
+        old = before.stacks[name]
+        assert (stack.width, stack.causal, len(stack.layers)) == (old.width, old.causal, len(old.layers))
+    assert changed.backbone == before.backbone
+
+
+def test_a_written_network_names_its_stacks() -> None:
+    plain = json.loads(json.dumps(TWO.largest.to_dict()))
+    assert list(plain) == ["format", "encoder", "decoder", "backbone"]
+    for name, stack in TWO.largest.stacks.items():
+        data = {"format": 2, "decoder": plain[name], "backbone": plain["backbone"]}
+        assert Architecture.from_dict(data).decoder == stack
+
+
+def test_the_picture_names_the_stacks() -> None:
+    lines = draw(TWO.largest).split("\n")
+    assert lines[0].startswith("encoder width 48, 1 layers, decoder width 32, 2 layers, swiglu, ")
     assert [line.split()[0] for line in lines[1:]] == ["encoder.0", "decoder.0", "decoder.1"]
 
 
-def test_two_networks_that_differ_in_one_stack_have_two_fingerprints() -> None:
-    prints = {member.fingerprint for member in space()}
-    assert len(prints) == space().cardinality
+# ---------------------------------------------------------------- moves
+
+
+@given(seed=seeds)
+def test_neighbours_are_those_of_one_stack_beside_the_other(seed: int) -> None:
+    """What the moves give for each stack as the only one of a space, and nothing else."""
+    before = member(seed)
+    expected = {
+        TwoStacks(**{**before.stacks, name: found.decoder}, backbone=TWO.backbone)
+        for name, space in alone.items()
+        for found in neighbours(space, Architecture(before.stacks[name], TWO.backbone))
+    }
+    found = neighbours(TWO, before)
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+    assert all(one in TWO for one in found)
+
+
+@given(seed=seeds)
+def test_a_mutation_is_a_neighbour(seed: int) -> None:
+    before, rng = member(seed), Random(seed)
+    assert mutate(TWO, before, rng) in neighbours(TWO, before)
+    assert mutate(TWO, before, rng, steps=3) in TWO
+
+
+def test_mutations_reach_every_neighbour() -> None:
+    rng, before = Random(0), TWO.largest
+    assert {mutate(TWO, before, rng) for _ in range(500)} == set(neighbours(TWO, before))
+
+
+@given(seed=seeds)
+def test_a_child_takes_each_stack_from_its_parents(seed: int) -> None:
+    rng = Random(seed)
+    parents = member(seed), member(seed + 1)
+    child = crossover(TWO, *parents, rng)
+    assert child in TWO
+    for name, stack in child.stacks.items():
+        assert stack.width in {parent.stacks[name].width for parent in parents}
+        assert len(stack.layers) in {len(parent.stacks[name].layers) for parent in parents}
+    for slot, layer in child.layers.items():
+        assert layer in [parent.layers[slot] for parent in parents if slot in parent.layers]
+
+
+def test_children_mix_the_stacks_of_their_parents() -> None:
+    rng, first, second = Random(0), TWO.smallest, TWO.largest
+    children = {crossover(TWO, first, second, rng) for _ in range(300)}
+    assert {first, second} <= children
+    assert replace(first, encoder=second.encoder) in children
+    assert replace(second, encoder=first.encoder) in children

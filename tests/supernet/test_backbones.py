@@ -1,56 +1,33 @@
-"""Every kind of backbone against torch's own modules, slices of it against extracted models, and padding."""
+"""Every kind of backbone against torch's own modules, and slices of it against extracted models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moesaic.search_spaces import (
-    Architecture,
-    Attention,
-    Backbone,
-    FeedForward,
-    Layer,
-    MoesaicError,
-    Router,
-    Stack,
-    load_space,
-)
-from moesaic.search_spaces.parts import GATED
-from moesaic.search_spaces.yaml_source import YamlSource
-from moesaic.supernet import KeyValueCache, Transformer
+from moesaic.search_spaces import Attention, Backbone, FeedForward, Layer, MoesaicError
+from moesaic.supernet import Transformer
 from moesaic.supernet.model import TransformerLayer
-
-WIDTH, HEADS, NEURONS, LENGTH = 48, 4, 64, 7
-DENSE = Layer(Attention(HEADS, HEADS), FeedForward((NEURONS,)))
-SPARSE = Layer(Attention(4, 2), FeedForward((32, 16, 16), Router("threshold", threshold=0.6, max_k=2), 16))
-SPACE = load_space(YamlSource("test", "tiny"))
-
-
-def network(backbone: Backbone, *layers: Layer, causal: bool = True) -> Architecture:
-    return Architecture(Stack(WIDTH, layers or (DENSE, DENSE), causal), backbone)
-
-
-def randomised(model: Transformer, seed: int = 0) -> Transformer:
-    """Weights large enough to matter, norms and biases included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def tokens_of(batch: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
-    return torch.randint(0, 23, (batch, length), generator=torch.Generator().manual_seed(seed))
-
+from tests.supernet.network_tools import (
+    HEADS,
+    LENGTH,
+    NEURONS,
+    SPACE,
+    WIDTH,
+    backbones,
+    network,
+    on,
+    randomised,
+    tokens_of,
+)
 
 # ---------------------------------------------------------------- torch's own modules
 
@@ -163,101 +140,63 @@ def test_a_gated_network_is_that_of_its_formulas(activation: str, changes: dict)
 # ---------------------------------------------------------------- slices
 
 
-@st.composite
-def backbones(draw: st.DrawFn) -> Backbone:
-    activation = draw(st.sampled_from(sorted(GATED)))
-    positions = draw(st.sampled_from(["rotary", "learned", "none"]))
-    return Backbone(
-        head_size=draw(st.sampled_from([16, 20])),
-        activation=activation,
-        norm=draw(st.sampled_from(["rms", "layer"])),
-        norm_place=draw(st.sampled_from(["pre", "post"])),
-        embedding_norm=draw(st.booleans()),
-        positions=positions,
-        max_positions=12 if positions == "learned" else None,
-        biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
-        tied=draw(st.booleans()),
-    )
+def must_learn(name: str, backbone: Backbone) -> bool:
+    """Whether a random loss gives a parameter that is used a gradient that is not zero.
 
-
-def on(backbone: Backbone, architecture: Architecture, causal: bool) -> Architecture:
-    return replace(architecture, backbone=backbone, decoder=replace(architecture.decoder, causal=causal))
+    A bias of all keys shifts all scores of a query alike, which softmax does not see, unless positions turn it.
+    """
+    return not name.endswith("k_bias") or backbone.positions == "rotary"
 
 
 @pytest.mark.parametrize("sharing", ["nested", "packed"])
 @given(backbone=backbones(), seed=st.integers(0, 10**6), causal=st.booleans())
 def test_a_slice_on_any_backbone_is_its_extracted_model(sharing, backbone: Backbone, seed: int, causal: bool) -> None:
+    """In logits and in gradients, which are zero outside the regions that ``where`` names."""
     supernet = randomised(Transformer(on(backbone, SPACE.envelope, causal), 23, sharing))
     member = on(backbone, SPACE.sample_balanced(Random(seed)), causal)
-    tokens = tokens_of(seed=seed)
-    logits, extracted = supernet(tokens, member), supernet.extract(member)
-    torch.testing.assert_close(logits, extracted(tokens), rtol=1e-4, atol=1e-4)
-    logits.log_softmax(-1)[..., 0].sum().backward()
-    regions = supernet.where(member)
-    for name, parameter in supernet.named_parameters():
-        assert (parameter.grad is not None) == (name in regions), name
-        if parameter.grad is not None:
-            inside = parameter.grad.clone()
-            region = regions[name]
-            for start, stop in region.rows:
-                inside[start:stop, ...] = 0 if region.columns is None else inside[start:stop]
-                if region.columns is not None:
-                    inside[start:stop, : region.columns] = 0
-            assert not inside.any(), f"{name} has a gradient outside its region"
+    tokens, regions = tokens_of(seed=seed), supernet.where(member)
+    extracted = supernet.extract(member)
+    logits, expected = supernet(tokens, member), extracted(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for found in (logits, expected):
+        found.log_softmax(-1)[..., 0].sum().backward()
+    gradients = {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
+    assert gradients.keys() == regions.keys() == dict(extracted.named_parameters()).keys()
+    for name, parameter in extracted.named_parameters():
+        assert parameter.grad is not None
+        inside = regions[name].of(gradients[name])
+        scale = max(float(parameter.grad.norm()), 1e-3)
+        assert float((inside - parameter.grad).norm()) <= 1e-3 * scale, name
+        assert inside.count_nonzero() == gradients[name].count_nonzero(), f"{name} has a gradient outside its region"
+        if must_learn(name, backbone):
+            assert inside.norm() > 1e-4, f"{name} learns nothing"
+
+
+@given(one=backbones(), other=backbones())
+def test_a_slice_on_another_backbone_is_refused(one: Backbone, other: Backbone) -> None:
+    assume(one != other)
+    with torch.device("meta"):
+        supernet = Transformer(on(one, SPACE.envelope), 23)
+    assert supernet.where(on(one, SPACE.smallest))
+    with pytest.raises(MoesaicError, match="does not fit this model: backbone"):
+        supernet.where(on(other, SPACE.smallest))
+
+
+@pytest.mark.parametrize("name", [key.name for key in fields(Backbone)])
+def test_every_choice_of_a_backbone_is_told_apart(name: str) -> None:
+    others = {
+        "head_size": 64, "activation": "geglu", "norm": "layer", "norm_place": "post", "norm_eps": 1e-5,
+        "embedding_norm": True, "positions": "none", "rotary_base": 20.0, "rotary_fraction": 0.5, "max_positions": 9,
+        "biases": "qkv", "tied": False,
+    }  # fmt: skip
+    one = Backbone(positions="learned", max_positions=8) if name == "max_positions" else Backbone()
+    with torch.device("meta"):
+        supernet = Transformer(on(one, SPACE.envelope), 23)
+    with pytest.raises(MoesaicError, match="does not fit this model: backbone"):
+        supernet.where(on(replace(one, **{name: others[name]}), SPACE.envelope))
 
 
 def test_a_sequence_longer_than_learned_positions_is_one_message() -> None:
     model = Transformer(network(Backbone(12, positions="learned", max_positions=5)), 23)
     with pytest.raises(MoesaicError, match="longer than the learned positions reach"):
         model(tokens_of(length=6))
-
-
-# ---------------------------------------------------------------- padding
-
-SIDES = {
-    "right": lambda lengths, width: [(0, length) for length in lengths],
-    "left": lambda lengths, width: [(width - length, width) for length in lengths],
-    "both": lambda lengths, width: [((width - length) // 2, (width - length) // 2 + length) for length in lengths],
-}
-PADDED = {
-    "rotary": Backbone(12),
-    "learned": Backbone(12, "gelu", "layer", positions="learned", max_positions=12, biases="all"),
-    "post": Backbone(12, "gelu", "layer", "post", embedding_norm=True, positions="learned", max_positions=12),
-}
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("backbone", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("side", SIDES)
-@torch.no_grad()
-def test_padding_changes_no_logit_and_is_not_routed(side: str, backbone: Backbone, causal: bool) -> None:
-    model = randomised(Transformer(network(backbone, SPARSE, DENSE, causal=causal), 23))
-    lengths, width = [9, 4, 1, 0], 9
-    tokens, mask = tokens_of(4, width), torch.zeros(4, width, dtype=torch.bool)
-    places = SIDES[side](lengths, width)
-    for row, (start, stop) in enumerate(places):
-        mask[row, start:stop] = True
-    output = model.run(tokens, mask=mask)
-    assert output.logits.isfinite().all()
-    routing = output.routings[0]
-    assert routing is not None
-    assert len(routing.probabilities) == sum(lengths)
-    for row, (start, stop) in enumerate(places):
-        if stop > start:
-            alone = model(tokens[row : row + 1, start:stop])
-            torch.testing.assert_close(output.logits[row, start:stop], alone[0], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("backbone", [PADDED["rotary"], PADDED["learned"]], ids=["rotary", "learned"])
-@torch.no_grad()
-def test_prompts_padded_on_the_left_are_continued_as_if_alone(backbone: Backbone) -> None:
-    architecture = network(backbone, SPARSE, DENSE)
-    model, lengths, width = randomised(Transformer(architecture, 23)), [5, 2], 5
-    tokens, following = tokens_of(2, width), tokens_of(2, 3, seed=1)
-    mask = torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
-    cache = KeyValueCache(architecture, 2, width + 3)
-    model.run(tokens, cache=cache, mask=mask)
-    found = torch.cat([model.run(following[:, i : i + 1], cache=cache).logits for i in range(3)], 1)
-    for row, length in enumerate(lengths):
-        whole = torch.cat([tokens[row, width - length :], following[row]])[None]
-        torch.testing.assert_close(found[row], model(whole)[0, length:], rtol=1e-3, atol=1e-4)

@@ -45,6 +45,13 @@ def shifted(windows: Tensor) -> Batch:
     return Batch(windows[:, :-1], windows[:, 1:])
 
 
+def padded(step: int) -> Batch:
+    """Sequences of unequal lengths: the second process has fewer tokens, in the first step none."""
+    whole = batch(step)
+    lengths = torch.tensor([8, 0, 5, 0] if step == 0 else [3 + step % 6, 1, 8, 1 + step % 3])
+    return Batch(whole.tokens, whole.targets, torch.arange(8)[None] < lengths[:, None])
+
+
 def fresh_model(envelope: Architecture = SPACE.envelope) -> Transformer:
     """With weights large enough for slices to differ."""
     torch.manual_seed(0)
@@ -70,6 +77,10 @@ def run(directory: Path, ranks: Ranks | None = None, until: int = STEPS, **optio
 
 def _plain(folder: Path, ranks: Ranks) -> None:
     run(folder / "plain", ranks)
+
+
+def _padded(folder: Path, ranks: Ranks) -> None:
+    run(folder / "padded", ranks, data=TrainData(padded, SLICES))
 
 
 def _continued(folder: Path, ranks: Ranks) -> None:
@@ -110,7 +121,7 @@ def _missing_gradient(folder: Path, ranks: Ranks) -> None:
     assert (model.layers[0].feed_forward.up.grad == 1.5).all()
 
 
-SCENARIOS = (_plain, _continued, _stopped_by_the_second, _diverging_in_the_second, _uneven, _missing_gradient)
+SCENARIOS = (_plain, _padded, _continued, _stopped_by_the_second, _diverging_in_the_second, _uneven, _missing_gradient)
 
 
 def _process(rank: int, folder: Path) -> None:
@@ -192,6 +203,13 @@ def test_two_processes_with_a_part_of_the_model_each_have_the_gradients_of_one(f
     assert_same_figures(folder / "sharded", alone, 5)
 
 
+def test_a_token_counts_alike_in_whichever_process_it_is(folder: Path, tmp_path: Path) -> None:
+    assert ends(folder, _padded) == ["done", "done"]
+    run(tmp_path, data=TrainData(padded, SLICES))
+    assert_same_training(folder / "padded", tmp_path)
+    assert_same_figures(folder / "padded", tmp_path, STEPS)
+
+
 def test_one_two_and_one_process_continue_each_other(folder: Path, alone: Path) -> None:
     assert [end.split()[0] for end in ends(folder, _continued)] == ["Interrupted", "Interrupted"]
     assert load_tensors(folder / "continued" / CHECKPOINT)[1]["step"] == "6"
@@ -226,11 +244,21 @@ def test_a_gradient_that_one_process_lacks_counts_as_zero(folder: Path) -> None:
     assert ends(folder, _missing_gradient) == ["done", "done"]
 
 
+def test_the_processes_have_all_rows_once_with_their_targets_and_masks() -> None:
+    whole = padded(3)
+    parts = [Ranks(rank, 2).rows(whole) for rank in (0, 1)]
+    for rank, part in enumerate(parts):
+        for row, name in ((row, name) for row in range(2) for name in ("tokens", "targets", "mask")):
+            assert torch.equal(getattr(part, name)[row], getattr(whole, name)[2 * row + rank])
+    assert sum(len(part) for part in parts) == len(whole) == 4
+
+
 def test_one_process_alone_leaves_everything_as_it_is() -> None:
     ranks, model = Ranks(), fresh_model()
     assert ranks.leads
-    assert torch.equal(ranks.rows(batch(0)).tokens, batch(0).tokens)
-    assert torch.equal(ranks.rows(batch(0)).targets, batch(0).targets)
+    for name, tensor in vars(padded(1)).items():
+        assert torch.equal(getattr(ranks.rows(padded(1)), name), tensor)
+    assert ranks.rows(batch(0)).mask is None
     assert (ranks.any(False), ranks.any(True), ranks.mean([0.1, 0.2])) == (False, True, [0.1, 0.2])
     ranks.average_gradients(model, [SPACE.largest])
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -3,13 +3,21 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Stack
-from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, evaluate, train
+from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, Transformer, evaluate, train
+from moesaic.supernet.evaluate import _mean_and_error
+from moesaic.supernet.losses import LOSSES
+from tests.supernet.network_tools import SPACE, VOCABULARY, backbones, on, padded_batch, randomised
 
 
 def shifted(windows: torch.Tensor) -> Batch:
@@ -114,23 +122,103 @@ def test_padding_counts_in_no_figure(make_model, make_tokens) -> None:
         assert load.pairs_per_token == pytest.approx(expected.tolist())
 
 
+def test_sequences_of_padding_alone_count_in_no_figure(make_model, make_tokens) -> None:
+    model, (batch, _) = make_model(mixed_layers()), padded(make_tokens, [9, 0, 4, 0, 7, 0], 9)
+    there = torch.tensor([0, 2, 4])
+    assert batch.mask is not None
+    expected = evaluate(model, Batch(batch.tokens[there], batch.targets[there], batch.mask[there]))
+    for rows in (1, 4):  # one at a time, three runs see no token at all
+        found = evaluate(model, batch, rows=rows)
+        assert found.tokens == expected.tokens == 20
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
+        assert found.sequence_losses[1::2] == (0.0, 0.0, 0.0)
+        for one, other in zip(found.loads, expected.loads, strict=True):
+            assert (one and one.pairs_per_token) == (other and pytest.approx(other.pairs_per_token))
+    one_token = evaluate(model, padded(make_tokens, [1, 0], 9)[0])
+    assert one_token.standard_error == math.inf  # one sequence and an empty one are one sequence
+
+
 def test_the_error_of_a_mean_over_unequal_sequences_is_that_of_a_ratio(make_model, make_tokens) -> None:
     """Against its definition: sums of losses over sums of counts, linearised around the mean."""
     model, (batch, _) = make_model(mixed_layers()), padded(make_tokens, [9, 4, 1, 7, 3], 9)
     found = evaluate(model, batch)
-    counts = [9, 4, 1, 7, 3]
-    residuals = [n * (loss - found.loss) for n, loss in zip(counts, found.sequence_losses, strict=True)]
-    variance = sum(r * r for r in residuals) / 4 / 5 / statistics.fmean(counts) ** 2
-    assert found.standard_error == pytest.approx(math.sqrt(variance))
+    assert found.standard_error == pytest.approx(ratio_error(found.sequence_losses, [9, 4, 1, 7, 3]), rel=1e-6)
 
 
+def ratio_error(losses: Sequence[float], counts: Sequence[int]) -> float:
+    """Cochran 1977, 2.11, without a finite population: R = sum y / sum x, with sums y of losses over x tokens."""
+    sums = [loss * count for loss, count in zip(losses, counts, strict=True)]
+    ratio, number = sum(sums) / sum(counts), len(counts)
+    spread = sum((y - ratio * x) ** 2 for y, x in zip(sums, counts, strict=True)) / (number - 1)
+    return math.sqrt(spread / number) / (sum(counts) / number)
+
+
+sequences = st.lists(st.tuples(st.floats(0, 10), st.integers(0, 50)), min_size=2, max_size=12)
+
+
+@given(sequences.filter(lambda found: sum(count > 0 for _, count in found) > 1))
+def test_mean_and_error_are_those_of_the_sequences_with_tokens(found: list[tuple[float, int]]) -> None:
+    losses, counts = (torch.tensor(part, dtype=torch.float64) for part in zip(*found, strict=True))
+    mean, error = _mean_and_error(losses, counts)
+    there = [(loss, count) for loss, count in found if count]
+    assert mean == pytest.approx(sum(loss * count for loss, count in there) / sum(count for _, count in there))
+    assert error == pytest.approx(ratio_error(*zip(*there, strict=True)), abs=1e-9)
+
+
+def test_the_error_is_what_the_mean_varies_by() -> None:
+    """Over many draws of sequences whose lengths and losses go together, as those of short ones are higher."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 30, (3000, 60), generator=generator).double()
+    losses = 5 - 0.1 * counts + torch.randn(counts.shape, generator=generator).double()
+    found = [_mean_and_error(*row) for row in zip(losses, counts, strict=True)]
+    errors = statistics.fmean(error for _, error in found)
+    assert errors == pytest.approx(statistics.stdev(mean for mean, _ in found), rel=0.05)
+
+
+def elsewhere(judge: Judge) -> tuple[Judge, dict[str, np.ndarray]]:
+    """The judge that another process makes of what ``plain`` says, with arrays that it may only read."""
+    facts, arrays = judge.plain()
+    for array in arrays.values():
+        array.flags.writeable = False
+    return Judge.of(json.loads(json.dumps(facts)), arrays, torch.device("cpu")), arrays
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_judge_made_elsewhere_judges_alike(tiny_space: SearchSpace, make_model, make_tokens) -> None:
     model, (batch, _) = make_model(tiny_space.envelope, "packed"), padded(make_tokens, [9, 4], 9)
+    judgements = set()
     for held_out in (batch, shifted(make_tokens(4, 9))):
-        judge = Judge(model, held_out)
-        facts, arrays = judge.plain()
-        for array in arrays.values():
-            array.flags.writeable = False
-        other = Judge.of(json.loads(json.dumps(facts)), arrays, torch.device("cpu"))
-        for architecture in (tiny_space.largest, tiny_space.smallest):
-            assert other(architecture) == judge(architecture)
+        for bfloat16 in (False, True):
+            judge = Judge(model, held_out, bfloat16)
+            other, _ = elsewhere(judge)
+            for architecture in (tiny_space.largest, tiny_space.smallest):
+                assert other(architecture) == judge(architecture)
+                judgements.add(judge(architecture).loss)
+    assert len(judgements) == 8  # no two of them are alike, so that nothing was left behind
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@given(backbone=backbones(), causal=st.booleans(), seed=st.integers(0, 10**6))
+def test_a_judge_on_any_backbone_is_made_elsewhere(backbone: Backbone, causal: bool, seed: int) -> None:
+    model = randomised(Transformer(on(backbone, SPACE.envelope, causal), VOCABULARY), seed)
+    judge = Judge(model, padded_batch([(0, 5), (2, 7)], 7, seed))
+    other, _ = elsewhere(judge)
+    member = on(backbone, SPACE.sample_balanced(Random(seed)), causal)
+    assert other(member) == judge(member)
+    assert other.model.architecture == model.architecture
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_judge_made_elsewhere_copies_nothing_and_keeps_its_loss(
+    tiny_space: SearchSpace, make_model, make_tokens, monkeypatch
+) -> None:
+    monkeypatch.setitem(LOSSES, "doubled", lambda output, batch: 2 * LOSSES["cross_entropy"](output, batch))
+    judge = Judge(make_model(tiny_space.envelope), shifted(make_tokens(4, 9)), loss="doubled")
+    other, arrays = elsewhere(judge)
+    assert other(tiny_space.largest) == judge(tiny_space.largest)
+    plain = evaluate(judge.model, judge.batch, tiny_space.largest)
+    assert judge(tiny_space.largest).loss == pytest.approx(2 * plain.loss)
+    for name, parameter in other.model.named_parameters():
+        assert parameter.data_ptr() == arrays[f"model.{name}"].ctypes.data
+    assert not other.model.training

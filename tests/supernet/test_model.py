@@ -21,6 +21,7 @@ from moesaic.search_spaces import (
     Stack,
 )
 from moesaic.supernet import Transformer
+from tests.search_spaces.two_stacks import two_stack_space
 
 MakeModel = Callable[..., Transformer]
 MakeTokens = Callable[..., Tensor]
@@ -229,6 +230,32 @@ def test_what_does_not_fit_is_neither_run_nor_extracted(choice: str, tiny_space,
         supernet.extract(architectures[choice])
     with pytest.raises(MoesaicError, match="does not fit"):
         supernet(torch.zeros(1, 3, dtype=torch.long), architecture=architectures[choice])
+
+
+def test_a_network_of_other_stacks_is_no_slice() -> None:
+    space = two_stack_space()
+    lone = Architecture(space.decoder.smallest, space.backbone)
+    with torch.device("meta"):
+        models = {name: Transformer(a, 23) for name, a in (("one", lone), ("two", space.envelope))}
+    for name, architecture in (("one", space.smallest), ("two", lone)):
+        with pytest.raises(MoesaicError, match="does not fit this model: stacks"):
+            models[name].where(architecture)
+
+
+@torch.no_grad()
+def test_each_of_two_stacks_has_its_regions() -> None:
+    space = two_stack_space()
+    supernet = Transformer(space.envelope, 23)
+    for architecture in some_members(space, 6):
+        names = supernet.where(architecture)
+        assert {name.split(".")[1] for name in names} == {"encoder", "decoder"}
+        extracted = dict(supernet.extract(architecture).named_parameters())
+        assert extracted.keys() == names.keys()
+        for name, parameter in extracted.items():
+            assert torch.equal(parameter, names[name].of(supernet.get_parameter(name)))
+        widths = {name: stack.width for name, stack in architecture.stacks.items()}
+        found = {name: extracted[f"stacks.{name}.embedding.weight"].shape[1] for name in widths}
+        assert found == widths
 
 
 # ---------------------------------------------------------------- the function it computes

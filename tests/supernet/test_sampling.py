@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from moesaic.search_spaces import Architecture, SearchSpace, load_space
 from moesaic.search_spaces.yaml_source import YamlSource
 from moesaic.supernet import SliceSampler
+from tests.search_spaces.two_stacks import two_stack_space
 
 
 def test_a_step_has_one_random_member(preset_space: SearchSpace) -> None:
@@ -97,3 +98,23 @@ def test_choices_are_dealt_independently_of_each_other() -> None:
     pairs = Counter((m.decoder.width, m.decoder.layers[0].feed_forward.experts) for m in drawn(space, 1200))
     assert len(pairs) == 3 * 4
     assert chisquare(list(pairs.values())).pvalue > 1e-3
+
+
+def test_a_second_stack_has_decks_of_its_own() -> None:
+    """240 draws are whole decks of every choice; had both stacks one deck, not all pairs would come up."""
+    space = two_stack_space()
+    members = drawn(space, 240)
+    assert all(member in space for member in members)
+    for name, stack in space.stacks.items():
+        widths = Counter(member.stacks[name].width for member in members)
+        assert widths == dict.fromkeys(stack.widths, 120)
+        depths = Counter(len(member.stacks[name].layers) for member in members)
+        assert set(depths) == set(stack.depths)
+        assert len(set(depths.values())) == 1
+        experts = Counter(member.stacks[name].layers[0].feed_forward.experts for member in members)
+        assert experts == {1: 120, 2: 120}
+    pairs = Counter(tuple(stack.width for stack in member.stacks.values()) for member in members)
+    assert len(pairs) == 4
+    assert chisquare(list(pairs.values())).pvalue > 1e-3
+    firsts = Counter(tuple(s.layers[0].feed_forward.experts for s in member.stacks.values()) for member in members)
+    assert len(firsts) == 4

@@ -72,7 +72,7 @@ class OptunaSampler:
                 self._tell(trial, known.values, known.excess)
                 duplicates += 1
             elif not state.unknown(architecture):
-                skipped.append(Skipped("duplicate", architecture, engine))  # of one whose values nobody knows yet
+                skipped.append(Skipped("duplicate", architecture, engine))  # of one that is still running
                 self._tell(trial, (), excess)
                 duplicates += 1
             else:

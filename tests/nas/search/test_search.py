@@ -172,7 +172,7 @@ def _full_disk(trial):
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/t.db", "postgresql://user@localhost:1/name"])
 def test_a_database_that_does_not_open_is_one_message(url):
-    with pytest.raises(MoesaicError, match="mirror: no database opens there"):
+    with pytest.raises(MoesaicError, match="mirror: cannot open the database"):
         database(url)
 
 
