@@ -1,4 +1,4 @@
-"""What the README shows works: every command and its settings, the configuration, and every link into the repository."""
+"""What the README shows works: every command and its settings, the configuration, every link to a file."""
 
 from __future__ import annotations
 

@@ -223,8 +223,11 @@ def _backward(
     # Without unused rows or columns every element of a bank's gradient is written by the kernel.
     covered = sum(sizes) == len(up) and x.shape[1] == up.shape[1]
     if not len(tokens):
-        bias, gates = (x.new_empty(0) if leaf is None else torch.zeros_like(leaf) for leaf in (up_bias, gate))
-        return grad_x.zero_(), torch.zeros_like(up), bias, gates, torch.zeros_like(down), torch.zeros_like(weights)
+
+        def zeros(leaf: Tensor | None) -> Tensor:
+            return x.new_empty(0) if leaf is None else torch.zeros_like(leaf)
+
+        return grad_x.zero_(), zeros(up), zeros(up_bias), zeros(gate), zeros(down), zeros(weights)
     call = _Call(x, up, tokens, offsets, starts, sizes)
     grad_pre_up, scaled = call.hidden(x), call.hidden(x)
     grad_pre_gate = call.hidden(x) if gate is not None else None
@@ -269,7 +272,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 14
-    _, _, up_bias, gate, *_ = ctx.saved_tensors
+    up_bias, gate = ctx.saved_tensors[2:4]
     gradients = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.layout, ctx.activation)
     grad_x, grad_up, grad_bias, grad_gate, grad_down, grad_weights = gradients
     grad_bias, grad_gate = None if up_bias is None else grad_bias, None if gate is None else grad_gate

@@ -62,7 +62,7 @@ def test_cost_prices_an_architecture(tmp_path):
     data = json.loads(moesaic("cost", path, "--json").stdout)
     assert data["expected"]["parameters"] > 0
     assert data["measured_latency_ms"] > 0
-    total = sum(sum(layer.values()) for layer in data["flops_per_layer"]) + data["flops_vocabulary"]
+    total = sum(sum(layer.values()) for layer in data["flops_per_layer"].values()) + data["flops_vocabulary"]
     assert total == pytest.approx(data["expected"]["flops"])
 
 
