@@ -1,4 +1,4 @@
-"""What a backbone may be, which of it is written, and that every field of an architecture is told by its fingerprint."""
+"""What a backbone may be, which of it is written, and that a fingerprint tells every field apart."""
 
 from __future__ import annotations
 
