@@ -232,6 +232,20 @@ def test_what_does_not_fit_is_neither_run_nor_extracted(choice: str, tiny_space,
         supernet(torch.zeros(1, 3, dtype=torch.long), architecture=architectures[choice])
 
 
+def test_more_key_value_heads_do_not_fit_where_the_query_heads_do() -> None:
+    """In the spaces above, more of the ones means more of the others."""
+
+    def heads(query: int, key_value: int) -> Architecture:
+        return Architecture(Stack(32, (Layer(Attention(query, key_value), FeedForward((32,))),)), Backbone(16))
+
+    model = Transformer(heads(4, 2), 23)
+    for fitting in (heads(4, 2), heads(4, 1), heads(2, 2)):
+        assert model.where(fitting)
+    for attention in ((4, 4), (3, 3), (6, 2)):
+        with pytest.raises(MoesaicError, match="does not fit"):
+            model.where(heads(*attention))
+
+
 def test_a_network_of_other_stacks_is_no_slice() -> None:
     space = two_stack_space()
     lone = Architecture(space.decoder.smallest, space.backbone)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router
 from moesaic.supernet import Batch, KeyValueCache, TrainData, TrainSettings, Transformer, train
+from moesaic.supernet.attention import _seen
+from moesaic.supernet.batch import Inputs
 from moesaic.supernet.losses import cross_entropy
 from moesaic.supernet.metrics import read_metrics
 from tests.supernet.network_tools import (
@@ -117,6 +119,26 @@ def test_a_mask_without_padding_is_no_mask() -> None:
     for backbone in PADDED.values():
         model, tokens = randomised(Transformer(network(backbone, SPARSE, DENSE), 23)), tokens_of(3, 9)
         close(model(tokens, mask=torch.ones(3, 9, dtype=torch.bool)), model(tokens))
+
+
+@given(
+    mask=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3),
+    length=st.integers(1, 6),
+    causal=st.booleans(),
+)
+def test_a_token_sees_tokens_alone_and_padding_sees_something(
+    mask: list[list[bool]], length: int, causal: bool
+) -> None:
+    """A softmax over nothing is NaN in some of torch's implementations."""
+    seen = _seen(Inputs(causal, torch.tensor(mask)), length, 6, torch.device("cpu"))
+    assert seen.shape == (len(mask), 1, length, 6)
+    assert seen.any(-1).all()
+    for row, places in enumerate(mask):
+        for query in range(length):
+            own = 6 - length + query
+            if places[own]:
+                expected = [there and (at <= own or not causal) for at, there in enumerate(places)]
+                assert seen[row, 0, query].tolist() == expected
 
 
 # ---------------------------------------------------------------- learning
