@@ -199,6 +199,12 @@ class Backbone:
                     found=f"{self.rotary_size} of a head_size of {self.head_size}",
                     allowed="head_size x rotary_fraction is even",
                 )
+        elif (self.rotary_base, self.rotary_fraction) != (Backbone.rotary_base, Backbone.rotary_fraction):
+            raise MoesaicError(
+                "rotary settings without rotary positions",
+                found=f"positions: {self.positions}",
+                allowed="positions: rotary",
+            )
         if (self.positions == "learned") != (self.max_positions is not None):
             raise ValueError("max_positions goes with learned positions, which need it")
         if self.max_positions is not None:

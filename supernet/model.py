@@ -215,7 +215,11 @@ class Transformer(nn.Module):
             self.where(architecture)
         if cache is not None:
             cache.check(tokens, architecture)
-        name, stack = next(iter(architecture.stacks.items()))
+        (name, stack), *others = architecture.stacks.items()
+        if others:
+            raise MoesaicError(
+                "cannot run a network of several stacks", found=list(architecture.stacks), allowed="one stack"
+            )
         module = self._stack(name)
         x, routings = module(name, tokens, stack, mask, cache)
         if cache is not None:

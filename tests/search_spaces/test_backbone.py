@@ -51,6 +51,9 @@ def broken_rules(b: dict[str, Any]) -> set[str]:
         "norm_eps must be small": not 0 < b["norm_eps"] < 1,
         "impossible rotary positions": turned and not possible,
         "rotary positions turn pairs of values": turned and possible and (round(values) % 2 or round(values) == 0),
+        "rotary settings without rotary positions": (
+            not turned and (b["rotary_base"], b["rotary_fraction"]) != (10_000.0, 1.0)
+        ),
         "max_positions goes with learned positions, which need it": (
             (b["positions"] == "learned") is (b["max_positions"] is None)
         ),
@@ -67,8 +70,7 @@ def test_a_backbone_is_refused_exactly_where_a_rule_is_broken(given: dict[str, A
     broken = broken_rules(defaults | given)
     if not broken:
         found = Backbone(**given)
-        values = {name: getattr(found, name) for name in given if found.positions == "rotary" or "rotary" not in name}
-        assert values == {name: given[name] for name in values}
+        assert {name: getattr(found, name) for name in given} == given
         return
     with pytest.raises(ValueError) as caught:
         Backbone(**given)

@@ -270,6 +270,8 @@ def test_each_of_two_stacks_has_its_regions() -> None:
         widths = {name: stack.width for name, stack in architecture.stacks.items()}
         found = {name: extracted[f"stacks.{name}.embedding.weight"].shape[1] for name in widths}
         assert found == widths
+    with pytest.raises(MoesaicError, match="cannot run a network of several stacks"):
+        supernet(torch.zeros(1, 3, dtype=torch.long))
 
 
 # ---------------------------------------------------------------- the function it computes
