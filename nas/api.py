@@ -1,4 +1,4 @@
-"""What the command line does, for programs: run, plan and load."""
+"""The command line's work as functions for programs: run, plan and load."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def open_run(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """A run whose stages can be done one by one, and whose artifacts are its properties.
+    """A run: call its stages one by one, read its artifacts as properties.
 
     Parameters
     ----------
     config : YAML file of the run.
     overrides : ``KEY=VALUE`` settings, such as ``search.trials=50``.
     out : directory of the run; by default ``runs/NAME``.
-    reporter : what messages and progress go to; by default standard error.
-    should_stop : asked now and then; True saves what there is and raises Interrupted.
+    reporter : receives messages and progress; by default they go to standard error.
+    should_stop : polled regularly; True saves the work done so far and raises Interrupted.
 
     Raises
     ------
@@ -49,8 +49,8 @@ def open_run(
 
 
 def run(config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None) -> dict[str, Summary]:
-    """Do the whole job, as ``moesaic run``; continues where it stopped. What was found, by the name of the budget (a
-    single one has an empty name).
+    """Run all stages, as ``moesaic run``; continues where it stopped. Returns the findings by budget name (a single
+    budget has an empty name).
 
     Raises
     ------
@@ -62,15 +62,15 @@ def run(config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = 
 
 
 def plan(config: PathLike, overrides: Sequence[str] = ()) -> dict[str, Plan]:
-    """Look before training, as ``moesaic plan``; by the name of the budget."""
+    """The plan of each budget by name, without training, as ``moesaic plan``."""
     return {part.name: build_plan(part) for part in open_run(config, overrides).budgets}
 
 
 def load(folder: PathLike) -> Transformer:
-    """The model in a folder that ``moesaic export`` wrote, on the CPU, in evaluation mode. Nothing in it is executed.
+    """Load an exported model on the CPU, in evaluation mode. No code from the folder is executed.
 
     Raises
     ------
-    MoesaicError : not an export, damaged, or weights that are not those of its architecture.
+    MoesaicError : the folder is not an export or is damaged, or the weights do not fit the architecture.
     """
     return load_exported(folder)

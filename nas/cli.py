@@ -1,4 +1,4 @@
-"""The command line: a command per stage, `run` for all of them, and tools to look before training."""
+"""The command line: one command per stage, `run` for all of them, and tools to check a run before training."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def _version(
         raise typer.Exit
 
 
-@app.command(rich_help_panel="Main", help=f"Do the whole job: {', '.join(stage.name for stage in STAGES)}.")
+@app.command(rich_help_panel="Main", help=f"Run all stages: {', '.join(stage.name for stage in STAGES)}.")
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> None:
     _stages(config, overrides, out, None)
 
 
 @app.command(rich_help_panel="Main")
 def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Look before training: size of the space, range of costs, whether the budget can be met, estimated time."""
+    """Check before training: size of the space, range of costs, whether the budget can be met, estimated time."""
     with _told():
         from moesaic.nas.config import load_config
         from moesaic.nas.plan import build_plan, print_plan
@@ -112,7 +112,7 @@ def latency(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Out = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if this machine was measured.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if there is a calibration.")] = False,
 ) -> None:
     _stages(config, overrides, out, "latency", fresh=fresh)
 
@@ -131,7 +131,7 @@ def retrain(
         from moesaic.search_spaces import MoesaicError
 
         if out is not None:
-            raise MoesaicError("--out goes with a run, an export is trained where it is", where="--out", found=out)
+            raise MoesaicError("--out is only for runs; exports are retrained in place", where="--out", found=out)
         result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
         over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
         figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
@@ -142,7 +142,7 @@ def retrain(
 
 
 _OF_ITS_OWN: dict[str, Callable[..., None]] = {"latency": latency, "retrain": retrain}
-"""Stages whose command takes more than the others'."""
+"""Stages whose command has extra arguments."""
 
 
 def _command_of(name: str) -> Callable[..., None]:
@@ -177,7 +177,7 @@ def doctor() -> None:
 
 
 def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: str | None, fresh: bool = False) -> None:
-    """Run one stage, or all of them and print the result."""
+    """Run one stage, or run all of them and print the result."""
     with _told(), _stopping() as should_stop:
         from moesaic.nas.config import load_config
         from moesaic.nas.terminal.progress import Reporter
@@ -203,7 +203,7 @@ def _stopping() -> Iterator:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Turn what a person can put right into one message and an exit code; anything else is a defect and shows."""
+    """Turn errors the user can fix into one message and an exit code; any other exception is a bug and propagates."""
     try:
         yield
     except KeyboardInterrupt:

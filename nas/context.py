@@ -1,4 +1,4 @@
-"""What a cost depends on beside the architecture: the batch of one forward pass, and how it is computed."""
+"""What a cost depends on besides the architecture: the batch of one forward pass, and how it is computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a stack one pass computes: ``tokens`` hidden states of ``sequences``, each of which sees ``keys``
-    positions. A product over an expert's rows computes whole tiles of ``row_tile`` rows."""
+    """How much one pass computes in a stack: ``tokens`` hidden states of ``sequences``, each attending to ``keys``
+    positions. A product over an expert's rows is computed in whole tiles of ``row_tile`` rows."""
 
     tokens: int
     sequences: int
@@ -24,8 +24,8 @@ class Context:
     """One forward pass of ``batch_size`` sequences.
 
     ``prefill`` computes all ``sequence_length`` positions at once (also: scoring a text); ``decode`` computes one
-    token per sequence, which looks back on ``sequence_length`` positions in a key/value cache. ``bytes_per_value``
-    is that of activations and cache. A product over an expert's rows computes whole tiles of ``row_tile`` rows.
+    token per sequence, which attends to ``sequence_length`` positions in a key/value cache. ``bytes_per_value``
+    is that of activations and cache. A product over an expert's rows is computed in whole tiles of ``row_tile`` rows.
     """
 
     vocab_size: int
@@ -41,7 +41,7 @@ class Context:
         return self.batch_size * (self.sequence_length if self.phase == "prefill" else 1)
 
     def extent(self, stack: str) -> Extent:
-        """What a pass computes in the stack of that name; today's architectures have one, the decoder."""
+        """What a pass computes in the named stack; today's architectures have only one, the decoder."""
         assert stack == "decoder"
         return Extent(self.tokens, self.batch_size, self.sequence_length, self.row_tile)
 

@@ -1,4 +1,4 @@
-"""The device a run computes on, described so that measurements from another one are recognised; and the versions."""
+"""The device of a run, described so that measurements from another device are recognised, and library versions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Device:
 
     @property
     def computing(self) -> dict[str, str | int]:
-        """What decides the last digits of a computation."""
+        """What the last digits of a result depend on."""
         return {"kind": self.kind, "dtype": self.dtype, "threads": self.threads}
 
     def autocast(self) -> torch.autocast:
@@ -62,7 +62,7 @@ def choose_device(config: DeviceConfig) -> Device:
 
     Raises
     ------
-    MoesaicError : a GPU is asked for and there is none, or more threads than processors.
+    MoesaicError : a GPU is requested but not available, or more threads than processors are requested.
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
@@ -79,7 +79,7 @@ def choose_device(config: DeviceConfig) -> Device:
 
 
 def versions() -> dict[str, str]:
-    """Python, this program, and the libraries that decide a result."""
+    """Versions of Python, this program, and the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in ("moesaic", *_PACKAGES):
         try:

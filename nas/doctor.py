@@ -1,4 +1,4 @@
-"""What this machine offers and what is missing, for a person and for a bug report."""
+"""Checks of this machine: what is available and what is missing, for users and bug reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All stages in order, or one of them; and the files of a run that belong to no stage."""
+"""Runs all stages in order, or one of them, and writes the files of a run that belong to no stage."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from moesaic.search_spaces.files import write_json, write_text, write_value
 
 
 def check_budget(run: Run) -> None:
-    """Raises MoesaicError when no architecture can meet a budget, before hours of training are spent on it.
+    """Raises MoesaicError when no architecture can meet a budget, before hours are spent on training.
 
-    Threshold routers are priced as if each token needed one expert: what training will make of them is not known
-    yet, and a budget that may turn out possible is not refused.
+    Threshold routers are priced as if each token needed one expert: their load after training is not known yet, and
+    a budget that may be feasible must not be refused.
     """
     one_expert = Occupancy(
         {
@@ -50,9 +50,9 @@ def check_budget(run: Run) -> None:
 
 
 def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool = False) -> None:
-    """Do stage ``only``, or all stages, and print the results after the last one.
+    """Run stage ``only``, or all stages, and print the results after the last one.
 
-    Of several budgets, stages after the search are done for each in turn. ``fresh`` has latency measured again.
+    With several budgets, stages after the search run for each in turn. ``fresh`` measures latency again.
     """
     with RunDirectory(run.path).locked():
         describe(run)
@@ -84,7 +84,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
 
 
 def describe(run: Run, part: BudgetRun | None = None) -> None:
-    """Leaves in the folder of the run, or of one budget, what it was asked, and with which versions on which device."""
+    """Write the configuration, versions and device into the folder of the run, or of one budget."""
     path, name = (run.path, "") if part is None else (part.path, part.name)
     write_text(path / "config.yaml", run.loaded.resolved_yaml(name))
     write_json(path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})

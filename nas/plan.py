@@ -1,4 +1,4 @@
-"""Looking before training: size of the space, range of every cost, whether the budget can be met, estimated time."""
+"""A check before training: size of the space, range of every cost, whether the budget can be met, estimated time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SAMPLES = 1000
 
 @dataclass(frozen=True)
 class PlannedLine:
-    """A budget line in base units: the ``share`` of random members inside it, and whether any member is."""
+    """A budget line in base units: the ``share`` of random members that meet it, and whether any member can."""
 
     name: str
     bind: str
@@ -42,9 +42,9 @@ class PlannedLine:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a space, ranges of its costs, and a budget: ``share_inside`` it, or the ``problem`` why nothing is.
+    """Sizes of a space, ranges of its costs, and a budget: the ``share_inside`` it, or the ``problem`` if nothing fits.
 
-    ``seconds`` are estimated by stage; ``latency_error`` is the predictor's mean error on held-out models.
+    ``seconds`` are estimates per stage; ``latency_error`` is the predictor's mean error on held-out models.
     """
 
     space: str
@@ -99,7 +99,7 @@ def build_plan(part: BudgetRun) -> Plan:
 
 
 def _estimate_seconds(run: Run) -> dict[str, float]:
-    """Seconds per stage from a few passes of an untrained supernet; a training pass costs about three forward ones."""
+    """Seconds per stage, from a few passes of an untrained supernet; a training step costs about 3 forward passes."""
     config, space = run.config, run.space
     recipe = supernet_recipe(config, space, run.device.bfloat16)
     model = recipe.weights(run.task)(space.envelope).to(run.device.torch_device)

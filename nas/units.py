@@ -13,7 +13,7 @@ _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Dimension:
-    """What a cost is measured in: its unit, what it is per, scales it is printed in, and others it may be read in."""
+    """The unit of a cost, what it is per, the scales it is printed in, and others that are accepted as input."""
 
     unit: str
     per: str
@@ -47,7 +47,7 @@ DIMENSIONS = {
         {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
     ),
 }
-"""Costs that a budget may bind, in their base units: FLOPs, milliseconds, counts, bytes."""
+"""Costs that a budget may limit, in their base units: FLOPs, milliseconds, counts, bytes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def parse_limit(text: str | float, cost: str) -> Limit:
 
     Raises
     ------
-    MoesaicError : no number, a unit of something else, zero or less.
+    MoesaicError : not a number, a unit of another quantity, or not positive.
     """
     dimension = DIMENSIONS[cost]
     allowed = f"a number with one of: {', '.join(name or '(none)' for name in dimension.scales)}, or %"

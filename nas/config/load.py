@@ -27,7 +27,7 @@ class Loaded:
     source: YamlSource
 
     def resolved_yaml(self, budget: str = "") -> str:
-        """The whole configuration with its defaults, ready to be read again; of several budgets ``budget`` alone."""
+        """The configuration with its defaults as YAML; with several budgets, ``budget`` alone."""
         config = self.config
         if budget:
             config = config.model_copy(update={"budget": config.budgets[budget], "budgets": {}})
@@ -39,7 +39,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises
     ------
-    MoesaicError : the first thing that does not fit, with file, line, key and the nearest valid value.
+    MoesaicError : the first invalid setting, with file, line, key and the nearest valid value.
     """
     source = _read(path, overrides)
     config = validate(Config, source)
@@ -73,7 +73,7 @@ def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> YamlSource:
 
 
 def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
-    """Raises MoesaicError unless every worker gets as many of ``rows`` rows of each batch."""
+    """Raises MoesaicError unless the ``rows`` rows of a batch split evenly among the workers."""
     if rows % train.workers:
         raise MoesaicError(
             "workers must divide the batch size",
@@ -85,7 +85,7 @@ def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
 
 
 def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> None:
-    """Raises MoesaicError where sequences are longer than learned positions reach."""
+    """Raises MoesaicError where sequences are longer than the learned positions."""
     most, longest = space.backbone.max_positions, config.data.sequence_length
     if most is not None and longest > most:
         raise MoesaicError(

@@ -14,7 +14,7 @@ from moesaic.search_spaces import MoesaicError
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 FEWEST_MEMBERS = 4
-"""Fewest architectures whose order by two judges is worth comparing."""
+"""Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters", "memory"]
 
@@ -46,10 +46,10 @@ class DataConfig(_Section):
 
 
 class LimitConfig(_Section):
-    """One hard limit. ``bind`` says which cost of a threshold router it holds for: the expected or the worst case.
+    """One hard limit. ``bind`` says which cost of a threshold router it limits: the expected or the worst case.
 
     ``confidence`` is for latency, which is predicted with an error: the limit holds with that probability. Without it
-    the prediction itself is bound.
+    the limit applies to the prediction itself.
     """
 
     limit: str | int | float
@@ -66,7 +66,7 @@ class DeviceConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Optimisation that the supernet and a single model share."""
+    """Optimiser settings shared by the supernet and single models."""
 
     steps: Count = 1000
     batch_size: Count = 16
@@ -79,8 +79,8 @@ class TrainingConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """``workers`` processes of this machine train together, each a part of every batch and, with ``shard``, each a part
-    of weights and optimiser state. On GPUs each has its own. When one dies all are started again, ``restarts`` times.
+    """``workers`` processes on this machine train together. Each takes a part of every batch and, with ``shard``, holds
+    a part of weights and optimiser state. On GPUs, each has its own. When one dies, all restart, ``restarts`` times.
     """
 
     workers: Count = 1
@@ -95,17 +95,17 @@ class TrainConfig(_Section):
 
 
 class SupernetConfig(TrainingConfig):
-    """``largest_first``: share of the steps in which the largest architecture trains alone, before random slices do."""
+    """``largest_first``: share of the steps that train the largest architecture alone, before random slices."""
 
     sharing: Literal["nested", "packed"] = "nested"
     largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.15
 
 
 class LatencyConfig(_Section):
-    """The pass that latency is of, and how many models calibrate its predictor in how many rounds at least.
+    """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
-    ``prefill`` computes ``sequence_length`` positions of each sequence at once, ``decode`` one token after as many in
-    a key/value cache; without a length it is that of the data.
+    ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
+    that many positions in a key/value cache. The default length is that of the data.
     """
 
     phase: Phase = "prefill"
@@ -138,17 +138,17 @@ class SearchConfig(_Section):
 
 
 class LaneResources(_Section):
-    """What a lane takes of its node; a fraction of a GPU lets several lanes share one."""
+    """Resources of one lane on its node; with a fraction of a GPU, several lanes share one."""
 
     cpu: Positive = 1.0
     gpu: Annotated[float, Field(ge=0)] = 0.0
 
 
 class ExecutorConfig(_Section):
-    """Where the search evaluates: in this process (``local``), or in ``lanes`` lanes of a Ray cluster.
+    """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster.
 
-    ``address``: a cluster's, or ``auto`` for the one this machine belongs to; without it Ray starts on this machine
-    alone. An evaluation is retried ``retries`` times when its lane dies, and fails after ``time_limit`` seconds.
+    ``address`` is that of a cluster, or ``auto`` for the one this machine belongs to; without it, Ray starts on this
+    machine only. An evaluation is retried ``retries`` times when its lane dies, and fails after ``time_limit`` seconds.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -164,7 +164,7 @@ class ExecutorConfig(_Section):
         ignored = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
         if self.kind == "local" and ignored:
             raise MoesaicError(
-                f"{ignored[0]} is a setting of lanes, which the local executor does not have",
+                f"{ignored[0]} is a setting of the ray executor; the local executor has no lanes",
                 found="kind: local",
                 nearest="kind: ray",
             )
@@ -172,8 +172,8 @@ class ExecutorConfig(_Section):
 
 
 class FidelityConfig(_Section):
-    """``check``: how many of the evaluated architectures are trained from scratch, for ``steps`` each and otherwise as
-    ``retrain`` says, to see how well inherited losses rank them."""
+    """``check``: how many evaluated architectures are trained from scratch, to see how well inherited losses rank them.
+    Each trains for ``steps`` steps, otherwise with the settings of ``retrain``."""
 
     check: Annotated[int, Field(ge=0)] = 0
     steps: Count = 300
@@ -191,16 +191,16 @@ class FidelityConfig(_Section):
 
 
 class ExportConfig(_Section):
-    """``front``: how many members of the Pareto front are exported beside the best one, evenly spread."""
+    """``front``: how many members of the Pareto front, evenly spread, are exported besides the best one."""
 
     front: Annotated[int, Field(ge=0)] = 4
 
 
 class RetrainConfig(TrainingConfig):
-    """Training of the chosen architecture and, with ``rivals``, of the best uniform and dense ones in the same budget.
+    """Training of the chosen architecture and, with ``rivals``, the best uniform and dense ones in the same budget.
 
-    Each is trained once with each of ``seeds`` seeds, the first of which is the run's; one seed gives no training
-    variance. Raising ``seeds`` later keeps what is trained.
+    Each is trained once per seed, for ``seeds`` seeds starting with the run's. One seed gives no estimate of the
+    training variance. Raising ``seeds`` later keeps the models already trained.
     """
 
     seeds: Count = 1
@@ -212,9 +212,9 @@ class RetrainConfig(TrainingConfig):
 class Config(_Section):
     """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``.
 
-    There is one ``budget``, or several under names of their own in ``budgets``: these share one supernet and one
-    search, and each gets its own models and report. ``mirror`` is the URL of a database that gets the search's trials
-    as a study of Optuna; without it they go to a journal file.
+    There is one ``budget``, or several named ones in ``budgets``: these share one supernet and one search, and each
+    gets its own models and report. ``mirror`` is the URL of a database that receives the search's trials as an Optuna
+    study; without it they go to a journal file.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -271,19 +271,19 @@ class Config(_Section):
 
     @property
     def budgets_by_name(self) -> dict[str, dict[str, LimitConfig]]:
-        """Every budget; the name of a single one is empty."""
+        """All budgets by name; a single budget has an empty name."""
         return self.budgets or {"": self.budget}
 
 
 def _lines(value: Any) -> Any:
-    """The lines of a budget, of which a plain value is the limit."""
+    """The lines of a budget; a plain value is a limit."""
     if not isinstance(value, dict) or not value:
         raise MoesaicError("budget needs at least one line", allowed=", ".join(DIMENSIONS))
     return {name: {"limit": line} if not isinstance(line, dict) else line for name, line in value.items()}
 
 
 class RetrainFile(_Section):
-    """``retrain.yaml`` of an exported model: what its training needs to know of the run it came from."""
+    """``retrain.yaml`` of an exported model: the settings of its run that retraining needs."""
 
     name: str
     seed: Annotated[int, Field(ge=0)] = 0

@@ -1,1 +1,1 @@
-"""What a person sees and does while a command runs: progress, tables, stopping."""
+"""The terminal while a command runs: progress, tables, stopping."""

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a live line in a terminal, a plain line now and then anywhere else."""
+"""Progress of a stage: a live line in a terminal, an occasional plain line anywhere else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reporter:
 
     @contextmanager
     def progress(self, stage: str) -> Iterator[ProgressBar]:
-        """A bar for one stage: what, step, figures, time so far, time left."""
+        """A progress bar for one stage: name, step, figures, elapsed time, time left."""
         if not self.console.is_terminal:
             yield _PlainBar(self, stage)
             return
@@ -50,7 +50,7 @@ class Reporter:
 
 
 class _Clock:
-    """Time left by the mean pace since the first report of this process (a resumed stage starts in the middle)."""
+    """Time left at the mean pace since this process first reported (a resumed stage starts in the middle)."""
 
     def __init__(self) -> None:
         self.first: tuple[float, int] | None = None

@@ -1,4 +1,4 @@
-"""Stopping in an orderly way: the first Ctrl-C or SIGTERM asks, the second Ctrl-C insists."""
+"""Clean stopping: the first Ctrl-C or SIGTERM requests a stop, a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """True once somebody asked the program to stop."""
+    """True once a stop was requested."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,4 +1,4 @@
-"""Tables: for a terminal in one style, narrow enough for 80 columns where the content allows it; and as CSV files."""
+"""Tables: in one style for a terminal, within 80 columns where the content allows it; and as CSV files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIPE_WIDTH = 120
 
 
 def plain_table(title: str, columns: str, texts: str) -> Table:
-    """A table with ``columns`` (names separated by ``|``); those also in ``texts`` are set left, others right."""
+    """A table with ``columns`` (names separated by ``|``); those in ``texts`` are left-aligned, the others right."""
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )
@@ -30,13 +30,13 @@ def plain_table(title: str, columns: str, texts: str) -> Table:
 
 
 def output_console() -> Console:
-    """Standard output; wide where it is not a terminal, so that a log does not fold."""
+    """Standard output; wide where it is not a terminal, so that lines in a log do not wrap."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def what_costs_are_per(context: Context) -> str:
-    """A line that says what the costs of a table are per."""
+    """A line that says what each cost in a table is per."""
     parts = [f"{name} {d.per}" for name, d in DIMENSIONS.items() if name not in ("parameters", "latency", "memory")]
     batch = f"latency and activation memory per batch of {context}"
     return f"{', '.join(parts)}, {batch}; FLOPs are forward, 2 x multiply-accumulates."

@@ -224,7 +224,7 @@ def test_a_cluster_without_room_is_said_once(own_ray, judge, monkeypatch):
 
 
 def test_lanes_are_of_ray_alone():
-    with pytest.raises(ValueError, match="lanes is a setting of lanes"):
+    with pytest.raises(ValueError, match="lanes is a setting of the ray executor"):
         ExecutorConfig(lanes=2)
     written = ExecutorConfig().model_dump(mode="json")
     assert ExecutorConfig.model_validate(written) == ExecutorConfig()
