@@ -1,4 +1,4 @@
-"""Compute a sparse feed-forward layer fast on this device. Imports torch and triton alone."""
+"""Compute a sparse feed-forward layer fast on this device. Imports only torch and triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
     from moesaic.kernels import gpu
 
-    # A dense layer is two or three plain products, which cuBLAS does best.
+    # A dense layer is two or three matrix products, which cuBLAS does best.
     if routing is None or len(layout.sizes) > gpu.MAX_EXPERTS:
         return segments.sparse_ffn(x, bank, layout, routing, activation)
     return gpu.sparse_ffn(x, bank, layout, routing, activation)
@@ -75,12 +75,12 @@ def sparse_ffn(
     if implementation is None:
         implementation = "triton" if has_triton(x.device) and x.dtype != torch.float64 else "torch"
     if routing is not None and routing.slots is not None and implementation != "triton":
-        routing = routing.trimmed()  # made on a GPU, with room to spare that only the Triton kernels pass over
+        routing = routing.trimmed()  # made on a GPU, with unused entries at the end that only the Triton kernels skip
     return IMPLEMENTATIONS[implementation](x, bank, layout, routing, activation)
 
 
 def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
-    """Choose experts for each token: ``kernels.routing.route``, as Triton kernels where they run."""
+    """Choose experts for each token: see ``kernels.routing.route``. Uses the Triton kernels where they run."""
     if has_triton(logits.device) and logits.shape[1] > 1:
         from moesaic.kernels import gpu
 

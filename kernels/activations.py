@@ -1,4 +1,4 @@
-"""The activations of a feed-forward layer: one table that every implementation goes by."""
+"""The activations of a feed-forward layer: one table that every implementation uses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _aten = torch.ops.aten
 class Pointwise:
     """A function of one value, applied to each element of a tensor of any shape.
 
-    ``name`` is how the Triton kernels choose their version of it. ``forward(z)`` returns a new tensor.
+    ``name`` selects the version in the Triton kernels. ``forward(z)`` returns a new tensor.
     ``backward(grad, z)`` overwrites ``grad`` with grad * forward'(z) and returns it. ``forward_in_place(z)`` exists
-    only if ``backward`` also accepts forward(z) in place of z: then z need not be kept.
+    only if ``backward`` also accepts forward(z) instead of z; then z need not be kept.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Values that a sparse layer is called with: where experts lie in a bank, and which token goes to which expert."""
+"""Arguments of a sparse layer: where experts lie in a bank, and which token goes to which expert."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Routing:
 
     ``tokens`` [P] int64, ``offsets`` [E + 1] int64 (pairs of expert e: ``offsets[e] : offsets[e + 1]``),
     ``weights`` [P] float32, differentiable, ``probabilities`` [T, E] float32, the router's softmax. The lists may
-    be longer than P = ``offsets[-1]``: only the device knows how many pairs a threshold kept, and what stands past
-    them has no meaning. ``slots`` [P] is each pair's place when the pairs are sorted by token, and by expert within a
-    token; those of token t end up at ``token_offsets[t] : token_offsets[t + 1]`` [T + 1]. A GPU needs them.
+    be longer than P = ``offsets[-1]``, since only the device knows how many pairs a threshold kept; entries past P
+    are undefined. ``slots`` [P] is each pair's position when pairs are sorted by token, and by expert within a token;
+    those of token t are at ``token_offsets[t] : token_offsets[t + 1]`` [T + 1]. The Triton kernels need both.
     """
 
     tokens: Tensor
@@ -64,13 +64,13 @@ class Routing:
         return self.offsets.diff()
 
     def trimmed(self) -> Routing:
-        """The same with lists of P. Waits for the device."""
+        """The same with lists of length P. Synchronises with the device."""
         pairs = int(self.offsets[-1])
         slots = None if self.slots is None else self.slots[:pairs]
         return replace(self, tokens=self.tokens[:pairs], weights=self.weights[:pairs], slots=slots)
 
     def in_token_order(self) -> Routing:
-        """The same with ``slots`` and ``token_offsets``. Without them the lists must be exactly P long."""
+        """The same with ``slots`` and ``token_offsets``. If they are missing, the lists must have length P."""
         if self.slots is not None:
             return self
         tokens, pairs = self.tokens, torch.arange(len(self.tokens), device=self.tokens.device)
@@ -83,8 +83,8 @@ class Routing:
     def balance_loss(self) -> Tensor:
         """E * sum_e (share of pairs at e) * (mean probability of e): 1 when balanced.
 
-        Switch Transformers (arXiv 2101.03961) equation 4, with the share of all pairs in place of the share of
-        tokens, so that it means the same for any number of experts per token.
+        Switch Transformers (arXiv 2101.03961) equation 4, with the share of all pairs instead of the share of
+        tokens, so that values are comparable for any number of experts per token.
         """
         share = self.load / self.offsets[-1].clamp(min=1)
         return len(share) * (share * self.probabilities.mean(0)).sum()

@@ -1,4 +1,4 @@
-"""The sparse layer in a few obvious lines: the truth that every fast path is tested against."""
+"""The sparse layer in a few simple lines: the reference that every fast path is tested against."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, n
     ----------
     logits : [T, E], any float dtype; the softmax is taken in float32.
     max_experts : the largest number of experts a token may use.
-    threshold : None for top-k (exactly ``max_experts`` experts). Otherwise experts in falling order of probability are
-        kept while the mass ranked strictly ahead is below ``threshold``; the first is always kept (XMoE,
-        arXiv 2403.18926). Equal probabilities keep the order of the experts.
+    threshold : None for top-k (exactly ``max_experts`` experts). Otherwise experts are kept in decreasing order of
+        probability while the mass ranked strictly ahead is below ``threshold``; the first is always kept (XMoE,
+        arXiv 2403.18926). Ties go to the lower index.
     normalise : divide the weights of a token's experts by their sum, so that the scale of the output does not
-        depend on how many experts there are. Where a token has one expert its weight is 1, and the gradient of
-        its logit is that of log p (straight-through): a plain quotient would have none and the router would not
-        learn. False leaves the probabilities as they are.
+        depend on the number of experts. If a token has one expert, its weight is 1, and its logit gets the gradient
+        of log p (straight-through): the quotient has gradient 0, so the router would not learn. False uses the
+        probabilities as weights.
     """
     probabilities = _softmax(logits.float())
     chosen = _choose(probabilities.detach(), max_experts, threshold)  # [T, E]
@@ -39,14 +39,15 @@ def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, n
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Over the experts. Fewer than 16 do not fill a register: torch then takes up to seven times as long as here."""
+    """Over the experts. Below 16 experts torch takes up to seven times as long, since they do not fill a register."""
     return logits.t().softmax(0).t() if logits.shape[1] < 16 else logits.softmax(-1)
 
 
 def _choose(probabilities: Tensor, max_experts: int, threshold: float | None) -> Tensor:
-    """[T, E] whether a token uses an expert: ``max_experts`` times the largest probability of those left.
+    """[T, E] whether a token uses an expert: takes the largest remaining probability ``max_experts`` times.
 
-    ``max`` gives the first of equals, as a stable sort would; sorting 32 experts takes five times as long for top-2.
+    ``max`` returns the first of equal values, as a stable sort would. Sorting 32 experts takes five times as long for
+    top-2.
     """
     left, chosen = probabilities, torch.zeros_like(probabilities, dtype=torch.bool)
     ahead = probabilities.new_zeros(0)

@@ -1,11 +1,10 @@
 """The sparse layer as one product per expert over sorted segments of pairs, with a backward of its own.
 
 Autograd over a slice of the bank per expert would fill a zero gradient as large as the bank for each of them
-(measured up to 36 times the cost of a dense layer at 32 experts); here every expert's gradient is written
-straight into its rows of one buffer. What is left over the products themselves is memory that is touched for the
-first time (on Linux about four times as slow as memory in use) and operations that start: so pairs are gathered,
-weighted and added in blocks of experts through one buffer that stays in the cache, outputs overwrite inputs, and
-the hidden layer alone is kept for the backward pass.
+(measured up to 36 times the cost of a dense layer at 32 experts). Here every expert's gradient is written directly
+into its rows of one buffer. The remaining overhead is first use of memory (on Linux about four times as slow as
+memory in use) and the start of operations. So pairs are gathered, weighted and added in blocks of experts through
+one buffer that stays in the cache, outputs overwrite inputs, and only the hidden layer is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
-# 4 MiB of float32. Measured against one block per expert, 1 MiB and one block in all: never slower than any; 15 %
-# faster than one per expert where experts are small, 10 % faster than one in all where the pairs take 32 MiB.
+# 4 MiB of float32. Never slower than one block per expert, 1 MiB blocks or a single block; 15 % faster than one per
+# expert if experts are small, 10 % faster than a single block if the pairs take 32 MiB.
 BLOCK_ELEMENTS = 2**20
 
 Expert = tuple[slice, slice]  # rows of the bank, rows of its block's pairs
@@ -34,7 +33,7 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | N
     weights, tokens = (None, None) if routing is None else (routing.weights, routing.tokens)
     bounds = [0, len(x)] if routing is None else routing.offsets.tolist()
     blocks = _blocks(layout, bounds, len(x) if routing is None else BLOCK_ELEMENTS // max(1, x.shape[1]))
-    # Inside a Function gradients are always off: only here can it be known whether a backward pass will come.
+    # Inside a Function gradients are always off, so whether a backward pass may follow is determined here.
     keep_hidden = torch.is_grad_enabled()
     return _SegmentedFFN.apply(
         x, bank.up, bank.up_bias, bank.gate, bank.down, weights, tokens, blocks, ACTIVATIONS[activation], keep_hidden
@@ -59,10 +58,10 @@ class _SegmentedFFN(Function):
         out = x.new_empty(x.shape) if tokens is None else x.new_zeros(x.shape)
         scale = None if weights is None else weights.to(x.dtype)[:, None]
         buffer = _buffer(x, tokens, blocks)
-        kept: list[Tensor | None] = []  # per expert: pre-activations of up (or hidden values if they do) and of gate
+        kept: list[Tensor | None] = []  # per expert: pre-activations of up (or hidden values instead) and of gate
         for pairs, experts in blocks:
             inputs = x if tokens is None else _gather(x, tokens[pairs], buffer)
-            outputs = out if tokens is None else inputs  # an expert's inputs are not needed once its outputs are there
+            outputs = out if tokens is None else inputs  # an expert's inputs are not needed after its outputs
             for rows, own in experts:
                 w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
                 a = _up_product(inputs[own], w_up, up_bias, rows)
@@ -77,7 +76,7 @@ class _SegmentedFFN(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # the saved hidden layer carries no graph: a second derivative would be wrong in silence
+    @once_differentiable  # the saved hidden layer has no graph: a second derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, up, up_bias, gate, down, weights, tokens, *kept = ctx.saved_tensors
         width, written = x.shape[1], [rows for _, experts in ctx.blocks for rows, _ in experts]
@@ -100,7 +99,7 @@ class _SegmentedFFN(Function):
                 hidden = a if ctx.activation.keeps_hidden else _hidden(a, g, ctx.activation)
                 grad_hidden = torch.mm(grad_out[own], w_down.T)
                 if grad_weights is not None and block_scale is not None:
-                    # d(out)/d(weight) is the expert's output, but <grad, hidden @ w_down> = <grad @ w_down.T, hidden>:
+                    # d(out)/d(weight) is the expert's output, but <grad, hidden @ w_down> = <grad @ w_down.T, hidden>,
                     # so outputs need not be kept.
                     grad_weights[pairs][own] = (grad_hidden * hidden).sum(-1)
                     grad_hidden.mul_(block_scale[own])
@@ -123,7 +122,7 @@ class _SegmentedFFN(Function):
 def _blocks(layout: ExpertLayout, bounds: list[int], longest: int) -> list[tuple[slice, list[Expert]]]:
     """Pairs of each block and its experts, without those that have no pairs.
 
-    A block is as many whole experts as have ``longest`` pairs together, at least one.
+    A block is as many whole experts as have at most ``longest`` pairs together, at least one.
     """
     blocks: list[tuple[slice, list[Expert]]] = []
     for (start, size), first, last in zip(layout.segments, bounds[:-1], bounds[1:], strict=True):
@@ -137,13 +136,13 @@ def _blocks(layout: ExpertLayout, bounds: list[int], longest: int) -> list[tuple
 
 
 def _buffer(x: Tensor, tokens: Tensor | None, blocks: list[tuple[slice, list[Expert]]]) -> Tensor:
-    """Room for the pairs of any block; none is needed where tokens are used as they lie."""
+    """Room for the pairs of any block; empty if ``tokens`` is None, since x is then used in place."""
     longest = max((pairs.stop - pairs.start for pairs, _ in blocks), default=0)
     return x.new_empty(0 if tokens is None else longest, x.shape[1])
 
 
 def _gather(source: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
-    """``source[tokens]`` in the front of ``buffer``; ``index_select`` takes a fifth of the time of indexing."""
+    """``source[tokens]`` at the start of ``buffer``; ``index_select`` takes a fifth of the time of indexing."""
     return torch.index_select(source, 0, tokens, out=buffer[: len(tokens)])
 
 
@@ -157,14 +156,14 @@ def _expert_weights(
 
 
 def _up_product(inputs: Tensor, w_up: Tensor, up_bias: Tensor | None, rows: slice) -> Tensor:
-    """Pre-activations of ``up``. ``addmm`` adds the bias inside the product, at less cost than a pass of its own."""
+    """Pre-activations of ``up``. ``addmm`` adds the bias inside the product, which is cheaper than a separate pass."""
     if up_bias is None:
         return torch.mm(inputs, w_up.T)
     return torch.addmm(up_bias[rows].to(inputs.dtype), inputs, w_up.T)
 
 
 def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out = left @ right``; the bank, and so its gradient, may have another dtype than the hidden states."""
+    """``out = left @ right``; the bank and its gradient may have another dtype than the hidden states."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:
@@ -185,7 +184,7 @@ def _bank_gradient(matrix: Tensor, written: list[slice], width: int) -> Tensor:
 
 
 def _hidden(a: Tensor, g: Tensor | None, activation: Activation) -> Tensor:
-    """Hidden values; they take the place of ``a`` where the activation ``keeps_hidden``."""
+    """Hidden values; they overwrite ``a`` if the activation ``keeps_hidden``."""
     pointwise = activation.pointwise
     if g is not None:
         return pointwise.forward(g).mul_(a)

@@ -1,11 +1,11 @@
 """Device code of the grouped products: one program computes one tile of one expert's matrix product.
 
 Symbols: P pairs sorted by expert, D width, F hidden size of an expert (largest: the row stride of hidden buffers).
-A row tile is BM consecutive pairs of one expert; ``tiles`` lists them, packed by ``pack_row_tiles``. A program whose
-tile does not exist (the list has room for the worst case) or lies past its expert's last column leaves at once.
+A row tile is BM consecutive pairs of one expert; ``tiles`` lists them, packed by ``pack_row_tiles``. A program exits
+at once if its tile does not exist (the list has room for the worst case) or lies past its expert's last column.
 
-Style that Triton's interpreter needs too: values are cast to ACC (float32) right after a load, ``tl.dot`` alone sees
-bfloat16. Row indices become int64 before they are multiplied by a stride.
+For Triton's interpreter, values are cast to ACC (float32) right after a load; only ``tl.dot`` sees bfloat16. Row
+indices become int64 before they are multiplied by a stride.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EXPERTS = tl.constexpr(1024)
 
 @triton.jit
 def pack_row_tiles(tiles, offsets, experts, capacity, BM: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr):
-    """Program e writes the row tiles of expert e as ``row tile * 1024 + expert``; the last one fills up with -1."""
+    """Program e writes the row tiles of expert e as ``row tile * 1024 + expert``; the last one pads with -1."""
     expert = tl.program_id(0)
     lanes = tl.arange(0, EP)
     load = tl.load(offsets + lanes + 1, mask=lanes < experts, other=0)
@@ -45,12 +45,12 @@ def _row_tile(packed, offsets, BM: tl.constexpr):
 
 @triton.jit
 def _pointwise(z, NAME: tl.constexpr):
-    """f(z) and f'(z) of the function that ``kernels.activations`` calls NAME; ``none`` is f(z) = z.
+    """f(z) and f'(z) of the function NAME of ``kernels.activations``; ``none`` is f(z) = z.
 
-    What a caller leaves unused is not compiled. For relu z may be f(z) as well: both results are the same.
+    A result that the caller does not use is not compiled. For relu, z may also be f(z): both results are the same.
     """
     if NAME == "relu":
-        value = tl.where(z < 0.0, 0.0, z)  # and NaN stays NaN, so that a diverging model shows
+        value = tl.where(z < 0.0, 0.0, z)  # and NaN stays NaN, so that divergence is visible
         slope = (z > 0.0).to(z.dtype)
     elif NAME == "gelu":
         phi = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))  # standard normal distribution function
@@ -77,9 +77,9 @@ def _gathered_product(
     x, indices, stride_x, weight, second, bank_rows, stride_weight, acc, acc_second,
     D: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, BN] + x[indices] @ weight[bank_rows].T over the D columns of both, which lie contiguous.
+    """acc [BM, BN] + x[indices] @ weight[bank_rows].T over the D columns of both, which are contiguous.
 
-    TWO does the same with ``second`` for the rows of x that are there already.
+    TWO does the same with ``second`` for the rows of x that are already loaded.
     """
     depth = tl.arange(0, BK)
     left = x + indices[:, None] * stride_x + depth[None, :]
@@ -111,10 +111,10 @@ def hidden_product(
     D: tl.constexpr, POINTWISE: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden [P, F] = activation(x[tokens] @ up.T + up_bias): rows gathered as they are loaded, activation fused.
+    """hidden [P, F] = activation(x[tokens] @ up.T + up_bias), with fused gather and activation.
 
-    ``gate`` and ``up_bias`` may be None, as may ``pre_up`` and ``pre_gate``, where pre-activations are stored for the
-    backward pass. With ``none`` for POINTWISE this is also the backward pass's product of the gradient with ``down``.
+    ``gate`` and ``up_bias`` may be None. So may ``pre_up`` and ``pre_gate``, which receive the pre-activations for the
+    backward pass. With POINTWISE ``none`` this is also the backward pass's product of the gradient with ``down``.
     """
     column_tiles = tl.cdiv(max_columns, BN)
     packed = tl.load(tiles + tl.program_id(0) // column_tiles)
@@ -126,7 +126,7 @@ def hidden_product(
     if first_column >= size:
         return
     columns = first_column + tl.arange(0, BN)
-    # Rows and columns past the end read others that exist: their results are not stored, the loads need no mask.
+    # Rows and columns past the end read existing ones instead. Their results are not stored, so loads need no mask.
     indices = tl.load(tokens + first + tl.arange(0, BM), mask=valid, other=0).to(tl.int64)
     bank_rows = (tl.load(starts + expert) + tl.minimum(columns, size - 1)).to(tl.int64)
     zeros = tl.zeros([BM, BN], dtype=ACC)
@@ -134,7 +134,7 @@ def hidden_product(
     if up_bias is not None:
         a += tl.load(up_bias + bank_rows).to(ACC)[
             None, :
-        ]  # the sum starts with it: at the end it would spill registers
+        ]  # the sum starts with the bias: adding it at the end would spill registers
     a, g = _gathered_product(
         x, indices, stride_x, up, gate, bank_rows, stride_weight, a, zeros,
         D, gate is not None, BK, PRECISION,
@@ -164,7 +164,7 @@ def _inner_product(
     left = hidden + tl.arange(0, BM)[:, None] * stride_hidden + neurons[None, :]
     right = weight + start.to(tl.int64) * stride_weight + neurons[:, None] * stride_weight + columns[None, :]
     for k in range(0, size, BK):
-        # Rows of other experts are read and not stored; columns past the end were never written and are masked.
+        # Rows of other experts are read but not stored; columns past the end were never written and are masked.
         if ALIGNED % BK == 0:
             a = tl.load(left, mask=valid[:, None], other=0.0)
             b = tl.load(right, mask=(columns < D)[None, :], other=0.0)
@@ -186,8 +186,8 @@ def width_product(
 ):  # fmt: skip
     """out[slots] [P, D] = hidden @ weight (+ second @ second_weight), times the pair's ``scale``.
 
-    Rows leave in token order, so that the sum over a token's experts reads them side by side. ``ALIGNED`` divides
-    every expert's size: where BK divides it the inner loop needs no mask.
+    Rows are stored in token order, so that the sum over a token's experts reads adjacent rows. ``ALIGNED`` divides
+    every expert's size; where BK divides ``ALIGNED``, the inner loop needs no mask.
     """
     column_tiles = tl.cdiv(D, BN)
     packed = tl.load(tiles + tl.program_id(0) // column_tiles)
@@ -215,7 +215,7 @@ def width_product(
 
 @triton.jit
 def combine(pairs, token_offsets, out, tokens, D: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """out [T, D]: each token's rows of ``pairs`` summed in the order of its experts, so always the same."""
+    """out [T, D]: each token's rows of ``pairs``, summed in the order of its experts and so deterministic."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     exists = token < tokens
@@ -238,9 +238,9 @@ def activation_backward(
     """From q = grad[tokens] @ down.T to gradients of the pre-activations, hidden values times weight, grad_scale.
 
     The gradient of a hidden value is scale * q, that of a pair's scale the sum of q * hidden over its neurons. Hidden
-    values are computed again from ``kept``, the pre-activations of ``up`` (hidden values for relu), and ``pre_gate``,
-    None without a gate. The gradient of ``up``'s pre-activation takes the place of q. On its own, because as the end
-    of the product it would spill registers; it moves 4 to 6 values per hidden value.
+    values are recomputed from ``kept``, the pre-activations of ``up`` (hidden values for relu), and ``pre_gate``,
+    None without a gate. The gradient of ``up``'s pre-activation overwrites q. Fused into the product, this kernel
+    would spill registers; it moves 4 to 6 values per hidden value.
     """
     packed = tl.load(tiles + tl.program_id(0))
     if packed < 0:
@@ -278,7 +278,7 @@ def weight_backward(
 ):  # fmt: skip
     """out[start : start + size, :D] = left[pairs, :size].T @ right[tokens[pairs]] for one expert's BM neurons.
 
-    Written straight into the bank's gradient: experts share no row. An expert without pairs gets zeros.
+    Written directly into the bank's gradient, since experts share no row. An expert without pairs gets zeros.
     """
     neuron_tiles, width_tiles = tl.cdiv(max_columns, BM), tl.cdiv(D, BN)
     tile = tl.program_id(0)
@@ -296,7 +296,7 @@ def weight_backward(
         rows = k + tl.arange(0, BK)
         valid = rows < end
         indices = tl.load(tokens + rows, mask=valid, other=0).to(tl.int64)
-        # Both sides are masked: what lies beyond may be infinite, and 0 * inf is not 0.
+        # Both sides are masked: values past the end may be infinite, and 0 * inf is not 0.
         a = tl.load(
             left + rows.to(tl.int64)[None, :] * stride_left + neurons[:, None], mask=kept & valid[None, :], other=0.0
         )
@@ -313,8 +313,8 @@ def bias_backward(
 ):  # fmt: skip
     """out[start : start + size] = sum of left[pairs, :size] over the pairs of one expert, for BN of its neurons.
 
-    Not part of ``weight_backward``, whose tiles have no register to spare; so ``left`` is read once more. Sums are
-    always taken in the same order. An expert without pairs gets zeros.
+    Separate from ``weight_backward``, which has no registers to spare; so ``left`` is read once more. The order of
+    the sum is fixed. An expert without pairs gets zeros.
     """
     neuron_tiles = tl.cdiv(max_columns, BN)
     expert = tl.program_id(0) // neuron_tiles

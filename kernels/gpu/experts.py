@@ -15,13 +15,13 @@ from moesaic.kernels.gpu import expert_kernels as _device
 from moesaic.kernels.gpu.tuning import cdiv, hidden_candidates, next_power_of_2, precision, row_tile, tune_key, tuned
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 
-device: Any = _device  # to a type checker a kernel takes constexpr where a launch gives plain values
+device: Any = _device  # Any, because type checkers expect constexpr where a launch passes plain values
 
 
 def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing, activation: str) -> Tensor:
-    """See ``kernels.sparse_ffn``. Never waits for the device when the routing was made there (``slots`` are known).
+    """See ``kernels.sparse_ffn``. Does not synchronise with the device if ``routing`` has ``slots`` (made on a GPU).
 
-    The kernels read vectors as contiguous, and rows of matrices too: what is laid out otherwise is copied here.
+    The kernels need contiguous vectors and contiguous rows of matrices; any other layout is copied here.
     """
     routing = routing.in_token_order()
     assert routing.slots is not None and routing.token_offsets is not None
@@ -52,7 +52,7 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing, ac
 
 
 class _Call:
-    """What the launches of one forward or backward pass have in common."""
+    """Arguments that the launches of one forward or backward pass share."""
 
     def __init__(self, x: Tensor, bank: Tensor, tokens: Tensor, offsets: Tensor, starts: list[int], sizes: list[int]):
         self.pairs, self.experts, self.width = len(tokens), len(sizes), x.shape[1]
@@ -63,10 +63,10 @@ class _Call:
         self.tune = tune_key(self.width, self.max_columns, self.pairs)
         self.stride_hidden = _hidden_stride(sizes)
         self.acc = triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
-        # A divisor of every expert's size: it tells the compiler how wide loads may be, and where no mask is needed.
+        # A divisor of every expert's size. It tells the compiler how wide loads may be and which need no mask.
         aligned = math.gcd(128, *sizes)
         self.shared = {"D": self.width, "ALIGNED": aligned, "ACC": self.acc, "PRECISION": precision(x.dtype)}
-        # Each expert's last row tile may be partly filled: this many exist at most, whatever the routing is.
+        # Each expert's last row tile may be partly filled: the largest number of tiles for any routing.
         self.row_tiles = min(self.pairs, (self.pairs + self.experts * (self.rows - 1)) // self.rows)
         self.tiles = torch.empty(self.row_tiles, dtype=torch.int32, device=x.device)
         device.pack_row_tiles[(self.experts,)](
@@ -94,7 +94,7 @@ class _Call:
         self, rows: Tensor, tokens: Tensor, up: Tensor, hidden: Tensor, pointwise: str, gate: Tensor | None = None,
         up_bias: Tensor | None = None, pre_up: Tensor | None = None, pre_gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """hidden [P, F] = activation(rows[tokens] @ up.T + up_bias), and the pre-activations if they are to be kept."""
+        """hidden [P, F] = activation(rows[tokens] @ up.T + up_bias), and the pre-activations if buffers are given."""
         candidates = hidden_candidates(pointwise, gate is not None)
         tuned(device.hidden_product, candidates, self.rows, self.value_bytes)[self.hidden_grid](
             rows, tokens, up, gate, up_bias, hidden, pre_up, pre_gate, self.offsets, self.starts, self.sizes,
@@ -145,7 +145,7 @@ def _hidden_stride(sizes: list[int]) -> int:
 
 @lru_cache(maxsize=1024)
 def _on_device(starts: tuple[int, ...], sizes: tuple[int, ...], where: torch.device) -> tuple[Tensor, Tensor]:
-    """Layout tables on the device: copied there once per layout."""
+    """Layout tables on the device, copied once per layout."""
     with torch.inference_mode(False):
         both = torch.tensor([starts, sizes], dtype=torch.int32, device=where)
     return both[0], both[1]
@@ -188,7 +188,7 @@ def _forward(
 def _forward_outputs(
     x: Tensor, gate: Tensor | None, tokens: Tensor, sizes: list[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors that ``_forward`` fills, traced or run."""
+    """The tensors that ``_forward`` fills, when traced and when run."""
     shape = (len(tokens), _hidden_stride(sizes))
     kept = x.new_empty(shape if keep else (0,))
     return x.new_empty(x.shape), kept, x.new_empty(shape if keep and gate is not None else (0,))
@@ -220,7 +220,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, up_bias and gate (each empty without one), down, and the pairs' weights."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Without unused rows or columns every element of a bank's gradient is written by the kernel.
+    # Without unused rows or columns the kernel writes every element of the bank's gradient.
     covered = sum(sizes) == len(up) and x.shape[1] == up.shape[1]
     if not len(tokens):
 
@@ -231,7 +231,7 @@ def _backward(
     call = _Call(x, up, tokens, offsets, starts, sizes)
     grad_pre_up, scaled = call.hidden(x), call.hidden(x)
     grad_pre_gate = call.hidden(x) if gate is not None else None
-    # Room for pairs that a threshold did not keep is no pair: its gradient must be 0, not what memory holds.
+    # Entries past the pairs that a threshold kept must get gradient 0, not uninitialised memory.
     grad_weights = torch.zeros_like(weights)
     call.hidden_product(grad, tokens, down, grad_pre_up, "none")
     device.activation_backward[(call.row_tiles,)](

@@ -1,4 +1,4 @@
-"""Routing on Triton kernels: the same ``Routing`` as ``kernels.routing.route``, without waiting for the device."""
+"""Routing on Triton kernels: the same ``Routing`` as ``kernels.routing.route``, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moesaic.kernels.gpu import routing_kernels as routing_device
 from moesaic.kernels.gpu.tuning import cdiv, next_power_of_2
 from moesaic.kernels.layout import Routing
 
-device: Any = routing_device  # to a type checker a kernel takes constexpr where a launch gives plain values
+device: Any = routing_device  # Any, because type checkers expect constexpr where a launch passes plain values
 
 MAX_EXPERTS = 1024
 _ELEMENTS = 2048
@@ -20,8 +20,8 @@ _ELEMENTS = 2048
 
 
 def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
-    """See ``kernels.routing.route``. How many pairs a threshold keeps is known to the device alone, so the lists
-    have room for ``max_experts`` per token; ``offsets[-1]`` of them are filled."""
+    """See ``kernels.routing.route``. Only the device knows how many pairs a threshold keeps, so the lists have room
+    for ``max_experts`` per token; the first ``offsets[-1]`` entries are filled."""
     probabilities, tokens, offsets, weights, slots, token_offsets, _ = _route(
         logits.contiguous(), max_experts, math.inf if threshold is None else threshold, normalise
     )

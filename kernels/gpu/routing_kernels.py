@@ -1,8 +1,8 @@
 """Device code of routing: two launches from router logits to sorted pairs, one for the gradient.
 
-Symbols: T tokens, E experts (EP: next power of two), P pairs. A program owns one of at most ``CHUNKS`` runs of
-consecutive tokens and goes through it BT tokens at a time; counts per (chunk, expert) are all that programs tell
-each other, so nothing is atomic and the order of the pairs is always the same.
+Symbols: T tokens, E experts (EP: next power of two), P pairs. A program owns one of at most ``CHUNKS`` chunks of
+consecutive tokens and processes BT tokens at a time. Programs share only their counts per (chunk, expert). So no
+atomics are needed and the order of the pairs is deterministic.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def choose(
     logits, probabilities, position, counts, tokens, experts, chunk, stride, max_experts, threshold,
     EP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax in float32, then experts one by one in falling order of probability, the lower index first in a tie.
+    """Softmax in float32, then experts one by one in decreasing order of probability; ties go to the lower index.
 
-    One is taken while the mass ranked strictly ahead is below ``threshold`` and fewer than ``max_experts`` were taken;
-    the first always. ``position`` [T, E] becomes 1 where taken. The mass is summed in float64 and compared in float32,
-    as ``torch.cumsum`` does on a CPU.
+    The first expert is always taken. Others are taken while the mass ranked strictly ahead is below ``threshold`` and
+    fewer than ``max_experts`` are taken. ``position`` [T, E] becomes 1 where taken. The mass is summed in float64 and
+    compared in float32, as ``torch.cumsum`` does on a CPU.
     """
     lane = tl.arange(0, EP)
     load = tl.zeros([EP], dtype=tl.int32)
@@ -108,7 +108,7 @@ def backward(
 ):  # fmt: skip
     """Gradient of the logits through the pairs' weights and, with BALANCE, through the probabilities.
 
-    Where a token has one expert the quotient's denominator counts as a constant (``kernels.routing.route``).
+    If a token has one expert, the denominator of its weight counts as a constant (``kernels.routing.route``).
     """
     lane = tl.arange(0, EP)
     token = tl.program_id(0) * BT + tl.arange(0, BT)

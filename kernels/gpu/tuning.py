@@ -1,8 +1,8 @@
 """Tile shapes of the kernels: candidates per kernel and rows per tile, chosen by Triton's autotuner on the device.
 
-The key of a choice is the width and the logarithms of hidden size and rows, so that a batch of another size or a
-supernet's next architecture does not tune again; choices are kept in Triton's cache across processes. The first
-candidate of each list is what runs without tuning (``MOESAIC_AUTOTUNE=0``, or Triton's interpreter).
+The autotuning key is the width and the logarithms of hidden size and rows, so a batch of another size or a
+supernet's next architecture is not tuned again. Choices are kept in Triton's cache across processes. Without tuning
+(``MOESAIC_AUTOTUNE=0``, or Triton's interpreter) the first candidate of each list runs.
 experiments/kernels/compile.py records registers, shared memory and spills of every candidate.
 """
 
@@ -17,7 +17,7 @@ import triton
 from triton import knobs
 
 ROW_TILES = (16, 32, 64, 128)
-"""Pairs per row tile. Below 64 the matrix units of Hopper are half empty, but so would the tile be."""
+"""Pairs per row tile. Below 64 Hopper's matrix units are underused, but a larger tile would be mostly empty."""
 
 
 def _shapes(*rows: tuple[int, int, int, int]) -> list[triton.Config]:
@@ -54,8 +54,8 @@ HOPPER: _Candidates = {
     "width_product": _BY_ROWS,
     "weight_backward": dict.fromkeys(ROW_TILES, _WEIGHTS),
 }
-"""Per product and rows per tile, from compute capability 9.0 on. A gated product has two accumulators, and gelu a
-long end: what spilled registers was struck out."""
+"""Per product and rows per tile, from compute capability 9.0 on. Candidates that spilled registers were removed: a
+gated product has two accumulators, and gelu a long epilogue."""
 AMPERE: _Candidates = {
     **HOPPER,
     "hidden": _NO_WIDE_ROWS,
@@ -76,7 +76,7 @@ AMPERE: _Candidates = {
 
 
 def hidden_candidates(pointwise: str, gated: bool) -> str:
-    """Which of the tables' lists is for a product that ends in the function ``pointwise``, with or without a gate."""
+    """The name of the candidates for a product that ends in the function ``pointwise``, with or without a gate."""
     if gated:
         return "hidden_gated"
     return "hidden_gelu" if pointwise.startswith("gelu") else "hidden"
@@ -91,7 +91,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def row_tile(pairs: int, experts: int) -> int:
-    """Rows per tile for the mean load: the power of two that holds it, within ``ROW_TILES``."""
+    """Rows per tile for the mean load: the next power of two, within ``ROW_TILES``."""
     mean = pairs // max(1, experts)
     return next((rows for rows in ROW_TILES if rows >= mean), ROW_TILES[-1])
 
@@ -115,7 +115,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def tune_key(width: int, columns: int, pairs: int) -> int:
-    """What a choice of tiles depends on beside the dtypes and the row tile."""
+    """The autotuning key, beside the dtypes and the row tile."""
     return (width << 12) | (columns.bit_length() << 6) | pairs.bit_length()
 
 
@@ -131,8 +131,8 @@ def _smaller(config: triton.Config, times: int, columns: int) -> triton.Config:
 
 @lru_cache(maxsize=256)
 def tuned(kernel: Any, name: str, rows: int, value_bytes: int) -> Any:
-    """``kernel`` with the candidates for ``rows`` per tile. They are meant for 2-byte values: of larger ones fewer are
-    held at once, so that shared memory suffices."""
+    """``kernel`` with the candidates for ``rows`` per tile. They are meant for 2-byte values; for larger values tiles
+    shrink to fit into shared memory."""
     candidates = candidates_here()[name][rows]
     if value_bytes > 2:
         # A gated product has two accumulators and two weights at once.
