@@ -1,7 +1,6 @@
 """Grouped-query self-attention, computed with a slice of its weights.
 
-Shapes: B sequences, S positions of the hidden states, P that they can see, D width, H heads, K key/value heads, C head
-size.
+Shapes: B sequences, S query positions, P key positions, D width, H heads, K key/value heads, C head size.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from moesaic.supernet.regions import Region
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864) and biases by the backbone."""
+    """Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864), biases of the backbone."""
 
     def __init__(self, width: int, attention: Attention, backbone: Backbone):
         super().__init__()
@@ -38,7 +37,7 @@ class SelfAttention(nn.Module):
         self.o_bias = bias(width, writes)
 
     def initialise(self, write_std: float) -> None:
-        """Weights that read the residual stream at Normal(0, 1 / sqrt(D)), those that write to it at ``write_std``."""
+        """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
         for weight in (self.q, self.k, self.v):
             nn.init.normal_(weight, std=self.width**-0.5)
         nn.init.normal_(self.o, std=write_std)
@@ -51,7 +50,7 @@ class SelfAttention(nn.Module):
 
         Raises
         ------
-        ValueError : it has more of something than this module.
+        ValueError : the width or a number of heads exceeds this module's.
         """
         mine = self.attention
         if width > self.width or attention.heads > mine.heads or attention.kv_heads > mine.kv_heads:
@@ -70,7 +69,7 @@ class SelfAttention(nn.Module):
         q = heads("q", self.q, self.q_bias)  # [B, H, S, C]
         k, v = heads("k", self.k, self.k_bias), heads("v", self.v, self.v_bias)  # [B, K, S, C]
         if self.backbone.positions == "rotary":
-            # One table for all lengths of a cache, so that a step of decoding looks its angles up.
+            # One table for the whole cache, so that a decoding step looks its angles up.
             start, end = (0, length) if cache is None else (cache.length, cache.capacity)
             table = _angles(end, self.backbone.rotary_size, self.backbone.rotary_base, x.device)
             angles = tuple(part[start : start + length] for part in table)
@@ -95,10 +94,10 @@ def _regions(width: int, attention: Attention, head_size: int, biases: str) -> d
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-    """[B, H, S, C]: the values [B, K, P, C] that queries [B, H, S, C] attend to."""
+    """Attention of queries [B, H, S, C] over keys and values [B, K, P, C]; [B, H, S, C]."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     if length == 1:
-        # The queries of a group see one head and all positions: rows of one product, for which nothing is copied.
+        # The queries of a group share a key head and see all positions: one product computes them without copies.
         grouped = q.reshape(len(q), k.shape[1], group, -1)
         mask = None if inputs.mask is None else _seen(inputs, 1, k.shape[2], q.device)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
@@ -114,14 +113,14 @@ def _seen(inputs: Inputs, length: int, positions: int, device: torch.device) -> 
     if inputs.causal:
         seen = seen.tril(positions - length)
     if inputs.mask is not None:
-        # What padding sees is not used, but a softmax over nothing would be NaN, and spread.
+        # Padding sees everything. Its states are not used, but a softmax over nothing would give NaN, which spreads.
         seen = seen & inputs.mask[:, None, None] | ~inputs.mask[:, None, -length:, None]
     return seen
 
 
 def _rotate(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
-    """Turn the pairs (i, i + R/2) of each head's first R values in [B, H, S, C] by its position's angles, cos and sin
-    [S, R/2]."""
+    """Rotate the pairs (i, i + R/2) of each head's first R values in [B, H, S, C] by the angles (cos, sin) [S, R/2] of
+    its position."""
     cos, sin = angles
     size = 2 * cos.shape[-1]
     first, second = x[..., :size].chunk(2, dim=-1)
@@ -131,7 +130,7 @@ def _rotate(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _angles(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin [S, R/2]."""
+    """cos and sin of the rotary angles, [S, R/2] each."""
     with torch.inference_mode(False):  # the cached tensors must also serve a training step
         rate = base ** (-torch.arange(0, size, 2, device=device) / size)
         angle = torch.arange(length, device=device)[:, None] * rate

@@ -1,4 +1,4 @@
-"""What a step learns from or is judged on, and what a layer gets beside its hidden states."""
+"""The data of a training or evaluation step, and the inputs of a layer beside its hidden states."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moesaic.supernet.cache import LayerCache
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids ``tokens`` [B, S], and ``targets`` [B, S] that are to be predicted at their places.
+    """Token ids ``tokens`` [B, S], and ``targets`` [B, S] to predict at the same positions.
 
-    ``mask`` [B, S] is True at tokens, False at padding, which is neither routed nor counted; None: there is no padding.
+    ``mask`` [B, S] is True at tokens and False at padding, which is neither routed nor counted; None: no padding.
     """
 
     tokens: Tensor
@@ -25,7 +25,7 @@ class Batch:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of its sequences."""
+        """The sequences ``rows``."""
         return Batch(self.tokens[rows], self.targets[rows], None if self.mask is None else self.mask[rows])
 
     def to(self, device: torch.device) -> Batch:
@@ -45,10 +45,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer gets beside its hidden states [B, S, D].
+    """Inputs of a layer beside its hidden states [B, S, D].
 
-    ``causal``: a token sees none after it. ``mask`` [B, P] is True where a position holds a token, for all P that can
-    be seen, of which the last S are those of the hidden states; None: everywhere. ``cache``: what came before them.
+    ``causal``: a token does not see later ones. ``mask`` [B, P] is True at tokens, over all P visible positions, of
+    which the last S are those of the hidden states; None: no padding. ``cache``: keys and values of earlier positions.
     """
 
     causal: bool = True

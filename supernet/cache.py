@@ -1,6 +1,6 @@
-"""The key/value cache: what attention has computed of the positions before, so that decoding feeds new tokens alone.
+"""The key/value cache: keys and values of earlier positions, so that decoding computes only new tokens.
 
-For inference: buffers are written in place.
+For inference only: buffers are written in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moesaic.search_spaces import Architecture, MoesaicError, Slot
 
 @dataclass(frozen=True)
 class LayerCache:
-    """``keys`` (rotated) and ``values`` [B, K, capacity, C] of one layer, of which the first ``length`` are there."""
+    """``keys`` (rotated) and ``values`` [B, K, capacity, C] of one layer; the first ``length`` positions are filled."""
 
     keys: Tensor
     values: Tensor
@@ -26,7 +26,7 @@ class LayerCache:
         return self.keys.shape[2]
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, K, S, C] behind what is there; views of all of it, [B, K, length + S, C]."""
+        """Append keys and values [B, K, S, C]; returns views of all, [B, K, length + S, C]."""
         end = self.length + keys.shape[2]
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -35,7 +35,7 @@ class LayerCache:
 class KeyValueCache:
     """Room for ``capacity`` positions of ``batch_size`` sequences in every layer of ``architecture``.
 
-    ``length`` positions are filled; ``Transformer.run`` appends to them. Setting it back forgets the last ones.
+    ``length`` positions are filled; ``Transformer.run`` appends to them. Reducing ``length`` drops the last ones.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class KeyValueCache:
             )
 
     def seen(self, mask: Tensor | None, length: int) -> Tensor | None:
-        """[B, P] which of the cached and ``length`` new positions hold tokens, those of ``mask`` [B, S] among the new
-        ones; None while there is no padding."""
+        """[B, P] which of the cached and the ``length`` new positions hold tokens; ``mask`` [B, S] is of the new ones.
+        None while there is no padding."""
         end = self.length + length
         self._padded = self._padded or mask is not None
         if not self._padded:

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors only, written atomically, refused with a clear message when damaged or foreign."""
+"""Weights on disk: safetensors only, written atomically; a damaged or foreign file raises a clear error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and strings of a safetensors file; nothing in it is executed.
+    """Tensors and strings of a safetensors file. Loading executes no code from it.
 
     Raises
     ------

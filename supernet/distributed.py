@@ -1,8 +1,8 @@
-"""Several processes that train one model: which rows each takes, and what they agree on in every step.
+"""Data-parallel training by several processes: which rows each takes, and how they average gradients.
 
-Not ``DistributedDataParallel``: it wants the same parameters in every step, or scans the graph for those without a
-gradient. Here every process trains the same slices, so which parameters have one follows from the architectures; they
-are reduced after the last slice of a step, in buckets.
+Not ``DistributedDataParallel``: it needs the same parameters in every step, or scans the graph for those without a
+gradient. Here every process trains the same slices, so the architectures determine which parameters have a gradient.
+Gradients are reduced in buckets after the last slice of a step.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from moesaic.supernet.batch import Batch
 from moesaic.supernet.model import Transformer
 
 BUCKET_ELEMENTS = 2**23
-"""32 MiB of float32 in one reduction: few enough that none is waited for, small beside the gradients themselves."""
+"""32 MiB of float32 per reduction: few reductions, and a buffer that is small beside the gradients."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one training, of which this is number ``rank``; by default there is no other.
+    """The processes of one training, of which this is number ``rank``; by default the only one.
 
-    ``flags`` is a group that reduces values on the CPU, wherever the gradients are. With a ``mesh`` each process keeps
-    a part of weights, gradients and optimiser state (FSDP2, arXiv 2304.11277), and FSDP averages the gradients.
+    ``flags`` is a group that reduces values on the CPU, on whatever device the gradients are. With a ``mesh``, weights,
+    gradients and optimiser state are sharded (FSDP2, arXiv 2304.11277), and FSDP averages the gradients.
     """
 
     rank: int = 0
@@ -40,11 +40,11 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what all have in common."""
+        """Whether this process writes the shared files."""
         return self.rank == 0
 
     def rows(self, batch: Batch) -> Batch:
-        """This process's sequences of a batch: every ``size``-th, so that each has as many.
+        """This process's sequences of a batch: every ``size``-th, so that all processes have the same number.
 
         Raises
         ------
@@ -76,9 +76,9 @@ class Ranks:
         return (values / self.size).tolist()
 
     def average_gradients(self, model: Transformer, slices: Sequence[Architecture]) -> None:
-        """Replace the gradients of what ``slices`` use by their means over the processes.
+        """Replace the gradients of the parameters that ``slices`` use by their means over the processes.
 
-        A gradient that is missing here counts as zero: without it the other processes would never finish the reduction.
+        A missing gradient counts as zero, since otherwise the other processes would wait for it forever.
         """
         if self.size == 1 or self.mesh is not None:
             return
@@ -95,7 +95,7 @@ class Ranks:
                 gradient.copy_(mean.view_as(gradient))
 
     def shard(self, model: Transformer) -> None:
-        """With a ``mesh``, leave of the weights of ``model`` this process's part, layer by layer."""
+        """With a ``mesh``, shard the weights of ``model`` layer by layer."""
         if self.mesh is None:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -105,7 +105,7 @@ class Ranks:
         register_fsdp_forward_method(model, "run")
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """``tensor`` with all its parts, on the CPU if it has any; every process must ask."""
+        """The full ``tensor``, on the CPU if it is sharded. Every process must call this."""
         if self.mesh is None:
             return tensor
         from torch.distributed.tensor import DTensor
@@ -113,7 +113,7 @@ class Ranks:
         return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
     def part(self, tensor: Tensor, parameter: Tensor) -> Tensor:
-        """What this process keeps of a whole ``tensor`` that belongs to ``parameter``, beside it on its device."""
+        """This process's part of a full ``tensor`` that belongs to ``parameter``, on the parameter's device."""
         tensor = tensor.to(parameter.device)
         if self.mesh is None:
             return tensor
@@ -128,8 +128,8 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: torch.device, shard: bool = False) -> Iterator[Ranks]:
-    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or those that this
-    process has joined already; leave what was joined here."""
+    """Join the process group of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and leave it at the end. A
+    group that this process has joined already is used and kept."""
     joins = not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -151,7 +151,7 @@ def used_parameters(model: Transformer, slices: Sequence[Architecture]) -> list[
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of ``tensors``; one begins where those before it reach the next multiple of ``BUCKET_ELEMENTS``."""
+    """``tensors`` in buckets; one ends where the total size reaches the next multiple of ``BUCKET_ELEMENTS``."""
     tensors = list(tensors)
     before = accumulate((tensor.numel() for tensor in tensors), initial=0)
     buckets: dict[int, list[Tensor]] = {}

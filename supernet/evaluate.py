@@ -1,4 +1,4 @@
-"""Loss of an architecture on held-out sequences, how sure that loss is, and where its tokens went."""
+"""Loss of an architecture on held-out sequences, with its standard error and the load of the experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Evaluation:
     """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each of
     ``architecture.layers`` (None: dense).
 
-    ``sequence_losses`` are the means of the single sequences: models judged on the same ones compare in pairs.
+    ``sequence_losses`` are the means of the single sequences, for paired comparisons of models on the same sequences.
     """
 
     loss: float
@@ -71,9 +71,9 @@ def evaluate(
 
 
 def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Mean over tokens of sequences with ``losses`` [n] and ``counts`` [n] tokens, and its standard error, infinite for
-    one sequence: that of a mean where all are of one length, else that of a ratio (Cochran 1977, 2.11). A sequence
-    without a token is none."""
+    """Mean over the tokens of sequences with mean ``losses`` [n] and ``counts`` [n] tokens, and its standard error:
+    that of a mean if all have one length, else that of a ratio (Cochran 1977, 2.11); infinite for one sequence.
+    Sequences without tokens are ignored."""
     losses, counts = losses[counts > 0], counts[counts > 0]
     size = len(losses)
     if bool((counts == counts[:1]).all()):
@@ -85,7 +85,7 @@ def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Judge:
-    """Evaluates slices of ``model`` on ``batch`` by ``loss`` (a key of ``LOSSES``), in bfloat16 if asked."""
+    """Evaluates slices of ``model`` on ``batch`` by ``loss`` (a key of ``LOSSES``), in bfloat16 if requested."""
 
     model: Transformer
     batch: Batch
@@ -97,7 +97,7 @@ class Judge:
             return evaluate(self.model, self.batch, architecture, self.loss)
 
     def plain(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What another process makes the same judge of: facts that JSON can hold, and arrays."""
+        """What another process needs to make the same judge: plain data for JSON, and arrays."""
         model = self.model
         facts = {
             "architecture": model.architecture.to_dict(),
@@ -112,7 +112,7 @@ class Judge:
 
     @staticmethod
     def of(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device) -> Judge:
-        """The judge of ``plain``, with views of ``arrays`` on a CPU and copies of them on a GPU."""
+        """The judge that ``plain`` describes, with views of ``arrays`` on a CPU and copies of them on a GPU."""
         with torch.device("meta"):
             architecture = Architecture.from_dict(facts["architecture"])
             model = Transformer(architecture, facts["vocab_size"], facts["sharing"])

@@ -1,4 +1,4 @@
-"""The feed-forward part of a layer: one bank of neurons, a router, and whichever experts an architecture cuts out.
+"""The feed-forward part of a layer: a bank of neurons, a router, and the experts that an architecture selects.
 
 Shapes: T tokens, D width, N neurons, E experts.
 """
@@ -28,7 +28,7 @@ class SparseFeedForward(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
 
     def initialise(self, write_std: float) -> None:
-        """Weights that read the residual stream at Normal(0, 1 / sqrt(D)), those that write to it at ``write_std``."""
+        """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
         for weight in (self.up, self.gate):
             if weight is not None:
                 nn.init.normal_(weight, std=self.width**-0.5)
@@ -40,7 +40,7 @@ class SparseFeedForward(nn.Module):
                 nn.init.zeros_(bias)
 
     def where(self, width: int, part: FeedForward) -> dict[str, Region]:
-        """The region of each parameter that ``part`` at ``width`` uses; of a dense part none of the router.
+        """The region of each parameter that ``part`` at ``width`` uses. A dense part uses no router.
 
         Raises
         ------
@@ -60,7 +60,7 @@ class SparseFeedForward(nn.Module):
         return regions
 
     def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
-        """[T, D] to [T, D], and where the tokens went (None for a dense layer)."""
+        """[T, D] to [T, D], and the routing (None for a dense layer)."""
         routing = self.route(x, part) if part.router else None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -72,7 +72,7 @@ class SparseFeedForward(nn.Module):
         return out, routing
 
     def route(self, x: Tensor, part: FeedForward) -> Routing:
-        """Router logits in float32 whatever the rest computes in: a rounded tie would send a token elsewhere."""
+        """Router logits, always in float32: rounding could change which expert a token is sent to."""
         assert self.router is not None and part.router is not None
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.router[: part.experts, : x.shape[1]].float())

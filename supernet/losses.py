@@ -1,4 +1,4 @@
-"""What a step minimises: functions from a model's output and its batch to a loss at every place."""
+"""Training losses: functions from a model's output and its batch to a loss at every position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic.supernet.batch import Batch
 from moesaic.supernet.model import Output
 
 Loss = Callable[[Output, Batch], Tensor]
-"""[B, S] nats per token; what it gives at padding is not used."""
+"""[B, S] nats per token; values at padding are not used."""
 
 
 def cross_entropy(output: Output, batch: Batch) -> Tensor:
@@ -21,4 +21,4 @@ def cross_entropy(output: Output, batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
-"""By the name under which another process finds them."""
+"""By name, so that another process can find them."""

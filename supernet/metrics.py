@@ -1,4 +1,4 @@
-"""Training figures as JSON lines and for TensorBoard; a resumed run continues both where its checkpoint stands."""
+"""Training metrics as JSON lines and for TensorBoard; a resumed run continues both from its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic.search_spaces.files import unwritable, write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of ``metrics.jsonl``, without a torn last line. Raises MoesaicError for a damaged one before it."""
+    """The records of ``metrics.jsonl``, without an incomplete last line. Raises MoesaicError for a damaged record."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

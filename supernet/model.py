@@ -1,8 +1,8 @@
 """The one model class: a Transformer sized for an architecture, which also runs any smaller one as a slice of itself.
 
 A supernet is this class built for the envelope of a search space. ``model(tokens, architecture=a)`` computes with
-the slice ``a`` without copying a weight and without leaving any state; ``model.extract(a)`` copies the slice out
-into a model of its own with the same outputs.
+the slice ``a`` without copying weights or changing state. ``model.extract(a)`` copies the slice into a separate
+model with the same outputs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from moesaic.supernet.sharing import Sharing
 
 @dataclass(frozen=True)
 class Output:
-    """``logits`` [B, S, V] and, for each of ``architecture.layers``, where its tokens went (None for a dense layer)."""
+    """``logits`` [B, S, V] and, for each of ``architecture.layers``, its routing (None for a dense layer)."""
 
     logits: Tensor
     routings: tuple[Routing | None, ...]
 
     def balance_loss(self) -> Tensor:
-        """Mean over the sparse layers of ``Routing.balance_loss``; 1 when all are balanced, 0 without any or tokens."""
+        """Mean of ``Routing.balance_loss`` over sparse layers: 1 when balanced, 0 without sparse layers or tokens."""
         losses = [r.balance_loss() for r in self.routings if r is not None and len(r.probabilities)]
         return torch.stack(losses).mean() if losses else self.logits.new_zeros(())
 
@@ -111,7 +111,7 @@ class TransformerStack(nn.Module):
     def forward(
         self, name: str, tokens: Tensor, stack: Stack, mask: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Tensor, list[Routing | None]]:
-        """Hidden states [B, S, D] of ``tokens`` [B, S], of which ``name`` is what the stack's slots say."""
+        """Hidden states [B, S, D] of ``tokens`` [B, S]; ``name`` is the stack's name in its slots."""
         length, start = tokens.shape[1], 0 if cache is None else cache.length
         inputs = Inputs(stack.causal, mask if cache is None else cache.seen(mask, length))
         x = F.embedding(tokens, self.embedding.weight[:, : stack.width])
@@ -127,7 +127,7 @@ class TransformerStack(nn.Module):
         return x if self.norm is None else self.norm(x), routings
 
     def _positions(self, mask: Tensor | None, start: int, length: int, device: torch.device) -> Tensor:
-        """[S, D_max], or with padding [B, S, D_max]: a sequence's first token has position 0, wherever it stands.
+        """[S, D_max], or with padding [B, S, D_max]: a sequence's first token has position 0, also after padding.
 
         Raises
         ------
@@ -146,13 +146,13 @@ class TransformerStack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model: a stack that turns tokens into states, and a vocabulary layer that reads these.
+    """A language model: a stack that turns tokens into states, and a vocabulary layer that turns these into logits.
 
     Parameters
     ----------
-    architecture : what the weights are sized for, and what runs when a call names no other.
+    architecture : the largest architecture; it determines the shapes of the weights and runs by default.
     vocab_size : tokens of the vocabulary, V.
-    sharing : which rows of a bank a smaller architecture's experts take.
+    sharing : which rows of a bank the experts of a smaller architecture take.
     """
 
     def __init__(self, architecture: Architecture, vocab_size: int, sharing: Sharing = "nested"):
@@ -170,10 +170,10 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights that read from the residual stream start at Normal(0, 1 / sqrt(D)), so that heads and neurons tell
-        tokens apart at once; those that write to it at a tenth of the embedding's 0.02, smaller by sqrt(2 L), so that
-        they do not drown it. With 0.02 everywhere (GPT-2), sized for wide models, narrow ones stay on a plateau for
-        as long as chance has it."""
+        """Weights that read from the residual stream start with standard deviation 1 / sqrt(D), so that heads and
+        neurons distinguish tokens from the start. Those that write to it start with a tenth of the embedding's 0.02,
+        divided by sqrt(2 L), so that the embedding dominates. With 0.02 everywhere (GPT-2), meant for wide models,
+        narrow ones stay on a plateau for a random number of steps."""
         write_std = 0.002 / (2 * len(self.architecture.layers)) ** 0.5
         for module in self.modules():
             if isinstance(module, TransformerStack | SelfAttention | SparseFeedForward):
@@ -201,10 +201,10 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         mask: Tensor | None = None,
     ) -> Output:
-        """``forward`` that also tells where the tokens were routed.
+        """``forward`` that also returns the routing.
 
-        With ``cache``, the tokens come after those it holds and are added to it. ``mask`` [B, S] is False at padding,
-        whose logits mean nothing.
+        With ``cache``, the tokens follow the cached ones and are added to it. ``mask`` [B, S] is False at padding,
+        where logits are undefined.
 
         Raises
         ------
@@ -229,14 +229,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def extract(self, architecture: Architecture) -> Transformer:
-        """A model of its own with a copy of the slice's weights.
+        """A separate model with a copy of the slice's weights.
 
         Raises
         ------
         MoesaicError : the architecture does not fit into this model.
         """
         regions, parameters = self.where(architecture), dict(self.named_parameters())
-        with torch.device("meta"):  # initial weights would only be thrown away, and draw from the global generator
+        with torch.device("meta"):  # initial weights would be overwritten, and would draw from the global generator
             extracted = Transformer(architecture, self.vocab_size, self.sharing)
         extracted = extracted.to(next(self.parameters()).dtype).to_empty(device=self.device)
         for name, parameter in extracted.named_parameters():
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
 
         Raises
         ------
-        MoesaicError : it is no slice of this model.
+        MoesaicError : it is not a slice of this model.
         """
         try:
             if architecture.backbone != self.architecture.backbone:

@@ -1,4 +1,4 @@
-"""Norms over however many features come in."""
+"""Normalisation layers that accept any number of features up to their size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic.supernet.regions import Region
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv 1910.07467), or LayerNorm with a bias (arXiv 1607.06450), by the backbone."""
+    """RMSNorm (arXiv 1910.07467), or LayerNorm with a bias (arXiv 1607.06450), as the backbone says."""
 
     def __init__(self, width: int, backbone: Backbone):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which part of a parameter a slice uses: each module says it once, in ``where``."""
+"""Which part of a parameter a slice uses. Each module defines it in one place, its method ``where``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Region:
-    """Runs of rows, ``(start, stop)`` each, and of a matrix the first ``columns``."""
+    """Ranges of rows, ``(start, stop)`` each, and the first ``columns`` of a matrix."""
 
     rows: tuple[tuple[int, int], ...]
     columns: int | None = None
@@ -21,7 +21,7 @@ class Region:
         return Region(((0, rows),), columns)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The region of ``tensor`` [N] or [N, D]: a view where its rows are one run, else a copy."""
+        """The region of ``tensor`` [N] or [N, D]: a view if its rows are one range, else a copy."""
         runs = [tensor[start:stop] if self.columns is None else tensor[start:stop, : self.columns]
                 for start, stop in self.rows]  # fmt: skip
         return runs[0] if len(runs) == 1 else torch.cat(runs)
@@ -32,5 +32,5 @@ Regions = Mapping[str, Region]
 
 
 def inside(name: str, regions: Regions) -> dict[str, Region]:
-    """The regions of a module as those of the one that holds it as ``name``."""
+    """The regions of a submodule ``name``, with the parameter names of its parent."""
     return {f"{name}.{own}": region for own, region in regions.items()}

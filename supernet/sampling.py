@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SliceSampler:
-    """One random member a step; in the first ``largest_first`` steps the largest alone, so that slices start from
-    weights that can already do something (progressive shrinking, arXiv 1908.09791).
+    """One random member per step; in the first ``largest_first`` steps only the largest, so that slices start from
+    trained weights (progressive shrinking, arXiv 1908.09791).
 
-    A pure function of seed and step, so that a resumed run trains the same slices. Every choice of width, depth, number
-    of experts and router is dealt like a deck of cards: each value comes up once before any comes up again (FairNAS,
-    arXiv 1907.01845), so no number of experts is trained less than another by bad luck.
+    A pure function of seed and step, so that a resumed run trains the same slices. Width, depth, number of experts and
+    router are each dealt like a deck of cards: every value comes up once before any comes up again (FairNAS, arXiv
+    1907.01845), so all numbers of experts are trained equally often.
 
-    The sandwich rule with in-place distillation (arXiv 1903.05134, 2003.11142) was measured beside this and ranked no
-    better at equal time, since its largest slice takes most of it: docs/fidelity.md.
+    The sandwich rule with in-place distillation (arXiv 1903.05134, 2003.11142) ranked no better at equal time, since
+    its largest slice takes most of the time: docs/fidelity.md.
     """
 
     space: SearchSpace
@@ -55,14 +55,14 @@ class SliceSampler:
         return space.build(self._deal(space.widths, f"width {name}", draw), tuple(layers))
 
     def _turn(self, slot: Slot, depths: Sequence[int], draw: int) -> int:
-        """How many draws before ``draw`` had that layer: a deck must not lose cards to networks too shallow for it."""
+        """How many draws before ``draw`` had that layer. Shallower networks must not use up the cards of its decks."""
         deck, card = divmod(draw, len(depths))
         before = self._deck(depths, f"depth {slot.stack}", deck)[:card]
         deep, ahead = (sum(depth > slot.index for depth in some) for some in (depths, before))
         return deck * deep + ahead
 
     def _deal(self, values: Sequence[T], name: str, draw: int) -> T:
-        """Card number ``draw`` of an endless deal of shuffled decks of ``values``."""
+        """Card number ``draw`` of an endless sequence of shuffled decks of ``values``."""
         deck, card = divmod(draw, len(values))
         return self._deck(values, name, deck)[card]
 

@@ -17,7 +17,7 @@ def expert_layout(envelope: FeedForward, part: FeedForward, sharing: Sharing) ->
     """Rows of the routed experts of ``part`` in the bank of ``envelope``.
 
     ``nested``: expert i owns a fixed region and uses its first rows, so a neuron always serves the same expert.
-    ``packed``: experts stand one after the other from the first row, so small layouts share the most trained rows.
+    ``packed``: experts follow one another from the first row, so small layouts share the most trained rows.
     Both agree when ``part`` is the envelope itself. Rows below ``envelope.shared_size`` belong to the shared expert.
 
     Raises

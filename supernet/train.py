@@ -1,8 +1,8 @@
-"""Training, of a supernet and of a single model alike: slices per step, checkpoints, exact resume.
+"""Training of supernets and of single models: slices per step, checkpoints, exact resume.
 
-Everything random is a pure function of the seed and the step number, so weights, optimiser state and the step are
-all a checkpoint needs: a run that was stopped and resumed has the same loss curve, bit for bit on a CPU. Any number
-of processes can continue it.
+Everything random is a pure function of the seed and the step number, so a checkpoint needs only weights, optimiser
+state and the step. A run that was stopped and resumed has the same loss curve, bit for bit on a CPU. Any number of
+processes can continue it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainData:
-    """``batch(step)`` gives what a step learns from, ``slices(step)`` the architectures that train on it; ``loss`` is a
-    key of ``LOSSES``."""
+    """``batch(step)`` is the data of a step, ``slices(step)`` the architectures that train on it; ``loss`` is a key of
+    ``LOSSES``."""
 
     batch: Callable[[int], Batch]
     slices: Callable[[int], Sequence[Architecture]]
@@ -76,9 +76,9 @@ def train(
     Parameters
     ----------
     directory : receives ``checkpoint.safetensors``, ``metrics.jsonl`` and ``tensorboard/``.
-    identity : fingerprint of everything that decides the result; a checkpoint with another one is refused.
-    on_step : called after each step with its figures (``loss`` in nats per token, the mean over slices, and others).
-    should_stop : asked before each step; True saves a checkpoint and raises Interrupted.
+    identity : fingerprint of everything that affects the result; a checkpoint with another one is refused.
+    on_step : called after each step with its metrics (``loss`` in nats per token, the mean over slices, and others).
+    should_stop : called before each step; True saves a checkpoint and raises Interrupted.
     ranks : the processes that train together, each of which calls this with the same arguments. The first one writes
         and reports; all stop, and fail, at the same step. Load-balance losses are those of each process's rows.
 
@@ -112,13 +112,13 @@ def train(
 
 
 def save_initial(model: Transformer, directory: Path, identity: str) -> None:
-    """Leave ``model`` in ``directory`` as a checkpoint of step 0, for other processes to begin with."""
+    """Save ``model`` in ``directory`` as a checkpoint of step 0, from which other processes start."""
     weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     save_tensors(directory / CHECKPOINT, weights, {"step": "0", "identity": identity})
 
 
 def load_trained(model: Transformer, path: Path) -> None:
-    """Copy the weights of a checkpoint into ``model``. Raises MoesaicError when they are damaged or another model's."""
+    """Copy the weights of a checkpoint into ``model``. Raises MoesaicError if it is damaged or of another model."""
     load_weights(model, _weights(load_tensors(path)[0]), str(path))
 
 
@@ -134,7 +134,7 @@ def _train_step(
     device = model.device
     whole = data.batch(step)
     batch = ranks.rows(whole)
-    # A process counts by its tokens: all means together are then the mean over the tokens of the whole batch.
+    # Processes are weighted by their tokens, so that the mean over processes is the mean over the batch's tokens.
     share = ranks.size * batch.counts().sum().item() / max(1, whole.counts().sum().item())
     batch = batch.to(device)
     rate = settings.learning_rate_at(step)
@@ -168,7 +168,7 @@ def _train_step(
 
 
 def _optimizer(model: Transformer, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices alone (norm weights are scales, not directions)."""
+    """AdamW with weight decay on matrices only (norm weights are scales, not directions)."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     scales = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": scales, "weight_decay": 0.0}]
@@ -190,7 +190,7 @@ def _save(model: Transformer, optimizer: torch.optim.AdamW, path: Path, identity
 def _resume(
     model: Transformer, settings: TrainSettings, path: Path, identity: str, ranks: Ranks
 ) -> tuple[torch.optim.AdamW, int]:
-    """The optimiser and the step to continue with, those of a checkpoint if there is one."""
+    """The optimiser and the step to continue from, those of the checkpoint if there is one."""
     tensors, metadata = load_tensors(path) if path.exists() else ({}, {"step": "0", "identity": identity})
     if metadata.get("identity") != identity:
         raise MoesaicError(

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: functions from an architecture to a model of it."""
+"""Sources of weights: functions from an architecture to a model of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Weights = Callable[[Architecture], Transformer]
 
 
 def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested") -> Weights:
-    """Random weights, a function of ``seed``."""
+    """Random weights, determined by ``seed``."""
 
     def build(architecture: Architecture) -> Transformer:
         torch.manual_seed(seed)
@@ -24,5 +24,5 @@ def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested") -> Weights:
 
 
 def slice_of(model: Transformer) -> Weights:
-    """Copies of the weights that the slice of ``model`` has."""
+    """Copies of the weights of ``model``'s slice."""
     return model.extract
