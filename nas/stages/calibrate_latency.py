@@ -1,4 +1,4 @@
-"""Stage latency: calibrate the latency predictor on this device, or take this machine's earlier calibration."""
+"""Stage latency: calibrate the latency predictor on this device, or reuse this machine's earlier calibration."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def work(run: Run, directory: StageDirectory) -> str:
-    """Leaves ``predictor.json`` and ``measurements.csv``.
+    """Writes ``predictor.json`` and ``measurements.csv``.
 
-    A calibration belongs to the machine: it is kept in the cache under everything it depends on, so that runs on
-    one machine share one predictor and the same seed gives the same search.
+    A calibration belongs to the machine: it is cached under a key of everything it depends on. So runs on one machine
+    share one predictor, and the same seed gives the same search.
     """
     cached = calibrated(run)
     for name in _FILES:
@@ -46,7 +46,7 @@ def work(run: Run, directory: StageDirectory) -> str:
 
 
 def forget(run: Run) -> None:
-    """Have latency measured again, even if this machine was."""
+    """Measure latency again, even if this machine has a calibration."""
     shutil.rmtree(_cached(run), ignore_errors=True)
     run.calibration = None
     (run.folder("latency").path / "artifact.json").unlink(missing_ok=True)
@@ -54,13 +54,13 @@ def forget(run: Run) -> None:
 
 
 def calibrated(run: Run) -> Path:
-    """The folder of this machine's calibration for the run's space and context, measured now if there is none."""
+    """The folder of this machine's calibration for the run's space and context; measures it if there is none."""
     if run.calibration is not None:
         return run.calibration
     stage = run.folder("latency")
     run.calibration = directory = stage.path if stage.complete else _cached(run)
     known = directory / "predictor.json"
-    # What was measured while the machine was busy is used by the run that asked, and not kept for others.
+    # A measurement on a busy machine is used by this run only, not cached for others.
     if known.exists() and (stage.complete or LatencyPredictor.load(known, run.device).measured.noise <= NOISY):
         return directory
     with run.reporter.progress("latency") as bar:

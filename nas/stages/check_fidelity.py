@@ -1,4 +1,4 @@
-"""Stage fidelity: what the search's losses can tell apart, and how well they rank what is trained from scratch."""
+"""Stage fidelity: which models inherited losses can tell apart, and how well they rank models trained from scratch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
-    """Leaves ``fidelity.json`` and, with ``fidelity.check``, ``check.csv`` and a folder with metrics per member."""
+    """Writes ``fidelity.json`` and, with ``fidelity.check``, ``check.csv`` and a folder with metrics per member."""
     trials, result = load_search(part)
     rivals = read_value(search_folder(part) / "rivals.json", list[Rival])
     sequences, standings, differ = _tell_apart(part, result, rivals)
@@ -70,7 +70,7 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
         chosen_rivals=tuple(_best_of_kind(rivals, marks)),
     )
     write_value(directory.path / "fidelity.json", trust)
-    for weights in directory.path.glob("*/*.safetensors"):  # of models trained too little to be of use
+    for weights in directory.path.glob("*/*.safetensors"):  # of models trained too briefly to be useful
         weights.unlink()
     return fingerprint({str(number): loss for number, loss in corrected.items()})
 
@@ -82,8 +82,8 @@ def load_trust(part: BudgetRun) -> Trust:
 def _tell_apart(
     part: BudgetRun, result: SearchResult, rivals: Sequence[Rival]
 ) -> tuple[int, list[Standing], np.ndarray]:
-    """The number of sequences; the front by rising loss, then the best rival of each kind, each against the best of the
-    front; and [front, front] which members differ."""
+    """The number of sequences; the front by rising loss and the best rival of each kind, each compared with the best of
+    the front; and [front, front] which members differ."""
     models = {f"trial {trial.number}": trial.architecture for trial in result.front}
     best = _best_of_kind(rivals, [rival.loss for rival in rivals])
     models |= {rival.kind: rival.architecture for rival in best}
@@ -117,7 +117,7 @@ def _tell_apart(
 
 
 def _flops_errors(part: BudgetRun, trials: list[Trial]) -> FlopsErrors | None:
-    """Relative errors of FLOPs on unseen text; None where no trial has a threshold router."""
+    """Relative errors of predicted FLOPs on unseen text; None where no trial has a threshold router."""
     models = choose_members([trial for trial in trials if has_threshold_router(trial.architecture)], _FLOPS_MODELS)
     judge, pricer = part.run.judge("test", part.run.config.search.evaluation_windows), part.run.pricer
     before, after = [], []
@@ -139,7 +139,7 @@ def has_threshold_router(architecture: Architecture) -> bool:
 
 
 def _check(part: BudgetRun, directory: StageDirectory, trials: list[Trial]) -> Check:
-    """Trains members of the search from scratch and compares their order with that of their inherited losses."""
+    """Trains evaluated architectures from scratch and compares their ranking with that by inherited loss."""
     chosen = choose_members(trials, part.run.config.fidelity.check)
     steps = part.run.config.fidelity.steps
     members: list[CheckedMember] = []
@@ -170,8 +170,8 @@ def _check(part: BudgetRun, directory: StageDirectory, trials: list[Trial]) -> C
 
 
 def choose_members(trials: list[Trial], count: int) -> list[Trial]:
-    """``count`` feasible trials, or all if there are fewer: the one of least loss, the one of most, and others at even
-    steps of the order between them."""
+    """``count`` feasible trials, or all if there are fewer: those with the lowest and highest loss, and others evenly
+    spaced by rank between them."""
     order = sorted((t for t in trials if t.feasible), key=lambda t: (t.loss or 0.0, t.number))
     if len(order) <= count:
         return order
@@ -179,7 +179,7 @@ def choose_members(trials: list[Trial], count: int) -> list[Trial]:
 
 
 def _best_of_kind(rivals: Sequence[Rival], marks: Sequence[float] | np.ndarray) -> list[Rival]:
-    """Of each kind the rival with the least mark."""
+    """The rival with the lowest score of each kind."""
     best: dict[str, tuple[float, Rival]] = {}
     for rival, mark in zip(rivals, marks, strict=True):
         if rival.kind not in best or mark < best[rival.kind][0]:
@@ -190,8 +190,8 @@ def _best_of_kind(rivals: Sequence[Rival], marks: Sequence[float] | np.ndarray) 
 def _train(
     part: BudgetRun, directory: StageDirectory, trial: Trial, on_step: Callable[[int, dict[str, float]], None]
 ) -> Evaluation | None:
-    """The evaluation of ``trial`` trained from scratch; None where it diverged. It is on the validation split, since a
-    correction learnt from it chooses what is compared on the test split in the end."""
+    """The evaluation of ``trial`` trained from scratch; None where it diverged. It uses the validation split, because
+    the correction learnt from it chooses the models that are compared on the test split."""
     architecture, run = trial.architecture, part.run
     config = run.config.retrain.model_copy(update={"steps": run.config.fidelity.steps})
     recipe = single_recipe(architecture, config, run.config.seed, run.device.bfloat16)

@@ -1,4 +1,4 @@
-"""The run directory: which stage is complete, which continues, and which must be done anew and why."""
+"""The run directory: which stage is complete, which continues, and which must run again and why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Inputs = Mapping[str, Any]
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys; lists stay values."""
+    """Flatten nested mappings into one with dotted keys; lists stay values."""
     if isinstance(data, Mapping) and data:
         return {k: v for key, value in data.items() for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
     return {prefix: data}
@@ -36,14 +36,14 @@ def fingerprint(inputs: Inputs) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """An input that is not what it was; None where it was or is absent."""
+    """An input whose value changed; None where it was or is absent."""
 
     name: str
     before: Any
     now: Any
 
     def under(self, names: Sequence[str]) -> bool:
-        """Whether the input is one of ``names``, or a part of one."""
+        """Whether the input is one of ``names``, or a part of one of them."""
         return any(self.name == name or self.name.startswith(f"{name}.") for name in names)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What ``artifact.json`` says of a complete stage. ``digest`` identifies a result that its inputs alone do not."""
+    """``artifact.json`` of a complete stage. ``digest`` identifies a result that its inputs alone do not determine."""
 
     inputs: dict[str, Any]
     fingerprint: str
@@ -66,7 +66,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StageDirectory:
-    """One stage's folder. ``inputs.json`` is there from its start, ``artifact.json`` from its end."""
+    """One stage's folder. ``inputs.json`` is written when the stage starts, ``artifact.json`` when it ends."""
 
     path: Path
     inputs: Inputs
@@ -81,7 +81,7 @@ class StageDirectory:
         return artifact.exists() and read_json(artifact)["inputs"] == self.inputs
 
     def changes(self) -> list[Change]:
-        """What differs between the inputs of what is there and those of now; empty when nothing is there."""
+        """Differences between the inputs of earlier work and the current ones; empty without earlier work."""
         known = self.path / "inputs.json"
         if not known.exists():
             return []
@@ -101,13 +101,13 @@ class StageDirectory:
         return read_value(self.path / "artifact.json", Artifact)
 
     def result_id(self) -> str:
-        """Identifies a finished stage's result: its inputs, and its digest where it measured something."""
+        """Identifies a finished stage's result: its inputs, and its digest where the stage measured something."""
         return fingerprint({"inputs": self.inputs, "digest": self.artifact().digest if self.complete else None})
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Whether earlier work in a stage's folder ``continues``, what changed, and where work with other inputs went."""
+    """Whether earlier work in a stage's folder ``continues``, what changed, and where outdated work was moved."""
 
     continues: bool
     changes: list[Change]
@@ -122,7 +122,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder. Raises MoesaicError when another process holds it or it cannot be written."""
+        """Lock the folder. Raises MoesaicError when another process has locked it or it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock", timeout=0)
@@ -168,7 +168,7 @@ class RunDirectory:
 
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """A one-element list that holds the seconds the block took, once it is left."""
+    """A one-element list that holds the seconds the block took, once it ends."""
     seconds = [0.0]
     start = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""How a stage is done: skipped when complete, continued when cut off, done anew when its inputs changed."""
+"""Runs a stage: skips it when complete, continues it when interrupted, starts again when its inputs changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moesaic.search_spaces import MoesaicError
 
 
 def do(stage: Stage, run: Run | BudgetRun) -> None:
-    """Do a stage, unless it is complete.
+    """Run a stage, unless it is complete.
 
     Raises
     ------
-    MoesaicError : a stage before it is not complete; or as the stage's work.
+    MoesaicError : an earlier stage is not complete; or as the stage's work.
     """
     directory, say = run.folder(stage.name), run.reporter.say
     if directory.complete:
@@ -31,12 +31,12 @@ def do(stage: Stage, run: Run | BudgetRun) -> None:
         digest = stage.work(run, directory)
     total = seconds[0] + run.spent_ahead.pop(stage.name, 0.0)
     directory.finish(total, prepared.continues, digest)
-    run.forget_folders()  # the inputs of later stages hold this one's result
+    run.forget_folders()  # this result is an input of later stages
     say(f"{stage.name}: done in {duration(total)}")
 
 
 def require(run: Run | BudgetRun, stages: list[Stage], for_what: str) -> None:
-    """Raises MoesaicError with the command that does the first of ``stages`` that is not complete."""
+    """Raises MoesaicError with the command for the first of ``stages`` that is not complete."""
     for stage in stages:
         directory = run.folder(stage.name)
         if not directory.complete:

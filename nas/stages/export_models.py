@@ -1,4 +1,4 @@
-"""Stage export: the best architecture and a spread of the front as models of their own, measured against the budget."""
+"""Stage export: write the best architecture and a spread of the front as separate models, and check their budget."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Evaluation, Transformer
 
 _CANDIDATES = 8
-"""Most trials that are measured to find one that keeps the budget on this device: a search whose first eight are all
-over has a predictor that is off, which a ninth does not mend."""
+"""Most trials that are measured to find one inside the budget on this device. If the first eight are all over, the
+predictor is off, and a ninth would not help."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial whose model was judged on the test split and measured, with its budget lines."""
+    """A trial whose model was evaluated on the test split and measured, with its budget lines."""
 
     trial: Trial
     model: Transformer
@@ -49,10 +49,10 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
-    """Leaves a folder for ``best`` and each ``front-N``, and ``exports.json``.
+    """Writes a folder for ``best`` and each ``front-N``, and ``exports.json``.
 
-    ``best`` is the trial judged best that keeps the budget when it is measured. Members of the front that
-    do not keep it are exported and flagged.
+    ``best`` is the best-ranked trial that is inside the budget when measured. Members of the front that are over it
+    are exported and flagged.
     """
     trials, result = load_search(part)
     count = part.run.config.export.front
@@ -71,20 +71,20 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
                 part.reporter.say(f"export: {name} (trial {trial.number}) is {over}")
         bar.update(len(exports), len(exports))
     write_value(directory.path / "exports.json", exports, list[ExportFigures])
-    # Which trials are exported follows from measurements, so what comes later depends on more than the inputs.
+    # Measurements decide which trials are exported, so later stages depend on more than the inputs.
     return fingerprint({figures.name: figures.fingerprint for figures in exports})
 
 
 def load_exports(part: BudgetRun) -> list[ExportFigures]:
-    """Figures of all that was exported, the chosen one first."""
+    """Figures of all exports, the chosen one first."""
     return read_value(part.folder("export").path / "exports.json", list[ExportFigures])
 
 
 def choose_best(part: BudgetRun, trials: list[Trial]) -> tuple[Candidate, tuple[Refused, ...]]:
-    """The first feasible trial that is not over a budget line when measured, and those refused. Their order is that of
-    the inherited losses, or of the corrected ones where the check of the ranking found those better.
+    """The first feasible trial that is inside the budget when measured, and those refused before it. Trials are ordered
+    by inherited loss, or by corrected loss where the fidelity check found that better.
 
-    Where none of the first few keeps the budget it is the one that exceeds it least.
+    If none of the first few is inside the budget, the one that exceeds it least is taken.
     """
     corrected = load_trust(part).corrected
     feasible = [trial for trial in trials if trial.feasible]
@@ -108,7 +108,7 @@ def choose_best(part: BudgetRun, trials: list[Trial]) -> tuple[Candidate, tuple[
 
 
 def _spread_front(result: SearchResult, known: set[int], count: int) -> list[Trial]:
-    """Members of the front to export beside the best; not those in ``known``: exported, or known to be over."""
+    """Members of the front to export besides the best, except those in ``known``: exported, or known to be over."""
     others = [trial for trial in result.front if trial.number not in known]
     if not others or not count:
         return []

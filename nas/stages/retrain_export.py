@@ -1,4 +1,4 @@
-"""The command `moesaic retrain DIRECTORY`: train one exported model by its ``retrain.yaml``, outside of any run."""
+"""The command `moesaic retrain DIRECTORY`: train one exported model by its ``retrain.yaml``, without a run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class RetrainedExport(MeanScores):
 def retrain_export(
     directory: Path, overrides: Sequence[str], reporter: Reporter, should_stop: Callable[[], bool]
 ) -> tuple[RetrainedExport, Sequence[Metric]]:
-    """Train an exported model with its own tokenizer, into ``directory/retrained``: a folder per seed, and
-    ``result.json``. Returns that result, and the metrics it is in."""
+    """Train an exported model with its own tokenizer. Writes ``directory/retrained``: a folder per seed, and
+    ``result.json``. Returns that result and its metrics."""
     model = load_exported(directory)
     file = load_retrain_file(directory / "retrain.yaml", overrides)
     device = choose_device(file.device)

@@ -1,4 +1,4 @@
-"""Stage retrain: train the chosen architecture and its rivals alike, and see which is better on the test split."""
+"""Stage retrain: train the chosen architecture and its rivals alike, and compare them on the test split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEARCHED = "searched"
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training of a model came to; ``architecture`` has the thresholds that fit the budget."""
+    """The result of one training of a model; ``architecture`` has the thresholds that fit the budget."""
 
     architecture: Architecture
     evaluation: Evaluation
@@ -38,10 +38,11 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
-    """Leaves a folder per model and seed (weights, architecture, metrics) and ``results.json``, the searched model
+    """Writes a folder per model and seed (weights, architecture, metrics) and ``results.json``, the searched model
     first.
 
-    A model whose threshold routers keep more experts after training than its budget allows has them lowered.
+    If a model's threshold routers keep more experts after training than its budget allows, its thresholds are
+    lowered.
     """
     config = part.run.config.retrain
     models = compared_models(part)
@@ -87,7 +88,7 @@ def load_results(part: BudgetRun) -> list[RetrainedModel]:
 
 
 def seed_directory(directory: Path, seed: int) -> Path:
-    """Where a model that is trained with several seeds is trained with ``seed``."""
+    """The folder of the training with ``seed``, for a model that is trained with several seeds."""
     return directory / f"seed-{seed}"
 
 
@@ -98,9 +99,9 @@ def _train_seeds(
     architecture: Architecture,
     on_step: Callable[[int, int, float], None],
 ) -> tuple[list[Trained], MeasuredCosts]:
-    """Train a model with every seed; costs are measured of the first one's model.
+    """Train a model with every seed; costs are measured on the first seed's model.
 
-    ``on_step`` is told the number of finished trainings, the step, and the loss.
+    ``on_step`` gets the number of finished trainings, the step, and the loss.
     """
     run, config = part.run, part.run.config.retrain
     weights = slice_of(run.supernet) if config.init == "inherited" else None
@@ -138,19 +139,19 @@ def _train_seeds(
 
 
 def _identity(directory: StageDirectory, architecture: Architecture, seed: int) -> str:
-    """Of one training: everything but how many seeds there are, so that more of them keep those that are trained."""
+    """Identity of one training: all but the number of seeds, so that more seeds keep the models already trained."""
     inputs = {name: value for name, value in directory.inputs.items() if name != "retrain.seeds"}
     return fingerprint({"inputs": inputs, "architecture": architecture.fingerprint, "seed": seed})
 
 
 def _most_by_routing(part: BudgetRun, trained: Sequence[Trained]) -> dict[str, float]:
-    """The most FLOPs and active parameters that any seed's model needs, under the loads of its evaluation."""
+    """The largest FLOPs and active parameters of any seed's model, under the loads of its evaluation."""
     costs = [part.run.pricer.measured(one.architecture, one.evaluation.loads) for one in trained]
     return {name: max(cost[name] for cost in costs) for name in ("flops", "active_parameters")}
 
 
 def compared_models(part: BudgetRun) -> dict[str, tuple[Architecture, float | None]]:
-    """Name, architecture and inherited validation loss of every model that is trained, the searched one first."""
+    """Name, architecture and inherited validation loss of every model to train, the searched one first."""
     best = load_exported(part.folder("export").path / BEST).architecture
     models: dict[str, tuple[Architecture, float | None]] = {SEARCHED: (best, load_exports(part)[0].validation_loss)}
     if part.run.config.retrain.rivals:

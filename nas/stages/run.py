@@ -1,4 +1,4 @@
-"""What the stages of a run share: configuration, device, task, folders, and the artifacts made so far."""
+"""State shared by the stages of a run: configuration, device, task, folders, and the artifacts made so far."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from moesaic.supernet.checkpoint import load_tensors, load_weights
 
 @dataclass
 class Run:
-    """One run. Properties load what earlier stages left; each raises MoesaicError when it is not there."""
+    """One run. Properties load results of earlier stages; each raises MoesaicError when its result is missing."""
 
     loaded: Loaded
     path: Path
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
     calibration: Path | None = None
-    """Folder of the latency calibration that this process uses, once it has one."""
+    """Folder of the latency calibration that this process uses, once known."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
-    """Seconds of a stage's work that were needed, and spent, before its turn."""
+    """Seconds of a stage's work that were already spent before its turn."""
     _folders: dict[str, StageDirectory] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        """What costs are of: the pass that ``latency`` describes. On a GPU a row tile is that of its kernels."""
+        """The pass whose costs count, as ``latency`` describes it. On a GPU, the row tile is that of the kernels."""
         latency = self.config.latency
         return Context(
             self.task.vocab_size,
@@ -93,13 +93,13 @@ class Run:
         )
 
     def folder(self, name: str) -> StageDirectory:
-        """The folder of a shared stage, with the inputs that decide its result; the results it needs are among them."""
+        """The folder of a shared stage, with the inputs that decide its result, including the results it needs."""
         if name not in self._folders:
             self._folders[name] = _folder(BY_NAME[name], self)
         return self._folders[name]
 
     def forget_folders(self) -> None:
-        """Results changed: inputs are found anew."""
+        """Compute inputs again, after results changed."""
         self._folders.clear()
         for part in self.budgets:
             part.folders.clear()
@@ -131,7 +131,7 @@ class Run:
 
 @dataclass
 class BudgetRun:
-    """What belongs to one budget of a run, in a folder of its own where there are several; a single one has no name."""
+    """The part of a run for one budget. Each of several has its own folder; a single budget has an empty name."""
 
     run: Run
     name: str
@@ -143,7 +143,7 @@ class BudgetRun:
 
     @property
     def limits(self) -> dict[str, LimitConfig]:
-        """The budget as it was written."""
+        """The budget as configured."""
         return self.run.config.budgets_by_name[self.name]
 
     @cached_property
@@ -163,7 +163,7 @@ class BudgetRun:
         return self.run.source_name
 
     def folder(self, name: str) -> StageDirectory:
-        """The folder of any stage; of a shared one it is the run's."""
+        """The folder of any stage; shared stages have theirs in the run's folder."""
         if BY_NAME[name].shared:
             return self.run.folder(name)
         if name not in self.folders:
@@ -174,8 +174,8 @@ class BudgetRun:
         self.run.forget_folders()
 
     def measure(self, model: Transformer, loads: Sequence[LayerLoad | None], tokens: Tensor) -> MeasuredCosts:
-        """What ``model`` costs on this device, under the ``loads`` of an evaluation; a latency over the budget is
-        measured again before it is believed."""
+        """Costs of ``model`` on this device, under the ``loads`` of an evaluation; a latency over the budget is
+        measured again."""
         limits = {line.cost: line.limit for line in self.budget.lines}
         limit_ms = most_tolerated(limits.get("latency", math.inf))
         return measure_costs(model, loads, tokens, self.run.pricer, self.run.device, limit_ms)

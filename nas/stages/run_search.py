@@ -1,4 +1,4 @@
-"""Stage search: evaluate architectures inside the budget with inherited weights; keep log, front and rivals."""
+"""Stage search: evaluate architectures inside the budget with inherited weights; write the log, front and rivals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def work(run: Run, directory: StageDirectory) -> str:
-    """Leaves ``trials.jsonl``; ``journal.log`` (without a ``mirror``); and of each budget ``pareto.csv``,
+    """Writes ``trials.jsonl``; ``journal.log`` (without a ``mirror``); and for each budget ``pareto.csv``,
     ``rivals.json``, ``search.json``."""
     config, seed = run.config.search, run.config.seed
     with closing(TrialLog(directory.path / "trials.jsonl")) as log:
@@ -66,14 +66,14 @@ def work(run: Run, directory: StageDirectory) -> str:
 
 
 def check_mirror(run: Run) -> None:
-    """Raises MoesaicError when the database at ``mirror`` cannot be opened, before hours of training are spent."""
+    """Raises MoesaicError when the database at ``mirror`` cannot be opened, before hours are spent on training."""
     if run.config.mirror:
         database(run.config.mirror)
 
 
 @dataclass
 class _Tally:
-    """What the line of progress says of the trials so far."""
+    """Figures of the trials so far for the progress line."""
 
     ended: int = 0
     refused: int = 0
@@ -92,7 +92,7 @@ class _Tally:
 
 
 def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
-    """The study keeps its name as long as its folder is there: runs of one name may share a database."""
+    """The study's name, kept as long as its folder exists: runs with the same name may share a database."""
     names = folder / "study.json"
     if not names.exists():
         write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
@@ -154,12 +154,12 @@ def _write_result(part: BudgetRun, search: BudgetSearch, acceptance: float, exec
 
 
 def search_folder(part: BudgetRun) -> Path:
-    """Where what the search found for a budget is."""
+    """The folder of the search results for one budget."""
     return part.folder("search").path / part.name
 
 
 def open_executor(run: Run) -> Executor:
-    """The executor that the configuration names, with the judge of the search."""
+    """The configured executor, with the search's evaluator."""
     config, judge = run.config.executor, run.judge("validation", run.config.search.evaluation_windows)
     if config.kind == "local":
         return LocalExecutor(judge)
@@ -173,7 +173,7 @@ def open_executor(run: Run) -> Executor:
 
 
 def load_search(part: BudgetRun) -> tuple[list[Trial], SearchResult]:
-    """The trials, as this budget sees them, and the front of the finished search."""
+    """This budget's view of the trials, and the front of the finished search."""
     log = read_trials(part.folder("search").path / "trials.jsonl")
     trials = trials_for_budget(part.name, part.budget, log)
     result = result_of(trials)

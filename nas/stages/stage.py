@@ -1,5 +1,4 @@
-"""What a stage is, and the list of all of them. Imports nothing heavy: the command line reads it before it does
-anything."""
+"""The definition and the list of stages. Imports nothing heavy, because every command imports it."""
 
 from __future__ import annotations
 
@@ -12,11 +11,10 @@ from typing import Any
 class Stage:
     """One stage of a run, and the command of its name.
 
-    ``module``, in this folder, has two functions: ``inputs(run)``, what decides the result beside the results of the
-    stages that it ``needs``; and ``work(run, directory)``, which leaves the stage's files in ``directory.path`` and
-    returns what identifies a result that its inputs alone do not (None: they do). ``run`` is the ``Run`` where all
-    budgets have the stage in common (``shared``), else the ``BudgetRun``. A change of ``extendable`` inputs keeps
-    earlier work.
+    ``module``, in this folder, has two functions. ``inputs(run)`` gives what decides the result, besides the results
+    of the stages that it ``needs``. ``work(run, directory)`` writes the stage's files to ``directory.path`` and returns
+    a digest of the result, or None where the inputs alone identify it. ``run`` is the ``Run`` for a stage that all
+    budgets share (``shared``), else the ``BudgetRun``. A change of ``extendable`` inputs keeps earlier work.
     """
 
     name: str
@@ -26,7 +24,7 @@ class Stage:
     shared: bool = False
     extendable: tuple[str, ...] = ()
     folder: str = ""
-    """Of its files, where that is not its name."""
+    """The folder of its files, where that differs from the name."""
 
     def inputs(self, run: Any) -> dict[str, Any]:
         return self._module.inputs(run)
@@ -54,7 +52,7 @@ STAGES = (
     Stage(
         "export",
         "export_models",
-        "Write the best architecture and the Pareto set as models of their own, and measure them.",
+        "Write the best architecture and the Pareto front as separate models, and measure them.",
         needs=("search", "fidelity"),
         folder="exports",
     ),
@@ -67,7 +65,7 @@ STAGES = (
     ),
     Stage("report", "write_report", "Write the report of a finished run.", needs=("fidelity", "retrain")),
 )
-"""In the order in which they are done. A new stage is a module and a line here."""
+"""All stages in order. A new stage is a module and a line here."""
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 

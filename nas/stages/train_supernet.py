@@ -1,4 +1,4 @@
-"""Stage supernet: train the weights that every architecture shares, and see how its threshold routers behave."""
+"""Stage supernet: train the weights that all architectures share, and measure the load of its experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def inputs(run: Run) -> dict[str, Any]:
 
 
 def work(run: Run, directory: StageDirectory) -> None:
-    """Leaves ``model.safetensors``, ``occupancy.json``, ``evaluation.json`` and the training metrics."""
+    """Writes ``model.safetensors``, ``occupancy.json``, ``evaluation.json`` and the training metrics."""
     recipe = supernet_recipe(run.config, run.space, run.device.bfloat16)
     with run.reporter.progress("supernet") as bar:
 
@@ -46,8 +46,8 @@ def work(run: Run, directory: StageDirectory) -> None:
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
-    """The load of the experts under every router in the space, layer by layer: the mean over random members that have
-    it there, and over one like the largest in which every layer that offers it has it."""
+    """The load of the experts under every router in the space, layer by layer. It is the mean over random members with
+    that router there, and over the largest network with that router wherever it is offered."""
     judge, rng = run.judge("validation", _OCCUPANCY_WINDOWS, model), Random(f"{run.config.seed}/occupancy")
     hosts = dict.fromkeys(_with_router(run.space, experts, router) for _, experts, router in routers(run.space))
     hosts |= dict.fromkeys(run.space.sample_balanced(rng) for _ in range(_OCCUPANCY_MEMBERS))
@@ -76,7 +76,7 @@ def routers(space: SearchSpace) -> list[tuple[Slot, int, Router]]:
 
 
 def _with_router(space: SearchSpace, experts: int, router: Router) -> Architecture:
-    """The largest network with ``router`` and ``experts`` middle-sized experts wherever that is offered."""
+    """The largest network, with ``router`` and ``experts`` middle-sized experts wherever the space offers that."""
     changed = {}
     for slot, layer in space.largest.layers.items():
         group = space.layers[slot].group(experts)

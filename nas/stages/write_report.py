@@ -1,4 +1,4 @@
-"""Stage report: the summary of a run, the page and its pictures, gathered from the artifacts of the other stages."""
+"""Stage report: write the summary of a run, the page and its pictures, from the artifacts of the other stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
-    """Leaves ``summary.json`` beside the stages, and ``index.html`` and ``pareto.png``, ``.svg`` and ``.csv``."""
+    """Writes ``summary.json`` beside the stages, and ``index.html`` and ``pareto.png``, ``.svg`` and ``.csv``."""
     # Imported here: plotly and matplotlib take longer to import than most commands take to run.
     from moesaic.nas.report.page import build_page
     from moesaic.nas.report.paper import write_paper_figures
@@ -91,7 +91,7 @@ def build_summary(part: BudgetRun) -> Summary:
 
 
 def gather(part: BudgetRun, summary: Summary) -> Findings:
-    """What the page and the pictures show."""
+    """The values that the page and the pictures show."""
     run, (trials, result), exports = part.run, load_search(part), load_exports(part)
     by_number = {trial.number: trial for trial in trials}
     names = {figures.trial: figures.name for figures in exports}

@@ -9,7 +9,7 @@ from moesaic.nas.tasks.language import LanguageModelling
 from moesaic.nas.tasks.task import Metric, Task
 
 TASKS: dict[str, type[Task]] = {"language": LanguageModelling}
-"""By the name that ``Task.plain`` gives."""
+"""Task classes by the name in ``Task.plain``."""
 
 
 def task_of(plain: Mapping[str, Any]) -> Task:

@@ -48,7 +48,7 @@ class LanguageModelling:
         return next_tokens(self.corpus.windows(split, count))
 
     def measure(self, split: Split, loss: float) -> dict[str, float]:
-        """exp(loss), infinite where that overflows; and bits per byte, which models with other tokenizers share."""
+        """exp(loss), infinite where that overflows; and bits per byte, which is comparable across tokenizers."""
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"perplexity": perplexity, "bits_per_byte": self.corpus.bits_per_byte(split, loss)}
 

@@ -1,4 +1,4 @@
-"""What a task is: where batches come from, which loss a step minimises, and by which metrics people compare models."""
+"""The interface of a task: its batches, the loss that training minimises, and the metrics that compare models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that people compare: ``name`` as a key, ``title`` in tables, ``form`` its format specification."""
+    """A reported metric: ``name`` is its key, ``title`` is for tables, ``form`` is its format specification."""
 
     name: str
     title: str
@@ -26,16 +26,16 @@ class Metric:
 
 
 class Task(Protocol):
-    """One task on one corpus. Batches are functions of their arguments alone."""
+    """One task on one corpus. Batches depend on their arguments only."""
 
     @property
     def loss(self) -> str:
-        """What a step minimises: a key of ``supernet.losses.LOSSES``."""
+        """The loss that training minimises: a key of ``supernet.losses.LOSSES``."""
         ...
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What is reported beside the loss."""
+        """The metrics reported besides the loss."""
         ...
 
     @property
@@ -67,10 +67,10 @@ class Task(Protocol):
         ...
 
     def plain(self) -> dict[str, Any]:
-        """What another process on this machine makes the same task of, as values that JSON can hold."""
+        """Values, fit for JSON, from which another process on this machine can rebuild the task."""
         ...
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """The task of ``plain``. Raises MoesaicError where its data are gone."""
+        """The task that ``plain`` describes. Raises MoesaicError where its data are gone."""
         ...

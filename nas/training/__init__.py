@@ -1,1 +1,1 @@
-"""Trainings: what one consists of, in this process or in several."""
+"""Training of a model, in this process or in several."""

@@ -22,19 +22,19 @@ from moesaic.nas.config import TrainConfig
 from moesaic.search_spaces import MoesaicError
 
 _END_SECONDS = 5
-"""What workers that wait for a dead one are given to end: they have nothing to save."""
+"""How long workers that wait for a dead one get to end: they have nothing to save."""
 
 
 class WorkersLost(MoesaicError):
-    """Workers died more often than they may be restarted."""
+    """Workers died and no restarts are left."""
 
     exit_code = 1
 
 
 def launch(config: TrainConfig, job: Path, logs: Path, link: str) -> None:
-    """Run ``moesaic.nas.training.worker`` for ``job`` in every worker, and return when they have ended in good order.
+    """Run ``moesaic.nas.training.worker`` for ``job`` in every worker, and return when all have ended normally.
 
-    What they and the agent print goes to files in ``logs``.
+    Their output and the agent's goes to files in ``logs``.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def launch(config: TrainConfig, job: Path, logs: Path, link: str) -> None:
         logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
         shutdown_timeout=_END_SECONDS,
     )
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted workers find the dead ones' addresses
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted workers find old addresses
     with _logged(logs / "agent.log"):
         try:
             elastic_launch(agent, sys.executable)("-m", "moesaic.nas.training.worker", str(job), "--link", link)
@@ -61,9 +61,9 @@ def launch(config: TrainConfig, job: Path, logs: Path, link: str) -> None:
 
 
 def _lost(failed: ChildFailedError, restarts: int, logs: Path) -> WorkersLost:
-    """Names the worker that was killed, if one was: the others end of a lost connection, and perhaps sooner."""
+    """Names the worker that was killed, if any: the others end because they lost the connection, perhaps earlier."""
     rank, cause = min(failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
-    message: Any = cause.message  # of a traceback, a mapping; of a signal, a text
+    message: Any = cause.message  # a mapping for a traceback, a text for a signal
     if isinstance(message, dict):
         message = message["message"]
     return WorkersLost(
@@ -75,7 +75,7 @@ def _lost(failed: ChildFailedError, restarts: int, logs: Path) -> WorkersLost:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """The agent's log goes to a file: what a person should know of it is said in one line elsewhere."""
+    """Send the agent's log to a file: the user gets its essence in one line elsewhere."""
     logger, handler = logging.getLogger("torch.distributed.elastic"), logging.FileHandler(path)
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

@@ -1,7 +1,7 @@
-"""What the workers of a training and the program that started them tell one another: news, a request to stop, an end.
+"""Messages between the workers of a training and the program that started them: progress, a stop request, the end.
 
-Texts in a store of torch.distributed, which the program serves and which ends with it: a worker that tells its news
-to no one fails, so that no training goes on unwatched.
+The messages are texts in a torch.distributed store that the program serves. When the program ends, so does the store:
+workers then fail at their next message, so that no training goes on unwatched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from datetime import timedelta
 from typing import Any
 
-# The documented name of a class whose stub stands elsewhere.
+# The documented name; the type stubs define the class elsewhere.
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moesaic.search_spaces import Interrupted, MoesaicError, StageFailed
@@ -20,7 +20,7 @@ _ERRORS = {error.__name__: error for error in (MoesaicError, StageFailed, Interr
 
 
 class Link:
-    """Either end. ``address`` is where the other end connects to."""
+    """One end of the connection. ``address`` is where the other end connects to."""
 
     def __init__(self, store: TCPStore):
         self._store = store
@@ -48,11 +48,11 @@ class Link:
         self._store.set("news", json.dumps(news))
 
     def news(self) -> dict[str, Any] | None:
-        """The latest that was told."""
+        """The latest news."""
         return self._read("news")
 
     def fail(self, error: MoesaicError) -> None:
-        """Tell an error that a person can put right, for the other end to raise; what was set is there afterwards."""
+        """Send an error that the user can fix, for the other end to raise; returns once it has arrived."""
         facts = {name: getattr(error, name) for name in ("where", "found", "allowed", "nearest")}
         texts = {name: None if value is None else str(value) for name, value in facts.items()}
         self._store.set("error", json.dumps({"kind": type(error).__name__, "problem": error.problem, **texts}))

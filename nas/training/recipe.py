@@ -1,4 +1,4 @@
-"""What one training consists of, plain enough to travel as JSON to the processes that share it."""
+"""The description of one training, plain enough to be sent as JSON to the processes that share it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moesaic.supernet.sharing import Sharing
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: what the weights are sized for, which batches and which slices of the model train, and how.
+    """One training: the model's size, the batches, the slices of the model that train, and the optimisation.
 
     ``space`` is the YAML of a search space: its largest member trains alone for ``largest_first`` steps, then one
-    random member a step. Without a space the whole model trains. Recipes with one seed and batch size see the same
-    batches.
+    random member per step. Without a space the whole model trains. Recipes with the same seed and batch size see the
+    same batches.
     """
 
     architecture: ArchitectureField

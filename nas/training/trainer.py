@@ -1,4 +1,4 @@
-"""Trainings in this process, or in several that are started, watched and stopped from here."""
+"""Trains models in this process, or in several that it starts, watches and stops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains models for ``task`` on ``device``, in as many processes as ``config`` says.
+    """Trains models for ``task`` on ``device``, in the number of processes that ``config`` sets.
 
     ``say`` is told when workers had to be restarted; ``should_stop`` is asked before each step.
     """
@@ -49,10 +49,10 @@ class Trainer:
     ) -> Transformer:
         """The trained model, on the device, in evaluation mode.
 
-        ``directory`` receives checkpoints and metrics, under ``identity``; a training that was cut off continues
-        there. ``weights`` are the initial ones in place of random ones. Where several processes train, ``on_step`` is
-        told the latest step now and then, and ``directory`` also holds ``training.json``, with which ``torchrun`` can
-        continue the training until it is complete; ``workers/`` with what they printed stays when they failed.
+        ``directory`` receives checkpoints and metrics, under ``identity``; an interrupted training continues there.
+        ``weights`` replace the random initial ones. Where several processes train, ``on_step`` gets the latest step
+        now and then, and ``directory`` also holds ``training.json``, with which ``torchrun`` can continue the training
+        until it is complete. If workers failed, their output stays in ``workers/``.
 
         Raises
         ------
@@ -83,7 +83,7 @@ class Trainer:
         on_step: OnStep = lambda step, record: None,
         weights: Weights | None = None,
     ) -> Transformer:
-        """``train``, which leaves ``model.safetensors`` and no checkpoint; loaded where it is there with
+        """As ``train``, but leaves ``model.safetensors`` in place of a checkpoint, and loads it where it exists for
         ``identity``."""
         path = directory / WEIGHTS
         tensors, metadata = load_tensors(path) if path.exists() else ({}, {})
@@ -98,7 +98,7 @@ class Trainer:
 
     def _run(self, directory: Path, on_step: OnStep) -> None:
         """Run the workers to the end of the training in ``directory``."""
-        from moesaic.nas.training.elastic import launch  # imported here, as the link: of use to several processes alone
+        from moesaic.nas.training.elastic import launch  # imported here, as the link: only several processes use them
         from moesaic.nas.training.link import Link
 
         link, logs = Link.serve(), directory / LOGS
@@ -139,7 +139,7 @@ def _check_devices(device: Device, workers: int) -> None:
 
 
 def _in_thread(function: Callable[[], None]) -> Future[None]:
-    """Not in the main thread, where the agent would take over Ctrl-C; nor in one that the program waits for."""
+    """Run outside the main thread, where the agent would take over Ctrl-C, in a thread that does not block exit."""
     future: Future[None] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""One process of a training by several: what the elastic agent and ``torchrun -m moesaic.nas.training.worker`` run."""
+"""One process of a distributed training: run by the elastic agent or ``torchrun -m moesaic.nas.training.worker``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from moesaic.supernet.distributed import joined
 
 
 def work(job_path: Path, link: Link | None, should_stop: Callable[[], bool]) -> None:
-    """Take this process's part in the training that ``job_path`` describes, in that file's folder.
+    """Do this process's part of the training that ``job_path`` describes, in that file's folder.
 
-    Which part is said by the environment: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+    The environment says which part: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
     Raises
     ------
     StageFailed, Interrupted, MoesaicError : as ``supernet.train``, in every process at the same step; with a ``link``
-        they are told there instead.
+        they are sent there instead.
     """
     job = read_json(job_path)
     device = Device(**job["device"])
@@ -41,7 +41,7 @@ def work(job_path: Path, link: Link | None, should_stop: Callable[[], bool]) -> 
     with joined(device.torch_device, job["shard"]) as ranks, _told(link):
         task, recipe = task_of(job["task"]), Recipe.of(job["recipe"])
         model = recipe.weights(task)(recipe.architecture)
-        if ranks.mesh is None:  # else no GPU need hold all of it
+        if ranks.mesh is None:  # with a mesh, no GPU has to hold the whole model
             model = model.to(device.torch_device)
         report = _Report(link) if link is not None and ranks.leads else None
 
@@ -54,7 +54,7 @@ def work(job_path: Path, link: Link | None, should_stop: Callable[[], bool]) -> 
 
 @contextmanager
 def _told(link: Link | None) -> Iterator[None]:
-    """Tell ``link`` of an error that a person can put right, and ignore failures that follow from the first."""
+    """Send ``link`` an error that the user can fix, and ignore failures that follow from the first."""
     try:
         yield
     except MoesaicError as error:
@@ -67,7 +67,7 @@ def _told(link: Link | None) -> Iterator[None]:
 
 
 class _Report:
-    """Tells how far the training is, which restart of the workers this is, and at which step it began."""
+    """Reports the step of the training, the number of restarts, and the step at which this one began."""
 
     def __init__(self, link: Link):
         self.link = link
@@ -82,7 +82,7 @@ class _Report:
 @record
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", type=Path, help="training.json in the folder of a training that several processes began")
+    parser.add_argument("job", type=Path, help="training.json in the folder of a distributed training")
     parser.add_argument("--link", help="host:port of the program that watches")
     arguments = parser.parse_args()
     with stop_on_signals() as should_stop:
