@@ -1,1 +1,1 @@
-"""Exported models: folders that open again, here and elsewhere."""
+"""Exported models: folders that can be loaded on any machine."""

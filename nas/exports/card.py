@@ -1,4 +1,4 @@
-"""The model card of an exported model: the picture, the figures, and how they were obtained."""
+"""The model card of an exported model: its picture, its figures, and how they were obtained."""
 
 from __future__ import annotations
 

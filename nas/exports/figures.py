@@ -1,4 +1,4 @@
-"""What is known of an exported model and of a retrained one: the values in ``figures.json`` and ``results.json``."""
+"""Figures of exported and retrained models: the values in ``figures.json`` and ``results.json``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moesaic.search_spaces.architecture import ArchitectureField
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFigures(Scores):
-    """Scores are of the test split. ``predicted`` and ``measured`` are costs by name, in base units; ``refused`` the
-    candidates that were better by loss and over the budget. The last two say how far logits are from those of the
+    """Scores are on the test split. ``predicted`` and ``measured`` are costs by name, in base units; ``refused`` are
+    the candidates with a lower loss that were over the budget. The last two say how far logits are from those of the
     supernet's slice, and from those of the model read back from disk (None: not read back yet)."""
 
     name: str
@@ -35,9 +35,9 @@ class ExportFigures(Scores):
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainedModel(MeanScores):
-    """The searched model or a rival, trained alike and judged on the test split, with the thresholds that the first
-    seed's model needs to fit the budget. ``measured`` costs are those of that model; budget lines on what follows from
-    routing are those of the seed that needs most. ``seconds`` are those of all trainings."""
+    """The searched model or a rival, trained alike and evaluated on the test split, with the thresholds that the first
+    seed's model needs to fit the budget. ``measured`` costs are those of that model; budget lines for costs that depend
+    on routing are those of the most expensive seed. ``seconds`` is the total over all trainings."""
 
     name: str
     fingerprint: str

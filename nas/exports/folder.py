@@ -1,4 +1,4 @@
-"""Exported models: a folder with a plain checkpoint, architecture, tokenizer, and how its figures came about."""
+"""Writes and loads exported models: a folder with a plain checkpoint, architecture, tokenizer, figures and card."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
 BEST = "best"
-"""Name of the export that is retrained and reported as chosen."""
+"""Name of the export that is retrained and reported as the chosen model."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``config.json``: what a model is built from beside its weights."""
+    """``config.json``: what a model is built from besides its weights."""
 
     model_type: str
     version: str
@@ -42,9 +42,9 @@ class ModelFacts:
 def export_model(
     directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, tokens: Tensor
 ) -> None:
-    """Write ``model`` as ``directory`` (which is replaced as a whole, or not at all), and check it by reading it back.
+    """Write ``model`` to ``directory`` (replaced as a whole, or not at all), and check it by reading it back.
 
-    ``figures`` go into ``figures.json`` and the model card. ``tokens`` [B, S] are what logits are compared on.
+    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S].
 
     Raises
     ------
@@ -82,11 +82,11 @@ def export_model(
 
 
 def load_exported(directory: str | os.PathLike[str]) -> Transformer:
-    """The model of an export, on the CPU, in evaluation mode. Nothing in the folder is executed.
+    """The model of an export, on the CPU, in evaluation mode. No code from the folder is executed.
 
     Raises
     ------
-    MoesaicError : not an export, damaged, or weights that are not those of its architecture.
+    MoesaicError : the folder is not an export or is damaged, or the weights do not fit the architecture.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -101,7 +101,7 @@ def load_exported(directory: str | os.PathLike[str]) -> Transformer:
             found=f"model_type {found}",
             allowed=f"model_type {MODEL_TYPE}",
         )
-    Architecture.from_dict(plain.get("architecture"), str(path))  # names the key of what is wrong with it
+    Architecture.from_dict(plain.get("architecture"), str(path))  # raises with the key that is wrong
     facts = read_value(path, ModelFacts)
     if facts.vocab_size < 1:
         raise MoesaicError("vocab_size is not a count", where=str(path), found=facts.vocab_size)
@@ -112,7 +112,7 @@ def load_exported(directory: str | os.PathLike[str]) -> Transformer:
 
 
 def _retrain_yaml(config: Config) -> str:
-    """What `moesaic retrain` needs of the run: data, device, training, seed."""
+    """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
     data = config.model_dump(mode="json", include=keep)
     data["data"]["files"] = [

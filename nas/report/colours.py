@@ -14,7 +14,7 @@ KINDS = {
     "exported": "#0072b2",
     "best": "#d55e00",
 }
-"""Trials of a search by what became of them."""
+"""Trials of a search by outcome."""
 
 PARTS = {
     "projections": "#009e73",
@@ -27,7 +27,7 @@ PARTS = {
 """Parts of a network's compute, in the order they are stacked."""
 
 RIVALS = ("#009e73", "#cc79a7", "#0072b2", "#e69f00")
-"""Rivals of the searched model, in their order; a fifth has the first one's colour again."""
+"""Rivals of the searched model, in their order; the colours repeat after four."""
 
 MODELS = (KINDS["best"], *RIVALS)
 """The searched model and its rivals."""

@@ -1,4 +1,4 @@
-"""What the pictures of a report show: pure functions from a run's artifacts to plain values, drawn elsewhere."""
+"""The data behind a report's pictures: pure functions from a run's artifacts to plain values, drawn elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moesaic.supernet.metrics import read_metrics
 
 COSTS = tuple(DIMENSIONS)
 ON_FRONT = ("front", "exported", "best")
-"""Kinds of points that are on the Pareto front; the best may be behind it, where members were refused for export."""
+"""Kinds of points on the Pareto front; the best may be behind it, where members were refused for export."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A search after one more evaluation. ``best`` is the least loss inside the budget, None before there is one."""
+    """A search after one more evaluation. ``best`` is the lowest loss inside the budget so far, or None."""
 
     evaluations: int
     best: float | None
@@ -61,7 +61,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss on training batches. ``model`` is None for the supernet, whose curves are of its slices."""
+    """Loss on training batches. ``model`` is None for the supernet, whose curves show its slices."""
 
     label: str
     model: str | None
@@ -71,7 +71,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model that the latency calibration measured; a ``held-out model`` was not fitted."""
+    """A model that the latency calibration measured; a ``held-out model`` was not used in the fit."""
 
     kind: str
     measured_ms: float
@@ -109,10 +109,10 @@ def pareto_points(
     rivals: Iterable[Point],
     refused: Collection[int] = (),
 ) -> list[Point]:
-    """Every architecture of a search once, by what became of it, and its rivals.
+    """Every architecture of a search once, by outcome, and the rivals.
 
-    ``exports`` names exported trials by number, ``refused`` are those that were over budget when their models were
-    measured for export. Duplicates stand for trials that are there already, and failed trials have nothing to show.
+    ``exports`` names exported trials by number; ``refused`` are those that were over budget when measured for export.
+    Duplicates are left out, because their trial is there already, and so are failed trials, which have no loss.
     """
     front = {trial.number for trial in result.front}
     unevaluated: dict[str, Point] = {}
@@ -138,9 +138,9 @@ def pareto_points(
 
 
 def front_line(points: Sequence[Point], cost: str) -> list[tuple[float, float]]:
-    """(cost, loss) of the front members that no other one dominates in these two, by rising cost.
+    """(cost, loss) of the front members that are not dominated in these two, by rising cost.
 
-    With more objectives than these two, a member of the front may be dominated in their plane.
+    With more than these two objectives, a member of the front may be dominated in this plane.
     """
     members = [p for p in points if p.kind in ON_FRONT and p.loss is not None]
     plane = np.array([(p.costs[cost], p.loss) for p in members])
@@ -159,7 +159,7 @@ def search_history(trials: list[Trial]) -> list[Evaluated]:
 
 
 def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float]]]:
-    """FLOPs per token by part: a row per layer, and the vocabulary layer last."""
+    """FLOPs per token by part: one row per layer, the vocabulary layer last."""
     layers, vocabulary = flops_breakdown(model.architecture, model.uses, context)
     several = len(model.architecture.stacks) > 1
     rows = [(str(slot) if several else str(slot.index), parts) for slot, parts in layers.items()]
@@ -167,8 +167,8 @@ def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float
 
 
 def training_curves(supernet: Path, retrained: Mapping[str, Path]) -> list[Curve]:
-    """Curves of the supernet (its largest slice at first, then random ones) and of each retrained model, from the
-    folders with their metrics."""
+    """Curves of the supernet (its largest slice first, then random ones) and of each retrained model, from the folders
+    with their metrics."""
     curves = [_curve("supernet, slices", None, supernet)]
     curves += [_curve(name, name, path) for name, path in retrained.items()]
     return [curve for curve in curves if curve.steps]
@@ -189,7 +189,7 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 
 def budget_text(lines: Sequence[MeasuredLine]) -> str:
-    """Where a model stands to its budget: ``inside``, or the lines of its worst status, by how much each."""
+    """A model's budget status: ``inside``, or its lines with the worst status and by how much each is over."""
     status = worst_status(lines)
     if status == "inside":
         return status

@@ -233,7 +233,7 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
 
 
 def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
-    """Loss trained from scratch against inherited loss of the members that finished training; the best one is first."""
+    """Loss trained from scratch against inherited loss, for the members that finished training; the best one first."""
     figure = go.Figure()
     groups = (
         ("other trials", members[1:], {"symbol": "circle", "size": 9, "color": KINDS["front"]}),
@@ -290,7 +290,7 @@ def _layout(height: int) -> dict[str, Any]:
 
 
 def _cost_layout(cost: str, budget: Sequence[BudgetLine], context: Context) -> dict[str, Any]:
-    """What changes with the cost on the x axis: its title and its budget line."""
+    """The parts that change with the cost on the x axis: its title and its budget line."""
     lines = [line for line in budget if line.cost == cost]
     return {
         "xaxis": {
@@ -331,7 +331,7 @@ def _line_data(points: Sequence[Point], cost: str) -> dict[str, list[float]]:
 
 
 def _hover(point: Point, context: Context) -> str:
-    """Loss, costs, and the architecture as text. Plotly reads a subset of HTML, so that everything is escaped."""
+    """Loss, costs, and the architecture as text. Everything is escaped, because plotly reads a subset of HTML."""
     lines = [point.label]
     if point.loss is not None:
         error = "" if point.standard_error is None else f" ± {point.standard_error:.4f}"

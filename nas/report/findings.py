@@ -1,4 +1,4 @@
-"""Everything a report shows of one run, as the stage gathers it from the artifacts."""
+"""Everything a report shows about one run, as the stage gathers it from the artifacts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesaic.nas.search.loop import SearchResult
 @dataclass(frozen=True)
 class Findings:
     """``models`` are the searched one and its rivals, ``exported`` the other exported members of the front, ``exports``
-    the figures of all that were exported, the chosen one first."""
+    the figures of all exports, the chosen one first."""
 
     summary: Summary
     configuration: str
@@ -33,5 +33,5 @@ class Findings:
 
     @property
     def default_cost(self) -> str:
-        """The cost that pictures show first: the first objective beside the loss."""
+        """The cost that pictures show first: the first objective besides the loss."""
         return next((name for name in self.objectives if name != "loss"), "flops")

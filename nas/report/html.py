@@ -1,4 +1,4 @@
-"""Pieces of HTML with every text escaped: what a run is called, and what its files say, is a user's data."""
+"""Pieces of HTML with all text escaped, because run names and file contents come from the user."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Content]], chosen: int | None = None) -> str:
-    """A table whose first column is names; row ``chosen`` stands out."""
+    """A table whose first column holds names; row ``chosen`` is highlighted."""
     cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = [
         f"<tr{' class=chosen' if index == chosen else ''}>{''.join(f'<td>{render(cell)}</td>' for cell in row)}</tr>"

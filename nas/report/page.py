@@ -23,7 +23,7 @@ from moesaic.nas.trust.sentences import flops_sentence
 from moesaic.nas.units import DIMENSIONS
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""Forbids the page to load anything, whatever is in it."""
+"""Content policy: the page must not load anything from outside."""
 
 
 def build_page(findings: Findings) -> str:
@@ -70,8 +70,8 @@ def _result(findings: Findings) -> Iterator[str]:
         [_cost_row(findings, cost, chosen) for cost in DIMENSIONS],
     )
     yield paragraph(
-        f"Predicted before anything ran; measured on the exported model, routing on the test split. "
-        f"Latency and memory are of one forward pass over a {batch_text(context)} on this device.",
+        f"Predicted without running the model; measured on the exported model, with routing on the test split. "
+        f"Latency and memory are for one forward pass over a {batch_text(context)} on this device.",
         "muted",
     )
     if refused := refused_text(chosen.refused):
@@ -79,7 +79,7 @@ def _result(findings: Findings) -> Iterator[str]:
     yield paragraph(str(chosen.latency), "muted")
     results = [chosen.retrained, *summary.rivals]
     start = "scratch" if results[0].init == "scratch" else "inherited weights"
-    yield "<h3>Retrained alike, judged on the test split</h3>"
+    yield "<h3>Retrained alike, evaluated on the test split</h3>"
     yield table(
         (
             "model",
@@ -106,13 +106,13 @@ def _about_seeds(result: RetrainedModel) -> str:
     if seeds == 1:
         return (
             "with one seed and the same batches; ± is the standard error over sequences of "
-            f"{result.tokens} test tokens, far larger than that of a difference between models judged on the same "
+            f"{result.tokens} test tokens, far larger than that of a difference between models on the same "
             "sequences. Costs are measured"
         )
     return (
         f"once with each of {seeds} seeds, all on the same batches; figures are means, ± half the 95 % interval of the "
-        f"mean (Student). Costs are measured on the first seed's model; the budget counts FLOPs and active parameters "
-        "as of the seed that needs most"
+        f"mean (Student). Costs are measured on the first seed's model; for the budget, FLOPs and active parameters "
+        "are those of the most expensive seed"
     )
 
 
@@ -156,8 +156,8 @@ def _front(findings: Findings) -> Iterator[str]:
     )
     yield plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost))
     yield paragraph(
-        "Costs are those under the routing that the evaluation measured, for refused architectures and rivals those "
-        "expected; latency is predicted in both. Bars are ± one standard error over sequences.",
+        "Costs use the routing measured in the evaluation; for refused architectures and rivals, the expected "
+        "routing. Latency is always predicted. Bars are ± one standard error over sequences.",
         "muted",
     )
     costs = [line.name for line in findings.exports[0].budget]
@@ -182,9 +182,9 @@ def _architectures(findings: Findings) -> Iterator[str]:
     models = [*findings.models, *findings.exported]
     scale = pixels_per_neuron(models)
     yield paragraph(
-        "A row per layer: query heads / key-value heads, then a tile per expert, as wide as the expert has neurons, "
-        "all on one scale. Hatched: the shared expert, used by every token. The dark bar is as long as the neurons "
-        "that one token is expected to use."
+        "One row per layer: query heads / key-value heads, then one tile per expert. The width of a tile is the "
+        "expert's number of neurons, on one scale. Hatched: the shared expert, used by every token. The dark bar shows "
+        "the neurons that a token is expected to use."
     )
     for model in models:
         yield f"<h3>{escape(model.name)}</h3>{paragraph(_about(model), 'muted')}"
@@ -212,7 +212,7 @@ def _search(findings: Findings) -> Iterator[str]:
     yield paragraph(
         f"Sampler {search.sampler}. {search.acceptance:.1%} of random architectures of the "
         f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
-        "is taken from a reference point that belongs to this search: compare it with nothing else."
+        "uses a reference point of this search: do not compare it with other searches."
     )
     yield plot("history", history_figure(findings.history, rivals))
     if additivity := search.additivity:

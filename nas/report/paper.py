@@ -42,7 +42,7 @@ _MARKERS: dict[str, dict[str, Any]] = {
 def write_paper_figures(
     directory: Path, points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, cost: str
 ) -> None:
-    """Leaves ``pareto.png`` and ``pareto.svg``: inherited loss against ``cost``."""
+    """Writes ``pareto.png`` and ``pareto.svg``: inherited loss against ``cost``."""
     with rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  (it names every key in a literal type)
         figure = paper_figure(points, budget, context, cost)
         for name, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):

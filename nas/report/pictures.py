@@ -1,4 +1,4 @@
-"""Architectures as SVG: a row per layer, a tile per expert as wide as the expert is large."""
+"""Architectures as SVG: one row per layer, one tile per expert, as wide as its number of neurons."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HATCH = (
     f'<rect width="6" height="6" fill="{SHARED}"/><rect width="2" height="6" fill="#fff" fill-opacity="0.55"/>'
     "</pattern></defs></svg>"
 )
-"""The filling of shared experts, once per page: every picture refers to it."""
+"""The fill pattern of shared experts, once per page: every picture refers to it."""
 
 
 def pixels_per_neuron(models: list[Model]) -> float:
-    """One scale for pictures that are compared: the largest feed-forward part fills the row."""
+    """A common scale for pictures that are compared: the largest feed-forward part fills the row."""
     parts = [layer.feed_forward for model in models for layer in model.architecture.layers.values()]
     return min((_TILES - _GAP * (part.experts + bool(part.shared_size))) / part.neurons for part in parts)
 

@@ -1,4 +1,4 @@
-"""The report's section on trust: what inherited losses can tell apart, and how well they rank."""
+"""The report's section on trust: which models inherited losses can tell apart, and how well they rank them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def trust_section(trust: Trust) -> Iterator[str]:
         chosen=0,
     )
     yield paragraph(
-        f"± is the standard error over {trust.sequences} sequences of the validation split, in pairs that of the "
-        "difference, in which what two models share cancels. p is of a paired t-test, corrected by Holm for all "
-        "pairs of these models; below 0.05 a difference is called significant. A new level starts with the first "
-        f"member that differs from the first of the level before: {trust.levels} of {len(trust.front)}. The tests "
-        "exclude training-seed variance, and that the front was picked out of all trials by these same losses.",
+        f"± is the standard error over {trust.sequences} sequences of the validation split, for a pair that of the "
+        "paired difference. p is from a paired t-test with Holm's correction for all pairs of these models; "
+        "below 0.05 a difference is called significant. A level ends before the first member that differs "
+        f"significantly from the level's first: {trust.levels} levels, {len(trust.front)} members. The tests ignore "
+        "training-seed variance and that the front was selected from all trials by these same losses.",
         "muted",
     )
 
@@ -78,13 +78,13 @@ def _check(check: Check) -> Iterator[str]:
         )
         yield paragraph(
             "Agreement with the losses of the same architectures trained from scratch. Regret: how far the best of a "
-            "judge's first k is above the best of all. The interval is a bootstrap over the members.",
+            "judge's top k is above the best of all. The interval is a bootstrap over the members.",
             "muted",
         )
     if any(member.retrained_loss is not None for member in check.members):
         yield plot("ranking", ranking_figure(check.members))
         yield paragraph(
-            "Bars are ± one standard error over sequences. All members are judged on the same ones, so most of the "
-            "error moves all points alike. With a perfect judge the points would rise from left to right.",
+            "Bars are ± one standard error over sequences. All members are evaluated on the same sequences, so most of "
+            "the error shifts all points together. With a perfect judge the points would rise from left to right.",
             "muted",
         )

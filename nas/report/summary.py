@@ -1,4 +1,4 @@
-"""The result of a run in one value: what ``summary.json`` holds, and what is said of it first."""
+"""The result of a run in one value, as in ``summary.json``, and the sentences that introduce it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class PredictorFigures:
-    """How good the latency predictor is, in figures and in words."""
+    """The accuracy of the latency predictor, in figures and in words."""
 
     accuracy: Accuracy
     text: str
@@ -63,13 +63,13 @@ class Summary:
 
 
 def verdict(summary: Summary) -> str:
-    """One honest sentence: did the search pay, by losses retrained with the same seeds, in pairs?
+    """One sentence: did the search pay, by paired losses of models retrained with the same seeds?
 
-    It made no significant difference exactly where the 95 % interval of the difference contains 0.
+    The difference is significant exactly where its 95 % interval excludes 0.
     """
     searched, rivals = summary.chosen.retrained, summary.rivals
     if not rivals:
-        return "No rival was trained, so whether the search paid is not known."
+        return "No rival was trained, so it is unknown whether the search paid."
     best = min(rivals, key=lambda rival: rival.loss)
     above = best.above_searched
     many = above.seeds > 1
@@ -84,6 +84,6 @@ def verdict(summary: Summary) -> str:
 
 
 def over_sentence(summary: Summary) -> str | None:
-    """What must be said first when the chosen model is over its budget; None when it is not."""
+    """The warning shown first when the chosen model is over its budget; None when it is not."""
     over = over_text(summary.budget)
-    return over and f"{over}. No candidate kept the budget; this one exceeds it least."
+    return over and f"{over}. No candidate met the budget; this one exceeds it least."

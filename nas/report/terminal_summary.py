@@ -1,4 +1,4 @@
-"""The end of a run in the terminal: the chosen architecture, its budget, its rivals, and where the files are."""
+"""The summary of a run in the terminal: the chosen architecture, its budget, its rivals, and where the files are."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) 
     seeds = len(first.runs)
     alike = f"{first.steps} steps from {start}" + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
     columns = ["model", "loss", *(metric.title for metric in metrics), "FLOPs", "latency", "active", "budget"]
-    title = f"Retrained alike ({alike}), judged on the test split"
+    title = f"Retrained alike ({alike}), evaluated on the test split"
     table = plain_table(title, "|".join(columns), "model|budget")
     best = min(result.loss for result in results)
     for result in results:
