@@ -1,4 +1,4 @@
-"""Say what an architecture is, and which ones exist. Imports the standard library, pyyaml and pydantic alone."""
+"""Define what an architecture is and which ones exist. Imports only the standard library, pyyaml and pydantic."""
 
 from moesaic.search_spaces.architecture import Architecture, Slot, Stack
 from moesaic.search_spaces.draw import draw

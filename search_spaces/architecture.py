@@ -1,7 +1,7 @@
 """What an architecture is: one frozen value that describes a sparse Transformer completely and nothing else.
 
 The sampler makes it, the costs price it, the supernet runs it, the exporter writes it, the report draws it. Equal
-architectures are equal values and have one ``fingerprint``.
+architectures are equal values with the same ``fingerprint``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from moesaic.search_spaces.parts import STRICT, Backbone, Layer, tile_multiple
 from moesaic.search_spaces.yaml_source import YamlSource, read_yaml, validate
 
 FORMAT = 2
-"""Of written architectures: raised when a key changes its place or meaning, and with it all fingerprints."""
+"""Version of written architectures. Raised when a key moves or changes its meaning, which changes all fingerprints."""
 _WRITTEN = {"head_size", "activation"}
-"""Keys of a backbone that are written even where they have their default."""
+"""Keys of a backbone that are written even with their default values."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -40,9 +40,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class Stack:
-    """``layers`` of one ``width``, the size of a token's hidden state between them.
+    """``layers`` of one ``width``, the size of a token's hidden state.
 
-    In a ``causal`` stack a token sees itself and those before it, in another one all.
+    In a ``causal`` stack a token sees itself and earlier ones, otherwise all.
     """
 
     __pydantic_config__ = STRICT
@@ -59,7 +59,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Transformer without its vocabulary. A language model is a ``decoder`` alone."""
+    """A Transformer without its vocabulary. A language model has only a ``decoder``."""
 
     __pydantic_config__ = STRICT
 
@@ -68,7 +68,7 @@ class Architecture:
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:
-        """By name, in the order in which they compute; the last one's states become logits."""
+        """By name, in the order of computation; the states of the last one become logits."""
         return {"decoder": self.decoder}
 
     @cached_property
@@ -87,7 +87,7 @@ class Architecture:
         return self.stacks[slot.stack].width
 
     def with_layers(self, changed: Mapping[Slot, Layer]) -> Architecture:
-        """The same with other layers at some addresses."""
+        """A copy with the layers of ``changed`` at their addresses."""
         stacks = {}
         for name, stack in self.stacks.items():
             layers = (changed.get(Slot(name, index), layer) for index, layer in enumerate(stack.layers))
@@ -96,12 +96,12 @@ class Architecture:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits, the same for every spelling, process and version of Python."""
+        """16 hexadecimal digits that do not depend on spelling, process or version of Python."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: ``format``, and what differs from its default."""
+        """Plain data: ``format``, and all that differs from its default."""
         backbone = {
             key.name: getattr(self.backbone, key.name)
             for key in fields(Backbone)
@@ -115,12 +115,12 @@ class Architecture:
 
     @staticmethod
     def from_dict(data: Any, name: str = "architecture") -> Architecture:
-        """The inverse of ``to_dict``. Raises MoesaicError that names the key."""
+        """The inverse of ``to_dict``. Raises MoesaicError with the key."""
         return _read(YamlSource(name, data))
 
     @staticmethod
     def from_yaml(path: str | os.PathLike[str]) -> Architecture:
-        """Read ``architecture.yaml``. Raises MoesaicError that names file, line and key."""
+        """Read ``architecture.yaml``. Raises MoesaicError with file, line and key."""
         return _read(read_yaml(path))
 
 
@@ -128,7 +128,7 @@ ArchitectureField = Annotated[
     Architecture, PlainValidator(lambda v: v if isinstance(v, Architecture) else Architecture.from_dict(v)),
     PlainSerializer(Architecture.to_dict),
 ]  # fmt: skip
-"""An architecture inside another value that is read and written with pydantic."""
+"""An architecture as a field of a value that pydantic reads and writes."""
 
 
 def _plain_stack(stack: Stack) -> dict[str, Any]:

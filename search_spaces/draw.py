@@ -1,4 +1,4 @@
-"""An architecture as a picture: a line per layer, a tile per expert, as wide as the expert is large."""
+"""Draw an architecture as text: a line per layer, a tile per expert, as wide as the expert is large."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moesaic.search_spaces.architecture import Architecture, Slot
 
 CELLS = 40
-"""Characters that the largest feed-forward part of a picture may take."""
+"""Width of the largest feed-forward part of a picture, in characters."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerPicture:
 
 
 def picture(architecture: Architecture) -> list[LayerPicture]:
-    """The lines of the picture, on one scale for the whole network."""
+    """The lines of the picture; all layers have the same scale."""
     scale = max(layer.feed_forward.neurons for layer in architecture.layers.values()) / CELLS
     lines = []
     for slot, layer in architecture.layers.items():
@@ -45,7 +45,7 @@ def sizes_text(line: LayerPicture) -> str:
 
 
 def draw(architecture: Architecture) -> str:
-    """The whole picture as text, for a terminal and a model card: a line that sums it up, then one per layer."""
+    """The whole picture as text, for a terminal and a model card: a summary line, then one per layer."""
     lines, stacks = picture(architecture), architecture.stacks
     shapes = [f"width {stack.width}, {len(stack.layers)} layers" for stack in stacks.values()]
     if len(stacks) > 1:

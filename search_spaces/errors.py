@@ -1,4 +1,4 @@
-"""The one exception family of the project: a message that says what, where, and what would be right."""
+"""The exceptions of the project: each message says what is wrong, where, and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class MoesaicError(ValueError):
-    """Something a person can put right. (A ValueError, so that pydantic adds the place to one raised in a check.)
+    """An error that the user can fix. (A ValueError, so that pydantic adds the place if a validator raises it.)
 
     Parameters
     ----------
@@ -38,13 +38,13 @@ class MoesaicError(ValueError):
 
 
 class StageFailed(MoesaicError):
-    """The input was right, but a stage could not finish (training diverged, the machine is too noisy)."""
+    """The input was valid, but a stage could not finish (training diverged, the machine is too noisy)."""
 
     exit_code = 1
 
 
 class Interrupted(MoesaicError):
-    """A person or the system asked the program to stop; what was computed is kept."""
+    """The user or the system stopped the program; what was computed is kept."""
 
     exit_code = 130
 

@@ -1,4 +1,4 @@
-"""Writes that happen whole or not at all, so that a killed process or a full disk damages nothing."""
+"""Atomic writes, so that a killed process or a full disk damages no file; and typed values as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises
     ------
-    MoesaicError : the place cannot be written (read-only, full); ``path`` is as it was.
+    MoesaicError : the place cannot be written (read-only, full); ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

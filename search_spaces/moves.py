@@ -18,9 +18,9 @@ T = TypeVar("T")
 def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architecture]:
     """Every distinct member that differs from ``architecture`` by one step of one choice.
 
-    One step is: a stack's width or depth to the next value (a deeper stack repeats its last layer where that is a
-    member), another pair of head counts, one expert more or less (any size; the next number of experts that the space
-    has), one expert's size to the next value, another router or shared size.
+    One step is: the next width or depth of a stack (a deeper stack repeats its last layer if the space allows it),
+    another pair of head counts, the next number of experts (an added expert may have any size), the next size of one
+    expert, another router or another shared size.
     """
     found = [move for kind in _STACK_MOVES for move in kind(space, architecture)]
     for kind in _LAYER_MOVES:
@@ -30,8 +30,8 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
 
 
 def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: int = 1) -> Architecture:
-    """``steps`` random steps; each first draws the kind of move, then the layer, so that neither rare kinds nor layers
-    with few choices are drowned."""
+    """``steps`` random steps. Each draws the kind of move first, then the layer, so that rare kinds and layers with few
+    choices are not neglected."""
     for _ in range(steps):
         drawn = (step(space, architecture, rng) for step in _at_random(_STEPS, rng))
         architecture = next((a for a in drawn if a is not None), architecture)
@@ -39,8 +39,8 @@ def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: i
 
 
 def crossover(space: SearchSpace, first: Architecture, second: Architecture, rng: Random) -> Architecture:
-    """A child that has of each stack the depth and width of either parent, and each layer of either, by position (a
-    longer parent's tail is its own). Always a member: every layer comes from the same position of a member."""
+    """A child that takes depth and width of each stack, and each layer by position, from a random parent; layers beyond
+    the shorter parent come from the longer. It is a member, since every layer keeps its position."""
     stacks = {}
     for name, stack_space in space.stacks.items():
         parents = first.stacks[name], second.stacks[name]
@@ -55,14 +55,14 @@ def crossover(space: SearchSpace, first: Architecture, second: Architecture, rng
 
 
 def _at_random(items: Sequence[T], rng: Random) -> Iterator[T]:
-    """All items in random order, drawn as they are asked for: a search draws a thousand steps a second."""
+    """All items in random order, drawn lazily: a search draws a thousand steps a second."""
     left = list(items)
     while left:
         yield left.pop(rng.randrange(len(left)))
 
 
 def _next_to(values: tuple[T, ...], value: T) -> list[T]:
-    """The values beside ``value`` in a rising tuple."""
+    """The neighbours of ``value`` in a sorted tuple."""
     at = values.index(value)
     return list(values[max(0, at - 1) : at] + values[at + 1 : at + 2])
 

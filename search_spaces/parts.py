@@ -1,6 +1,7 @@
-"""What a layer is made of: routers, feed-forward parts, attention; and what a whole family of models has in common.
+"""The parts of a layer (routers, feed-forward parts, attention), and the backbone that a family of models shares.
 
-Equal parts are equal values: experts are stored largest first (their order means nothing) and routers in one spelling.
+Equal parts are equal values: experts are stored largest first, since their order has no meaning, and routers in a
+canonical form.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RouterWeights = Literal["sum", "softmax"]
 class Router:
     """Which experts a token uses, and with what weights.
 
-    ``top_k``: the ``k`` most probable. ``threshold`` (XMoE, arXiv 2403.18926): experts in falling order of
+    ``top_k``: the ``k`` most probable. ``threshold`` (XMoE, arXiv 2403.18926): experts in decreasing order of
     probability while the mass ranked strictly ahead is below ``threshold``, at least one, at most ``max_k``.
 
     ``weights`` of a token's experts: ``sum`` divides their probabilities by their sum, so that the scale of the output
@@ -45,7 +46,7 @@ class Router:
     def __post_init__(self) -> None:
         if self.kind == "top_k":
             if self.threshold is not None or self.max_k is not None:
-                raise ValueError("a top_k router takes k alone, neither threshold nor max_k")
+                raise ValueError("a top_k router takes only k, not threshold or max_k")
             at_least(self.k, 1, "k")
         else:
             if self.k is not None:
@@ -62,10 +63,10 @@ class Router:
         return most
 
     def for_experts(self, experts: int) -> Router:
-        """The canonical spelling for ``experts`` experts: no more than all, and one expert at most is top-1.
+        """The canonical form for ``experts`` experts: at most all of them; one that takes at most one is top-1.
 
-        The j most probable of E experts hold a mass of j / E or more, so a threshold router keeps no more than
-        ceil(threshold * E) of them, whatever its max_k.
+        The j most probable of E experts hold a mass of j / E or more, so a threshold router keeps at most
+        ceil(threshold * E) of them.
         """
         most = min(self.max_experts, experts)
         if self.threshold is not None:
@@ -85,7 +86,7 @@ class Router:
 class FeedForward:
     """Experts of one layer: neurons per expert, largest first. One expert without a router is a dense layer.
 
-    ``shared_size`` neurons are used by every token beside the routed ones.
+    Every token also uses the ``shared_size`` neurons of the shared expert.
     """
 
     __pydantic_config__ = STRICT
@@ -156,14 +157,14 @@ class Backbone:
     """What a family of models fixes rather than searches. The defaults are those of Llama.
 
     ``head_size`` does not depend on the width. ``norm`` is RMSNorm, or LayerNorm with its bias; ``norm_place`` is
-    ``pre`` (blocks read normed states, and so does the vocabulary layer) or ``post`` (the sum after a block is normed).
+    ``pre`` (blocks and the vocabulary layer read normed states) or ``post`` (the sum after a block is normed).
     ``embedding_norm`` norms the embeddings (BERT).
 
-    ``positions``: ``rotary`` turns the first ``rotary_fraction`` of a head by angles of base ``rotary_base`` (arXiv
+    ``positions``: ``rotary`` rotates the first ``rotary_fraction`` of a head by angles of base ``rotary_base`` (arXiv
     2104.09864), ``learned`` adds one of ``max_positions`` vectors to the embedding, ``none`` adds nothing.
 
-    ``biases``: of query, key and value (``qkv``: Qwen2), or of these, the output of attention and both layers of the
-    feed-forward part (``all``: GPT-2, OPT, BERT). ``tied``: the vocabulary layer has the weights of the embedding.
+    ``biases``: ``qkv`` has them on query, key and value (Qwen2); ``all`` also on the output of attention and on both
+    layers of the feed-forward part (GPT-2, OPT, BERT). ``tied``: the vocabulary layer shares the embedding's weights.
     """
 
     __pydantic_config__ = STRICT
@@ -195,9 +196,9 @@ class Backbone:
                 )
             if self.rotary_size % 2 or not self.rotary_size:
                 raise MoesaicError(
-                    "rotary positions turn pairs of values",
+                    "rotary positions rotate pairs of values",
                     found=f"{self.rotary_size} of a head_size of {self.head_size}",
-                    allowed="head_size x rotary_fraction is even",
+                    allowed="an even head_size x rotary_fraction",
                 )
         elif (self.rotary_base, self.rotary_fraction) != (Backbone.rotary_base, Backbone.rotary_fraction):
             raise MoesaicError(
@@ -206,7 +207,7 @@ class Backbone:
                 allowed="positions: rotary",
             )
         if (self.positions == "learned") != (self.max_positions is not None):
-            raise ValueError("max_positions goes with learned positions, which need it")
+            raise ValueError("max_positions is required by learned positions, and only by these")
         if self.max_positions is not None:
             at_least(self.max_positions, 1, "max_positions")
         if self.biases == "all" and self.gated:
@@ -214,7 +215,7 @@ class Backbone:
 
     @property
     def gated(self) -> bool:
-        """Whether a neuron has a gate beside its up weights."""
+        """Whether a neuron has gate weights beside its up weights."""
         return GATED[self.activation]
 
     @property
@@ -224,7 +225,7 @@ class Backbone:
 
     @property
     def rotary_size(self) -> int:
-        """Values of a head that turn with the position."""
+        """Values of a head that are rotated by position."""
         return round(self.head_size * self.rotary_fraction) if self.positions == "rotary" else 0
 
     @property

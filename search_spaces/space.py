@@ -32,7 +32,7 @@ class FeedForwardGroup:
 
     @property
     def count(self) -> int:
-        """Distinct parts: multisets of sizes (stars and bars), times shared sizes, times routers."""
+        """Number of distinct parts: multisets of sizes (stars and bars), times shared sizes, times routers."""
         multisets = comb(len(self.sizes) + self.experts - 1, self.experts)
         return multisets * len(self.shared_sizes) * len(self.routers)
 
@@ -42,7 +42,7 @@ class FeedForwardGroup:
         return len(self.sizes) ** self.experts * len(self.shared_sizes) * len(self.routers)
 
     def sample(self, rng: Random) -> FeedForward:
-        """Uniform over the distinct parts: a multiset is the gaps of a uniform combination, so none is favoured."""
+        """Uniform over the distinct parts: a multiset is drawn as the gaps of a uniform combination."""
         bars = sorted(rng.sample(range(len(self.sizes) + self.experts - 1), self.experts))
         sizes = tuple(self.sizes[bar - position] for position, bar in enumerate(bars))
         return FeedForward(sizes, rng.choice(self.routers), rng.choice(self.shared_sizes))
@@ -56,7 +56,7 @@ class FeedForwardGroup:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """Choices of one layer. ``groups`` are in rising order of experts, sizes and heads in rising order too."""
+    """Choices of one layer. ``groups`` are sorted by number of experts; sizes and heads are sorted too."""
 
     attentions: tuple[Attention, ...]
     groups: tuple[FeedForwardGroup, ...]
@@ -124,7 +124,7 @@ class StackSpace:
         return Stack(width, layers, self.causal)
 
     def sample(self, rng: Random) -> Stack:
-        """Uniform over all distinct stacks. Nearly all of those are deep and have many experts."""
+        """Uniform over all distinct stacks, nearly all of which are deep and have many experts."""
         depth = _weighted(rng, self.depths, self._depth_counts)
         layers = tuple(_sample_uniform(space, rng) for space in self.layers[:depth])
         return self.build(rng.choice(self.widths), layers)
@@ -179,12 +179,12 @@ class SearchSpace:
 
     @cached_property
     def stacks(self) -> dict[str, StackSpace]:
-        """By name, in the order of ``Architecture.stacks``."""
+        """The spaces of the stacks by name, in the order of ``Architecture.stacks``."""
         return {"decoder": self.decoder}
 
     @cached_property
     def layers(self) -> dict[Slot, LayerSpace]:
-        """The choices at every address that a member may have."""
+        """The choices at every possible address."""
         return {
             Slot(name, index): layer for name, stack in self.stacks.items() for index, layer in enumerate(stack.layers)
         }
@@ -196,12 +196,12 @@ class SearchSpace:
 
     @cached_property
     def cardinality(self) -> int:
-        """Number of distinct architectures (experts of a layer counted up to permutation)."""
+        """Number of distinct architectures (up to the order of a layer's experts)."""
         return prod(stack.count for stack in self.stacks.values())
 
     @cached_property
     def raw_cardinality(self) -> int:
-        """The same with the order of experts told apart, as encodings with a size per expert count."""
+        """The same with ordered experts, as in encodings that store a size per expert."""
         return prod(stack.raw_count for stack in self.stacks.values())
 
     def build(self, stacks: Mapping[str, Stack]) -> Architecture:
@@ -215,7 +215,7 @@ class SearchSpace:
     def sample_balanced(self, rng: Random) -> Architecture:
         """One architecture, uniform over each choice in turn.
 
-        Few experts and shallow networks come up as often as many and deep ones; a search starts from these.
+        Few experts and shallow networks are as likely as many and deep ones. A search starts from such samples.
         """
         return self.build({name: stack.sample_balanced(rng) for name, stack in self.stacks.items()})
 
@@ -223,7 +223,7 @@ class SearchSpace:
         return isinstance(architecture, Architecture) and self.why_not(architecture) is None
 
     def why_not(self, architecture: Architecture) -> tuple[str, object, object] | None:
-        """(key, found, allowed) of the first thing that puts ``architecture`` outside, None for a member."""
+        """(key, found, allowed) of the first choice that this space lacks; None for a member."""
         if architecture.backbone != self.backbone:
             return "backbone", architecture.backbone, self.backbone
         if architecture.stacks.keys() != self.stacks.keys():
@@ -235,30 +235,30 @@ class SearchSpace:
 
     @cached_property
     def largest(self) -> Architecture:
-        """The member that is largest in every choice at once."""
+        """The member with the largest value of every choice."""
         return self.build({name: stack.largest for name, stack in self.stacks.items()})
 
     @cached_property
     def smallest(self) -> Architecture:
-        """The member with the least widths and depths and, per layer, the fewest active, then stored, neurons."""
+        """The member with the smallest widths and depths and, per layer, the fewest active, then stored, neurons."""
         return self.build({name: stack.smallest for name, stack in self.stacks.items()})
 
     @cached_property
     def envelope(self) -> Architecture:
-        """The smallest architecture whose weights hold every member; it need not be a member itself.
+        """The smallest architecture whose weights contain every member; it need not be a member itself.
 
-        The bank of a layer has a region per expert, each as large as the largest expert may be; the first region
-        is longer where the largest dense layer needs more than all of them.
+        The bank of a layer has a region per expert, each of the largest expert size. The first region is longer if the
+        largest dense layer needs more than all of them.
         """
         return self.build({name: stack.envelope for name, stack in self.stacks.items()})
 
     def __iter__(self) -> Iterator[Architecture]:
-        """Every member once. For small spaces: look at ``cardinality`` first."""
+        """Every member once. For small spaces only: check ``cardinality`` first."""
         yield from map(self.build, _choices(list(self.stacks.items())))
 
 
 def distinct_routers(routers: list[Router], experts: int) -> tuple[Router | None, ...]:
-    """The routers that differ on a layer of ``experts`` experts; a dense layer has none."""
+    """The distinct routers of a layer of ``experts`` experts; a dense layer has none."""
     if experts == 1:
         return (None,)
     usable = (router for router in routers if router.kind == "threshold" or router.max_experts <= experts)
@@ -271,13 +271,13 @@ def _sample_uniform(space: LayerSpace, rng: Random) -> Layer:
 
 
 def _weighted(rng: Random, items: tuple[T, ...], weights: list[int]) -> T:
-    """One of ``items`` with integer weights, exactly: these counts exceed what floats can tell apart."""
+    """One of ``items`` with integer weights, exactly: these counts exceed the precision of floats."""
     ticket = rng.randrange(sum(weights))
     for item, weight in zip(items, weights, strict=True):
         if ticket < weight:
             return item
         ticket -= weight
-    raise AssertionError("a ticket below the sum of the weights falls into one of them")
+    raise AssertionError("unreachable: the ticket is below the sum of the weights")
 
 
 def _most_compute(router: Router | None) -> tuple[int, float]:
@@ -307,7 +307,7 @@ def _smallest_layer(space: LayerSpace) -> Layer:
 def _envelope_layer(space: LayerSpace) -> Layer:
     attention = Attention(max(a.heads for a in space.attentions), 1)
     kv_heads = max(a.kv_heads for a in space.attentions)
-    # Query heads are rounded up to a multiple of the key/value heads, which the largest pair may not share.
+    # The most query heads and the most key/value heads may come from different pairs: round up to a multiple.
     heads = -(-attention.heads // kv_heads) * kv_heads
     dense = space.group(1)
     sparse = space.groups[-1]
@@ -321,7 +321,7 @@ def _envelope_layer(space: LayerSpace) -> Layer:
 
 
 def _choices(spaces: list[tuple[str, StackSpace]]) -> Iterator[dict[str, Stack]]:
-    """One stack of each space by name, the last name's fastest. (``itertools.product`` would list them all first.)"""
+    """All combinations of one stack per space, by name; the last varies fastest. Unlike ``itertools.product``, lazy."""
     if not spaces:
         yield {}
         return

@@ -1,4 +1,4 @@
-"""How a space is written: the YAML form, its presets, and building a ``SearchSpace`` from it."""
+"""The YAML form of a space, its presets, and how a ``SearchSpace`` is built from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Spec(BaseModel):
 
 
 class RouterSpec(_Spec):
-    """A kind of router with the values its settings may take: k, or threshold and max_k."""
+    """A kind of router with the allowed values of its settings: k, or threshold and max_k."""
 
     kind: Literal["top_k", "threshold"]
     k: list[Positive] | None = None
@@ -100,7 +100,7 @@ class LayerSpec(_Spec):
 
 
 class SpaceSpec(_Spec):
-    """A whole space. ``layers`` overrides single keys of ``layer`` at single positions, counted from 0."""
+    """A whole space. ``layers`` overrides keys of ``layer`` at single positions, counted from 0."""
 
     name: str = "custom"
     backbone: Backbone = Backbone()
@@ -121,7 +121,7 @@ class SpaceSpec(_Spec):
         return self
 
     def build(self, source: YamlSource) -> SearchSpace:
-        """The space itself; ``source`` names the place of a wrong per-layer override."""
+        """The space. ``source`` gives the place of an invalid per-layer override."""
         for index in self.layers:
             if not 0 <= index < max(self.depth):
                 allowed = f"0 to {max(self.depth) - 1}"
@@ -144,7 +144,7 @@ def preset_names() -> list[str]:
 
 
 def preset_source(name: str) -> YamlSource:
-    """The YAML of a preset. Raises MoesaicError with the names that exist."""
+    """The YAML of a preset. Raises MoesaicError with the existing names."""
     if name not in preset_names():
         raise MoesaicError(
             "no such preset", found=name, allowed=", ".join(preset_names()), nearest=nearest_name(name, preset_names())
@@ -154,11 +154,11 @@ def preset_source(name: str) -> YamlSource:
 
 
 def load_space(source: YamlSource) -> SearchSpace:
-    """A space from its YAML: the name of a preset, a mapping with ``preset`` and overrides, or all of it inline.
+    """A space from its YAML: the name of a preset, a mapping with ``preset`` and overrides, or a whole space.
 
     Raises
     ------
-    MoesaicError : with the place of the first thing that does not fit.
+    MoesaicError : the YAML is not a valid space; with the place of the first error.
     """
     if isinstance(source.data, str):
         source = source.at(data={"preset": source.data})

@@ -1,4 +1,4 @@
-"""YAML that remembers its lines, so that every error names file, line and key."""
+"""YAML with line numbers, so that every error names file, line and key."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class YamlSource:
-    """Parsed YAML with the line of every key of its file, ``name`` (or "command line", "preset small").
+    """Parsed YAML with the line of every key; ``name`` is the file (or "command line", "preset small").
 
-    ``data`` may be a part of the file: the part at ``prefix``. A key that stands elsewhere (on the command line)
-    has that place in ``lines`` instead of a number.
+    ``data`` may be a part of the file, the one at ``prefix``. A key that comes from elsewhere (the command line) has
+    that place in ``lines`` instead of a number.
     """
 
     name: str
@@ -33,7 +33,7 @@ class YamlSource:
     prefix: KeyPath = ()
 
     def at(self, *path: str | int, data: Any = None) -> YamlSource:
-        """The part at ``path``, or ``data`` in its place."""
+        """The part at ``path``, with ``data`` as its content if given."""
         if data is None:
             data = self.data
             for part in path:
@@ -41,7 +41,7 @@ class YamlSource:
         return YamlSource(self.name, data, self.lines, (*self.prefix, *path))
 
     def where(self, path: KeyPath = ()) -> str:
-        """``file:line: key`` of a key path; a missing key takes the line of its nearest parent."""
+        """``file:line: key`` of a key path; a missing key gets the line of its nearest parent."""
         path = (*self.prefix, *path)
         known = path
         while known and known not in self.lines:
@@ -60,7 +60,7 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
 
     Raises
     ------
-    MoesaicError : the file is missing, is not text, has a syntax error or a key twice.
+    MoesaicError : the file is missing or not text, or has a syntax error or a duplicate key.
     """
     path = Path(path)
     try:
@@ -80,7 +80,7 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlSource:
 
 
 def parse_yaml(text: str, name: str) -> YamlSource:
-    """Parse YAML text; only plain data can come out of it (``yaml.SafeLoader``)."""
+    """Parse YAML text to plain data only (``yaml.SafeLoader``). Raises MoesaicError for a syntax error."""
     try:
         data = yaml.load(text, Loader=_Loader)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -96,24 +96,24 @@ def parse_yaml(text: str, name: str) -> YamlSource:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that names the line of a value it cannot convert (``2024-13-45``) in place of a bare ValueError."""
+    """SafeLoader whose errors have the line of a value that it cannot convert (``2024-13-45``)."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, KeyError, AttributeError):
-            problem = f"{node.value} is no {node.tag.rpartition(':')[2]}"
+            problem = f"{node.value} is not a valid {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
-# YAML 1.1 takes 1e-3 for a text, because it has no point; everybody who writes a learning rate means the number.
+# YAML 1.1 reads 1e-3 as a string, because it has no decimal point. A learning rate is meant as a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
 )
 
 
 def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> Iterator[tuple[KeyPath, int]]:
-    if id(node) in walked:  # an alias is the node of its anchor: walking it again might never end
+    if id(node) in walked:  # an alias is the node of its anchor, and may contain itself
         return
     walked.add(id(node))
     if isinstance(node, yaml.MappingNode):
@@ -139,7 +139,7 @@ def validate(kind: type[T], source: YamlSource) -> T:
 
     Raises
     ------
-    MoesaicError : the first thing that does not fit, with its place and the nearest valid key.
+    MoesaicError : the data is not valid; with the place of the first error and the nearest valid key.
     """
     try:
         return adapter(kind).validate_python(source.data)
@@ -149,13 +149,13 @@ def validate(kind: type[T], source: YamlSource) -> T:
 
 @lru_cache(maxsize=64)
 def adapter(kind: Any) -> TypeAdapter:
-    """Kept, since building one takes milliseconds."""
+    """Cached, since building a TypeAdapter takes milliseconds."""
     return TypeAdapter(kind)
 
 
 def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicError:
     details = error.errors()
-    # A misspelt key is the likelier cause of "missing" errors beside it, so it is told first.
+    # A misspelt key often causes "missing" errors beside it, so it is reported first.
     first = next((d for d in details if d["type"] in ("extra_forbidden", "unexpected_keyword_argument")), details[0])
     location = _yaml_path(first["loc"], source.data)
     found: object = first.get("input")
@@ -183,7 +183,7 @@ def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicEr
 
 
 def _yaml_path(location: tuple[int | str, ...], data: Any) -> KeyPath:
-    """The part of a pydantic location that stands in the YAML (union branches and the like drop out)."""
+    """The part of a pydantic location that is in the YAML (without union branches and the like)."""
     path: list[str | int] = []
     for index, part in enumerate(location):
         last = index == len(location) - 1

@@ -50,11 +50,11 @@ def broken_rules(b: dict[str, Any]) -> set[str]:
         "head_size is too small": b["head_size"] < 1,
         "norm_eps must be small": not 0 < b["norm_eps"] < 1,
         "impossible rotary positions": turned and not possible,
-        "rotary positions turn pairs of values": turned and possible and (round(values) % 2 or round(values) == 0),
+        "rotary positions rotate pairs of values": turned and possible and (round(values) % 2 or round(values) == 0),
         "rotary settings without rotary positions": (
             not turned and (b["rotary_base"], b["rotary_fraction"]) != (10_000.0, 1.0)
         ),
-        "max_positions goes with learned positions, which need it": (
+        "max_positions is required by learned positions, and only by these": (
             (b["positions"] == "learned") is (b["max_positions"] is None)
         ),
         "max_positions is too small": b["max_positions"] is not None and b["max_positions"] < 1,
