@@ -9,19 +9,19 @@ from typing import Literal
 from moesaic.nas.units import DIMENSIONS
 
 TOLERANCE = 0.03
-"""Share of a limit by which a measurement may exceed it and still count as kept: about the error of a predicted
-latency. A model that is further over is refused where another one can be had, and flagged where not."""
+"""Share by which a measurement may exceed a limit and still count as inside: about the error of a predicted
+latency. A model further over is refused where there is an alternative, and flagged where there is none."""
 
 Status = Literal["inside", "within tolerance", "over"]
 STATUSES: tuple[Status, ...] = ("inside", "within tolerance", "over")
-"""From good to bad."""
+"""From best to worst."""
 
 
 @dataclass(frozen=True)
 class MeasuredLine:
     """A budget line of a measured model, in base units.
 
-    ``predicted`` is the expected or the worst cost, by ``bind``; ``bound`` is its upper edge where there is a
+    ``predicted`` is the expected or the worst-case cost, by ``bind``; ``bound`` is its upper edge where there is a
     confidence.
     """
 
@@ -37,13 +37,13 @@ class MeasuredLine:
 
     @property
     def excess(self) -> float:
-        """Relative excess over the limit, negative inside."""
+        """Relative excess over the limit, negative if inside."""
         return self.measured / self.limit - 1
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that was measured and not exported, with the lines that it breaks."""
+    """A candidate that was measured and not exported, with the budget lines it exceeds."""
 
     trial: int
     fingerprint: str
@@ -52,7 +52,7 @@ class Refused:
 
 
 def most_tolerated(limit: float) -> float:
-    """The largest measurement that is not over ``limit``."""
+    """The largest measurement that still counts as inside ``limit``."""
     return limit * (1 + TOLERANCE)
 
 
@@ -68,7 +68,7 @@ def worst_status(lines: Iterable[MeasuredLine]) -> Status:
 
 
 def worst_excess(lines: Iterable[MeasuredLine]) -> float:
-    """Relative excess over the line that is exceeded most, negative inside."""
+    """Relative excess over the line that is exceeded most, negative if all are inside."""
     return max(line.excess for line in lines)
 
 
@@ -100,7 +100,7 @@ def predicted_text(line: MeasuredLine) -> str:
 
 
 def over_text(lines: Sequence[MeasuredLine]) -> str | None:
-    """What is said of a model that ships although it is over its budget; None for one that is not."""
+    """The warning for a model that is exported although it is over its budget; None for one that is not."""
     over = lines_over(lines)
     return f"OVER BUDGET when measured on this device: {lines_text(over)}" if over else None
 

@@ -1,4 +1,4 @@
-"""What a model really costs on this device: the counterpart of every predicted cost."""
+"""Measures a model's costs on this device: the counterpart of every predicted cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moesaic.supernet import LayerLoad, Transformer
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts bytes of tensors that are born while it is on and still alive; ``peak`` is the most at any time."""
+    """Counts bytes of live tensors that were created while it is active; ``peak`` is the maximum over time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_activation_bytes(one: Pass) -> int:
-    """Most bytes of activations alive at once in a pass, with its cache; weights do not count."""
+    """Peak bytes of activations in a pass, with its cache; weights do not count."""
     kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
     with PeakMemory() as memory:
-        memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)  # so that a view is not a birth
+        memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)  # so that a view does not count as new
         one()
     return memory.peak + (0 if one.cache is None else one.cache.bytes)
 
@@ -64,7 +64,7 @@ def peak_activation_bytes(one: Pass) -> int:
 class LatencyFigures:
     """A measured latency beside its prediction, in milliseconds.
 
-    ``raw_ms`` is what a pass took, ``corrected_ms`` what it would have taken on the machine as it was calibrated;
+    ``raw_ms`` is what a pass took, ``corrected_ms`` what it would have taken at the machine's speed during calibration;
     ``confidence`` is that of the predicted interval from ``low_ms`` to ``high_ms``.
     """
 
@@ -104,7 +104,8 @@ class LatencyFigures:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """``costs`` as a ``Pricer`` names them, latency as on the machine when it was calibrated, and how it was timed."""
+    """``costs`` as a ``Pricer`` names them, with latency corrected to the machine's speed during calibration, and how
+    it was timed."""
 
     costs: dict[str, float]
     latency: LatencyFigures
@@ -118,12 +119,12 @@ def measure_costs(
     device: Device,
     limit_ms: float = math.inf,
 ) -> MeasuredCosts:
-    """Every cost of ``pricer``, which has a predictor, measured on ``model`` with this device.
+    """Every cost of ``pricer``, which has a predictor, measured on ``model`` on this device.
 
-    ``parameters`` and the weights' memory are counted, FLOPs and active parameters follow from the ``loads`` of an
-    evaluation, latency is that of passes over ``tokens`` beside the predictor's anchors. A latency of more than
-    ``limit_ms`` is measured twice more, with the anchors built anew, and the middle one of the three holds: a single
-    disturbed timing must not condemn a model, and the least of three would favour a lucky one.
+    ``parameters`` and the weights' memory are counted. FLOPs and active parameters follow from the ``loads`` of an
+    evaluation. Latency is that of passes over ``tokens``, timed beside the predictor's anchors. A latency over
+    ``limit_ms`` is measured twice more, with new anchors, and the median of the three counts: one disturbed timing must
+    not rule out a model, and the minimum of three would favour a lucky one.
     """
     assert pricer.predictor is not None
     one = Pass(model, text_tokens(tokens, pricer.context), pricer.context, device)
@@ -141,7 +142,7 @@ def measure_costs(
 
 
 def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> AnchoredTiming:
-    """Time a pass beside the anchors of ``predictor``, built again."""
+    """Time a pass beside the anchors of ``predictor``, which are rebuilt."""
     passes = rebuilt_anchors(predictor, device)
     times = [anchor.milliseconds for anchor in predictor.anchors]
     return time_with_anchors(one, list(zip(passes, times, strict=True)), Timer.of(device.kind))

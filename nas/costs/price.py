@@ -1,4 +1,4 @@
-"""Every cost of an architecture at once, in microseconds, so that a search can refuse before anything runs."""
+"""Predicts every cost of an architecture in microseconds, so that a search can refuse it before anything runs."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Pricer:
         return self._price(architecture, self.expected_uses(architecture))
 
     def worst(self, architecture: Architecture) -> Costs:
-        """Costs when every token takes the most, and the largest, experts its routers allow."""
+        """Costs when every token takes the most and the largest experts that its routers allow."""
         layers = architecture.layers.items()
         uses = [worst_use(layer.feed_forward, self.context.extent(slot.stack)) for slot, layer in layers]
         return self._price(architecture, uses)
 
     def measured(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> Costs:
-        """Costs under the loads that an evaluation saw."""
+        """Costs under the loads that an evaluation measured."""
         return self._price(architecture, self.measured_uses(architecture, loads))
 
     def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:

@@ -1,4 +1,4 @@
-"""The price of one architecture as a statement: every cost, expected and worst, and FLOPs layer by layer."""
+"""A cost statement of one architecture: every cost, expected and worst case, and FLOPs layer by layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Statement:
 
 
 def build_statement(architecture: Architecture, context: Context) -> Statement:
-    """Latency is measured, with random weights, on this device."""
+    """Latency is measured on this device, with random weights."""
     pricer = Pricer(context)
     layers, vocabulary = flops_breakdown(architecture, pricer.expected_uses(architecture), context)
     device = choose_device(DeviceConfig())

@@ -1,8 +1,8 @@
 """How much of a sparse layer its tokens use: expected, worst, measured on text, or counted in one batch.
 
-Compute follows the load of each expert, and a threshold router's load depends on the data. What is expected comes
-from the loads that were measured on the trained supernet; before that, from routers that spread tokens evenly and,
-where they have a threshold, cannot tell experts apart yet.
+Compute follows the load of each expert, and a threshold router's load depends on the data. Expected use comes from
+the loads measured on the trained supernet. Before that, routers are assumed to spread tokens evenly and, where they
+have a threshold, not to tell experts apart yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesaic.supernet.evaluate import LayerLoad
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What the tokens of one pass make of a layer's routed experts.
+    """How the tokens of one pass use a layer's routed experts.
 
     Per token: ``pairs`` (experts it is sent to), their ``neurons``, ``tiled_neurons`` (the same with each expert's
     rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most). Per
@@ -33,17 +33,17 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Pairs per token of each expert, the largest first, as the routers of a supernet were measured to load them.
+    """Pairs per token of each expert, the largest first, as measured under the routers of a supernet.
 
-    By slot, number of experts and router: what slices of one supernet share is where a router is and what it chooses
-    from, so the load of one slice's experts says much of another's.
+    Keyed by slot, number of experts and router: slices that share these choose from the same experts in the same place,
+    so the load of one slice predicts that of another.
     """
 
     measured: Mapping[tuple[Slot, int, Router], tuple[float, ...]] = field(default_factory=dict)
 
     def loads(self, slot: Slot, experts: int, router: Router) -> tuple[float, ...]:
-        """Measured pairs per token of each expert. Without a measurement they are even, and a threshold router keeps
-        the most experts it can, which is what it does while it cannot tell them apart."""
+        """Measured pairs per token of each expert. Without a measurement the load is even, and a threshold router keeps
+        the most experts it can, as it does while it cannot tell them apart."""
         known = self.measured.get((slot, experts, router))
         return known if known is not None else even(experts, router.for_experts(experts).max_experts)
 
@@ -80,8 +80,8 @@ def even(experts: int, pairs: float) -> tuple[float, ...]:
 
 
 def worst_use(part: FeedForward, extent: Extent) -> LayerUse:
-    """Every token takes as many experts as its router allows, and the largest ones; yet all experts that the pairs
-    suffice for have some, each with a tile that is all but empty."""
+    """Worst case: every token takes as many experts as its router allows, and the largest ones. Still, as many experts
+    as possible are live, each with a nearly empty tile."""
     if part.router is None:
         return dense_use(part)
     neurons = part.worst_active_neurons - part.shared_size
@@ -91,13 +91,13 @@ def worst_use(part: FeedForward, extent: Extent) -> LayerUse:
 
 
 def measured_use(part: FeedForward, load: LayerLoad, extent: Extent) -> LayerUse:
-    """What a pass over text like that of ``load`` uses."""
+    """Use in a pass over text like that of ``load``."""
     loads = load.pairs_per_token
     return _use(part, loads, _expected_live(loads, extent), _expected_rows(loads, extent), extent)
 
 
 def counted_use(part: FeedForward, rows: Sequence[int], extent: Extent) -> LayerUse:
-    """What one pass used that sent ``rows[e]`` tokens to expert e."""
+    """Use in one pass that sent ``rows[e]`` tokens to expert e."""
     tile, tokens = extent.row_tile, extent.tokens
     live = [float(count > 0) for count in rows]
     return _use(part, [count / tokens for count in rows], live, [-(-count // tile) * tile for count in rows], extent)
@@ -118,14 +118,14 @@ def dense_use(part: FeedForward) -> LayerUse:
 
 
 def _expected_live(loads: Sequence[float], extent: Extent) -> list[float]:
-    """Probability of each expert to have a token, when the tokens of a pass choose independently."""
+    """Probability that each expert has a token, when the tokens of a pass choose independently."""
     tokens = extent.tokens
     return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
 
 
 def _expected_rows(loads: Sequence[float], extent: Extent) -> list[float]:
-    """Rows of each expert rounded up to tiles, to a good approximation (a tile at least where it is live, half a tile
-    of waste where there are many)."""
+    """Rows of each expert rounded up to whole tiles, approximately: at least one tile for a live expert, and half a
+    tile of waste for an expert with many rows."""
     tokens, tile = extent.tokens, extent.row_tile
     return [
         max(tokens * load + share * (tile - 1) / 2, tile * share)

@@ -1,7 +1,7 @@
-"""Calibrating the latency predictor: which models are measured, until they are known well enough, and its fit.
+"""Calibrates the latency predictor: chooses models, measures them until their times are precise, and fits.
 
-Whole models are measured, not blocks: between other blocks a block finds other caches than when it is timed alone,
-and a fit to models alone was better on new models than one to blocks and models (docs/latency.md).
+Whole models are measured, not blocks: caches differ when a block is timed alone. A fit to models alone predicted new
+models better than one to blocks and models (docs/latency.md).
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, SearchSpace
 
 VERSION = 3
-"""Part of a calibration's key: raised when terms or kernels change what they cost."""
+"""Part of a calibration's key: raise it when terms or the cost of kernels change."""
 NOISY = 0.15
-"""Spread of repeats, after the drift is taken out, above which a calibration is not trusted."""
+"""Spread of repeats, after drift correction, above which a calibration is not trusted."""
 _PRECISE, _QUICK_SECONDS, _MOST = 0.012, 20.0, 10
-"""More rounds are measured, to so many times those asked for, until the median relative standard error of a model's
-figure is this small, as long as that is a matter of seconds."""
+"""More rounds are measured, up to this many times the configured number, until the median relative standard error of
+a model's time is this small, as long as that takes only seconds."""
 _ROUGH, _PATIENCE = 0.03, 3
-"""Even when it takes longer, more rounds are measured until the error is no larger than this."""
+"""Rounds continue, even when it takes longer, until the error is at most this."""
 _HELD_OUT = 4
-"""One model in so many is not fitted."""
+"""One model in this many is held out of the fit."""
 _SUSPICIOUS = 4.0
-"""A model is measured again when its repeats disagree by so many times the usual, or its prediction by so many
+"""A model is measured again when its repeats spread by this many times the usual, or its residual exceeds this many
 standard deviations."""
 _ANCHORS = 5
-"""A machine that gets slower does not slow all models alike: several anchors differ less from the rest than one."""
+"""Several anchors represent the models better than one: a slower machine does not slow all models alike."""
 _ANCHOR_SEED = 20_090
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A predictor and what is behind it: a row per model."""
+    """A predictor and its measurements, one row per model."""
 
     predictor: LatencyPredictor
     rows: list[dict[str, float | str]]
 
 
 def calibration_key(space: SearchSpace, context: Context, config: LatencyConfig, device: Device) -> str:
-    """What a calibration depends on. The same key on the same machine gives the same predictor from the cache."""
+    """Everything a calibration depends on. The same key on the same machine gives the same predictor from the cache."""
     facts = [VERSION, TERMS, space.envelope.to_dict(), asdict(context), config.model_dump(), asdict(device)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -70,8 +70,8 @@ def calibrate(
 ) -> Calibration:
     """Measure ``config.models`` random models of ``space`` and fit a predictor to three quarters of them.
 
-    The rest only tells how good it is. Weights and tokens are random: a latency belongs to a shape and a load, and
-    both are known for every measurement.
+    The rest estimates its error. Weights and tokens are random: latency depends on the shape and the load, and both are
+    known for every measurement.
     """
     rng = Random(f"{seed}/latency")
     architectures = [space.sample_balanced(rng) for _ in range(config.models)]
@@ -125,15 +125,15 @@ def calibrate(
 
 
 class Survey:
-    """Models that are timed beside anchors, and what their measurements come to once the drift is taken out."""
+    """Models timed beside anchors, and their times after drift correction."""
 
     def __init__(self, cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random):
         self.cases, self.anchors, self.timer, self.rng = list(cases), list(anchors), timer, rng
         for series in (*self.anchors, *self.cases):
-            series.run()  # the first pass of all pays for allocations that no later one does
+            series.run()  # the first pass also pays for allocations
 
     def measure(self, rounds: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Time every case ``rounds`` times, or more often until the figures are precise or patience ends."""
+        """Time every case ``rounds`` times, and more often until the figures are precise or time runs out."""
         started, done, total = self.timer.clock(), 0, rounds
         while done < total:
             self.time(self.cases, 1)
@@ -165,7 +165,7 @@ class Survey:
         return np.array([Figure.of(anchor, drift).milliseconds for anchor in self.anchors])
 
     def doubtful(self, terms: np.ndarray) -> list[Series]:
-        """Cases whose repeats disagree far more than is usual, or that are far from what the others predict."""
+        """Cases whose repeats spread far more than usual, or that are far from what the others predict."""
         figures = self.figures()
         errors = np.array([figure.error for figure in figures])
         milliseconds = np.array([figure.milliseconds for figure in figures])
@@ -194,7 +194,7 @@ class Survey:
 
 
 def spread_by_flops(architectures: Sequence[Architecture], context: Context, count: int) -> list[Architecture]:
-    """``count`` of them, evenly spread by FLOPs, without the extremes."""
+    """``count`` of the models, evenly spread by FLOPs, without the extremes."""
     pricer = Pricer(context)
     ranked = sorted(architectures, key=lambda a: (pricer.expected(a)["flops"], a.fingerprint))
     return [ranked[int((index + 0.5) * len(ranked) / count)] for index in range(count)]

@@ -1,6 +1,6 @@
 """The statistics of a latency predictor: fitting its coefficients, judging them, and the drift of the machine.
 
-Nothing here knows what a term or a model is: rows are measurements, columns are terms, times are in any unit.
+Nothing here depends on what a term or a model is: rows are measurements, columns are terms, times are in any unit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def fit(terms: np.ndarray, measured: np.ndarray, weights: np.ndarray | None = No
         raise ValueError("a measurement must be positive")
     relative = terms / measured[:, None]
     scale = np.abs(relative).max(axis=0)
-    scale[scale == 0] = 1.0  # a term that no row has gets no coefficient
+    scale[scale == 0] = 1.0  # a term that is zero in every row gets coefficient 0
     root = np.ones(len(measured)) if weights is None else np.sqrt(weights)
     solution, _ = nnls(relative / scale * root[:, None], root)
     return solution / scale
@@ -37,13 +37,13 @@ def leave_one_out(terms: np.ndarray, measured: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Errors of predictions that were not fitted to what they predict.
+    """Errors of predictions on held-out measurements.
 
-    ``rmse`` has the unit of the measurements; ``mape``, ``bias`` and the shares within 5 and 10 percent are shares
-    of 1, of the measured value. ``spearman`` and ``tau`` (Kendall's tau-b) are 0 where they are undefined, because all
-    predictions or all measurements tie: such predictions rank nothing. ``tau_within_depth`` is the mean of the taus
-    of models of equal depth, weighted by their number of pairs: depth alone orders most models, so this tells whether
-    the rest is understood. It is None where depths were not given or none has three members.
+    ``rmse`` has the unit of the measurements; ``mape`` and ``bias`` are fractions of the measured value, the shares
+    within 5 and 10 percent are fractions of 1. ``spearman`` and ``tau`` (Kendall's tau-b) are 0 where they are
+    undefined, because all predictions or all measurements tie. ``tau_within_depth`` is the mean of the taus of models
+    of equal depth, weighted by their number of pairs: depth alone orders most models, so this tells whether the rest is
+    predicted too. It is None where depths were not given or none has three members.
     """
 
     count: int
@@ -93,14 +93,14 @@ def _tau_within(depths: np.ndarray, predicted: np.ndarray, measured: np.ndarray)
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a new measurement falls with probability ``confidence``: between two multiples of its prediction.
+    """Prediction interval: a new measurement falls between two multiples of its prediction with ``confidence``.
 
     Split-conformal (Lei et al., JASA 2018): around the mean of the ``count`` log residuals, as wide as the quantile of
-    their distances to it at rank ``confidence * (count + 1)`` (between two distances by interpolation), enlarged by
-    what a residual gains by having a part in the mean. Needs no form of distribution. In simulation with 20 to 100
-    residuals the 95 % interval holds 94.8 to 95.8 % of new ones whether they are normal, biased, skew, Laplace, of
-    Student's t with 3 degrees or 3 % outliers; Student's t interval holds 93.1 to 96.4 %. It takes over below 19
-    residuals (at 95 %), where there is no such rank: 92.6 to 95.1 % with 12.
+    their distances to it at rank ``confidence * (count + 1)`` (interpolated), enlarged because each residual is part of
+    the mean. It assumes no distribution. In simulation with 20 to 100 residuals the 95 % interval covers 94.8 to 95.8 %
+    of new ones, whether they are normal, biased, skew, Laplace, Student's t with 3 degrees of freedom or with 3 %
+    outliers; Student's t interval covers 93.1 to 96.4 %. With fewer than 19 residuals (at 95 %) there is no such rank
+    and Student's interval is used: 92.6 to 95.1 % with 12.
     """
 
     low: float
@@ -110,7 +110,7 @@ class Interval:
 
     @staticmethod
     def of(log_residuals: np.ndarray, confidence: float = 0.95) -> Interval:
-        """From log(measured / predicted) [n], n >= 2, of models that were left out of the fit."""
+        """From log(measured / predicted) [n], n >= 2, of models that were held out of the fit."""
         count = len(log_residuals)
         if count < 2:
             raise ValueError(f"an interval needs at least 2 residuals, there are {count}")
@@ -130,13 +130,13 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """A machine's speed over time: the factor by which measurements exceed what was expected of them.
+    """A machine's speed over time: the factor by which measurements exceed their expected values.
 
     A local level: at any time the mean of the log ratios around it, weighted by exp(-distance / ``width``), the
-    steady-state optimum for a random walk seen through noise (Muth, JASA 1960). Before the first time and after the
-    last it stays where it was. The mean is one step of Tukey's biweight from the weighted median, so a measurement
-    that was disturbed alone does not bend it and a sudden step (a clock that changes) stays sharp. ``width`` has the
-    unit of the times; infinity is no drift: one factor for all.
+    steady-state optimum for a random walk observed with noise (Muth, JASA 1960). It is constant before the first and
+    after the last time. The mean is one step of Tukey's biweight from the weighted median, so a single disturbed
+    measurement does not bend it and a sudden step (a clock change) stays sharp. ``width`` has the unit of the times;
+    infinity means no drift: one factor for all.
     """
 
     times: np.ndarray
@@ -148,9 +148,9 @@ class Drift:
     def of(times: np.ndarray, log_ratios: np.ndarray) -> Drift:
         """From log(measured / expected) [n], n >= 1, at ``times`` [n].
 
-        The width is that of least leave-one-out absolute error among powers of two times the mean distance, up to the
-        whole span. Where that error is not less than without drift by more than one standard error of the difference,
-        there is none: noise is not taken for drift. Takes O(n**2 log n) time.
+        The width has the least leave-one-out absolute error among powers of two times the mean distance, up to the
+        whole span. If that error is not below the error without drift by more than one standard error of the
+        difference, no drift is assumed, so that noise is not taken for drift. Takes O(n**2 log n) time.
         """
         if not len(times):
             raise ValueError("drift needs at least one measurement")
@@ -172,7 +172,7 @@ class Drift:
 
 
 def _drift_of_width(times: np.ndarray, log_ratios: np.ndarray, width: float) -> tuple[Drift, np.ndarray]:
-    """A drift, and the absolute errors [n] at each of its times without the measurement there."""
+    """A drift, and its leave-one-out absolute errors [n]."""
     alone = len(times) == 1
     kernel = _closeness(times, times, width, leave_out=not alone)
     scale = 1.4826 * float(np.median(np.abs(log_ratios - _median(kernel, log_ratios))))
@@ -183,7 +183,7 @@ def _drift_of_width(times: np.ndarray, log_ratios: np.ndarray, width: float) -> 
 def _closeness(at: np.ndarray, times: np.ndarray, width: float, leave_out: bool = False) -> np.ndarray:
     """Weights [k, n] of measurements at ``times`` for a level ``at`` a time; the closest has 1, so not all vanish.
 
-    ``leave_out``: measurement i has no part in level i.
+    ``leave_out``: measurement i is excluded from level i.
     """
     distance = np.abs(at[:, None] - times)
     if leave_out:
@@ -202,7 +202,7 @@ def _median(kernel: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _level(kernel: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """The robust mean [k] of ``values`` [n] under each row of ``kernel`` [k, n] with noise of ``scale``."""
+    """The robust mean [k] of ``values`` [n] under each row of ``kernel`` [k, n], for noise of ``scale``."""
     median = _median(kernel, values)
     # 4.685 standard deviations: 95 % of the efficiency of a mean where the noise is normal.
     distance = (values - median[:, None]) / max(4.685 * scale, 1e-12)

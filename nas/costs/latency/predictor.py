@@ -1,8 +1,8 @@
-"""A latency predictor: a sum over layers of physically meant terms with non-negative coefficients.
+"""A latency predictor: a sum over layers of terms with a physical meaning and non-negative coefficients.
 
-The terms count what a pass does (products, elements moved, weights read, launches); a coefficient is what one of them
-costs on one device, fitted to whole models that were measured there. Non-negativity is what keeps it sane beyond the
-measured points (a ridge on the same terms diverges).
+The terms count what a pass does (products, elements moved, weights read, launches). A coefficient is the time of one
+unit on one device, fitted to whole models measured there. Non-negative coefficients extrapolate safely beyond the
+measured points (ridge regression on the same terms diverges).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TERMS = (
     "layer_elements",  # tokens x width: norms and residuals
     "projection_products",  # multiply-accumulates of q, k, v and o
     "score_products",  # queries x positions x width of the heads
-    "cache_elements",  # keys and values that are looked back on
+    "cache_elements",  # cached keys and values read
     "dense_experts",  # dense feed-forward parts and shared experts
     "dense_products",
     "sparse_layers",
@@ -43,11 +43,11 @@ TERMS = (
     "hidden_elements",  # activations of the experts
 )
 LEVEL = 0.95
-"""Confidence of the interval that predictions are shown with."""
+"""Confidence of the interval shown with predictions."""
 
 
 def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, extent: Extent) -> tuple[float, ...]:
-    """Terms of one layer (the first two, which are the model's, are 0)."""
+    """Terms of one layer (the first two belong to the whole model and are 0)."""
     attention, part, tokens = layer.attention, layer.feed_forward, extent.tokens
     q, kv = attention.heads * backbone.head_size, attention.kv_heads * backbone.head_size
     per_neuron = backbone.matrices * width
@@ -88,9 +88,9 @@ def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: C
 
 @dataclass(frozen=True)
 class Anchor:
-    """A model that can be built again, and what a pass of it took at the calibration's median speed.
+    """A model that can be rebuilt, and the time of its pass at the calibration's median speed.
 
-    Timed beside something else, anchors tell how fast the machine is at that moment.
+    Timed beside another model, anchors show how fast the machine is at that moment.
     """
 
     architecture: ArchitectureField
@@ -99,12 +99,12 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Measured:
-    """How a calibration was measured: models, measurements with those of the anchors, and the seconds they took.
+    """How a calibration was measured: models, measurements (including anchors), and the seconds they took.
 
-    ``noise`` is the spread of repeats (interquartile range over median; median over models) after the drift was taken
-    out, ``raw_noise`` before. A pass took ``fastest`` to ``slowest`` of its median time (5th and 95th percentile), and
-    that changed over ``drift_seconds`` (None: it did not). ``remeasured`` models had repeats that disagreed, or an
-    extreme residual.
+    ``noise`` is the spread of repeats (interquartile range over median; median over models) after drift correction,
+    ``raw_noise`` before. A pass took ``fastest`` to ``slowest`` of its median time (5th and 95th percentile);
+    ``drift_seconds`` is the time scale of that change (None: no drift). ``remeasured`` models had repeats that
+    disagreed, or an extreme residual.
     """
 
     models: int
@@ -150,16 +150,16 @@ class LatencyPredictor:
         return total
 
     def interval(self, confidence: float = LEVEL) -> Interval:
-        """Where a measurement falls with probability ``confidence``, as multiples of its prediction."""
+        """The interval of a measurement with probability ``confidence``, as multiples of its prediction."""
         return _interval(self.log_residuals, confidence)
 
     def margin(self, confidence: float) -> float:
-        """What a prediction is multiplied by so that a measurement is below it with probability ``confidence``, which
-        is in (0.5, 1): the upper end of the interval that leaves as much out below as above."""
+        """The factor on a prediction that a measurement stays below with probability ``confidence``, in (0.5, 1): the
+        upper end of the interval that leaves out equal shares below and above."""
         return self.interval(2 * confidence - 1).high
 
     def describe(self) -> str:
-        """How good it was on models that it was not fitted to, and on what kind of machine it was measured."""
+        """The predictor's accuracy on held-out models, and how steady the machine was."""
         good, measured = self.accuracy, self.measured
         within = "" if good.tau_within_depth is None else f" ({good.tau_within_depth:.2f} among models of equal depth)"
         return (
@@ -168,7 +168,7 @@ class LatencyPredictor:
             f"{self.coverage:.0%} inside the {LEVEL:.0%} interval, Kendall's tau is {good.tau:.2f}{within}; "
             f"{measured.measurements} measurements in {measured.seconds:.0f} s, in which the machine took "
             f"{measured.fastest:.2f} to {measured.slowest:.2f} of its median time; repeats spread by "
-            f"{measured.noise:.1%} after that was taken out, {measured.raw_noise:.1%} before"
+            f"{measured.noise:.1%} after drift correction, {measured.raw_noise:.1%} before"
         )
 
     def save(self, path: Path) -> None:

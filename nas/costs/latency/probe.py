@@ -1,4 +1,4 @@
-"""What is timed: one forward pass of a model in a context, and models of random weights to calibrate with."""
+"""What is timed: one forward pass of a model in a context, and models with random weights for calibration."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moesaic.supernet.model import Output
 class Pass:
     """One forward pass of ``model``: over tokens [B, S], or, in a context that decodes, over [B, 1] after a cache of S.
 
-    ``tokens`` [B, S + 1] are ids; the last ones are what a decoding step is fed. Calling it computes the pass once
-    more: a step writes to the same place of the cache each time.
+    ``tokens`` [B, S + 1] are ids; the last ones are the input of a decoding step. Each call computes the pass again; a
+    step writes to the same place in the cache each time.
     """
 
     def __init__(self, model: Transformer, tokens: Tensor, context: Context, device: Device):
@@ -42,7 +42,7 @@ class Pass:
             return self.model.run(self.tokens, cache=self.cache)
 
     def uses(self) -> list[LayerUse]:
-        """How much of each layer the tokens of this very pass use."""
+        """How much of each layer the tokens of this pass use."""
         layers = self.model.architecture.layers.items()
         return [
             dense_use(layer.feed_forward)
@@ -53,10 +53,10 @@ class Pass:
 
 
 def random_passes(architectures: Sequence[Architecture], context: Context, device: Device, seed: int) -> list[Pass]:
-    """A pass for each architecture, over random tokens, through random weights that follow from ``seed``.
+    """A pass for each architecture, over random tokens, with random weights from ``seed``.
 
-    All models are views of one buffer, as large as the largest of them: many fit where one does. Routers are random
-    enough to tell tokens apart, so that a threshold keeps about as many experts as a trained one does.
+    All models are views of one buffer as large as the largest model, so many fit in the memory of one. Router weights
+    have a large enough scale to tell tokens apart, so that a threshold keeps about as many experts as when trained.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -82,7 +82,7 @@ def random_passes(architectures: Sequence[Architecture], context: Context, devic
 
 
 def text_tokens(tokens: Tensor, context: Context) -> Tensor:
-    """[B, S + 1] of ``tokens`` [any], repeated where they do not suffice."""
+    """[B, S + 1] of ``tokens`` [any], repeated where there are too few."""
     needed = context.batch_size * (context.sequence_length + 1)
     flat = tokens.flatten()
     return flat.repeat(-(-needed // len(flat)))[:needed].view(context.batch_size, -1)

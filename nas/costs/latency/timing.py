@@ -1,4 +1,4 @@
-"""Timing on a machine whose speed drifts: everything is timed beside anchors, which are the same at all times."""
+"""Timing on a machine whose speed drifts: everything is timed beside fixed reference models, the anchors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moesaic.nas.costs.latency.fitting import Drift
 from moesaic.search_spaces import StageFailed
 
 ANCHOR_EVERY = 4
-"""Measurements between two of anchors: their noise is shared by few, and they take a fifth of the time."""
+"""Measurements between two anchor timings: few share an anchor's noise, and anchors take a fifth of the time."""
 _TURNS = 4
 _PASSES = 3
 _LEAST_MS = 6.0
-"""A measurement lasts at least this long: a short pass is repeated more often."""
+"""Least duration of a measurement: a short pass is repeated more often."""
 _MOST_PASSES = 12
 _PAIRS = (12, 60)
 """Fewest and most measurements of a model beside the anchors."""
 _PRECISION = 0.008
-"""Relative standard error at which such measurements end."""
+"""Relative standard error at which these measurements stop."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Timer:
         return Timer(synchronise=torch.cuda.synchronize) if kind == "cuda" else Timer()
 
     def __call__(self, run: Callable[[], object]) -> tuple[float, float]:
-        """The moment (seconds), and the milliseconds of the best of a few passes in a row: what disturbs a pass only
-        ever adds to it, and the first finds the caches as something else left them.
+        """The time of measurement (seconds), and the milliseconds of the fastest of a few passes in a row: disturbances
+        only add time, and the first pass finds caches filled by something else.
 
         Raises
         ------
@@ -62,7 +62,7 @@ class Timer:
 
 @dataclass
 class Series:
-    """One thing that is timed again and again."""
+    """One pass that is timed repeatedly."""
 
     run: Callable[[], object]
     moments: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Series:
 
 
 def time_round(cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random) -> None:
-    """Time each case once, in random order, with an anchor before, after and in between, each anchor in its turn."""
+    """Time each case once, in random order, with an anchor before, after and in between; the anchors take turns."""
     for index, case in enumerate(rng.sample(list(cases), len(cases))):
         if index % ANCHOR_EVERY == 0:
             _next(anchors).time(timer)
@@ -94,8 +94,8 @@ def _next(anchors: Sequence[Series]) -> Series:
 def drift_of(anchors: Sequence[Series]) -> Drift:
     """The machine's speed over time, relative to its median.
 
-    What an anchor takes and how fast the machine was are found in turn: medians of a few measurements of each, made
-    at different moments of a machine that changes, would not belong to one speed.
+    The time of each anchor and the machine's speed are estimated alternately: plain medians of anchors timed at
+    different moments of a changing machine would not refer to one speed.
     """
     times = np.concatenate([anchor.moments for anchor in anchors])
     logs = [np.log(anchor.milliseconds) for anchor in anchors]
@@ -129,7 +129,7 @@ class Figure:
 class AnchoredTiming:
     """A pass timed beside anchors.
 
-    ``raw_ms`` is what it took; ``corrected_ms`` what it would have taken on the machine as it was calibrated:
+    ``raw_ms`` is the time it took; ``corrected_ms`` the time at the machine's speed during calibration:
     ``raw_ms`` over ``anchor_ratio``, the time of the anchors now over then. ``error`` is the relative standard error.
     """
 
@@ -142,8 +142,8 @@ class AnchoredTiming:
 def time_with_anchors(
     run: Callable[[], object], anchors: Sequence[tuple[Callable[[], object], float]], timer: Timer
 ) -> AnchoredTiming:
-    """Time ``run`` and the anchors (with the milliseconds each took when it was calibrated) in turn until their ratio
-    is known, or for the most measurements. Each is compared with the anchors just before and just after."""
+    """Time ``run`` and the anchors (given with their milliseconds at calibration) alternately until the ratio is
+    precise or the most measurements are made. Each is compared with the anchors just before and just after."""
     for one in (run, *(anchor for anchor, _ in anchors)):
         timer(one)
     case = Series(run)
@@ -167,7 +167,7 @@ def _slowness(anchor: tuple[Callable[[], object], float], timer: Timer) -> float
 
 
 def time_alone(run: Callable[[], object], timer: Timer, count: int = 15) -> float:
-    """Milliseconds of ``run``: the lower quartile of repeated measurements, on the machine as it is."""
+    """Milliseconds of ``run``: the lower quartile of repeated measurements, at the machine's current speed."""
     timer(run)
     return float(np.percentile([timer(run)[1] for _ in range(count)], 25))
 
