@@ -1,4 +1,4 @@
-"""Hard budgets: which architectures fit, the cheapest value each line can reach, and why nothing fits."""
+"""Hard budgets: which architectures fit, the lowest value each line can reach, and why nothing fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moesaic.search_spaces.space import LayerSpace
 class BudgetLine:
     """``cost`` must not exceed ``limit`` (base units) in the expected or the worst case.
 
-    A latency line may have a ``confidence``: a measurement does not exceed the limit with that probability.
+    A latency line may have a ``confidence``: the probability that a measurement does not exceed the limit.
     """
 
     cost: str
@@ -39,12 +39,12 @@ class Budget:
     pricer: Pricer
 
     def excess(self, architecture: Architecture, expected: Costs | None = None) -> dict[str, float]:
-        """Relative excess over each line, negative inside: cost / limit - 1. ``expected`` saves pricing it again."""
+        """Relative excess over each line, cost / limit - 1, negative if inside. ``expected`` saves pricing it again."""
         bound = self.bound(architecture, expected)
         return {line.cost: bound[line.cost] / line.limit - 1 for line in self.lines}
 
     def bound(self, architecture: Architecture, expected: Costs | None = None) -> dict[str, float]:
-        """What each line binds, before the architecture is evaluated: expected or worst cost, or its upper edge."""
+        """The cost each line limits before evaluation: the expected or worst cost, or its upper confidence bound."""
         expected = expected or self.pricer.expected(architecture)
         worst = self.pricer.worst(architecture) if any(line.bind == "worst" for line in self.lines) else expected
         return {
@@ -71,7 +71,7 @@ class Budget:
 
 
 def resolve_budget(limits: Mapping[str, LimitConfig], space: SearchSpace, pricer: Pricer) -> Budget:
-    """The budget in base units; relative lines are shares of the most that an architecture of the space costs."""
+    """The budget in base units; relative lines are shares of the highest cost in the space."""
     lines = []
     for name, line in limits.items():
         price = pricer.worst if line.bind == "worst" else pricer.expected
@@ -81,7 +81,7 @@ def resolve_budget(limits: Mapping[str, LimitConfig], space: SearchSpace, pricer
 
 
 def cheapest(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "expected") -> Architecture:
-    """The member with the least ``cost``: least widths and depths, and each layer its cheapest choice."""
+    """The member with the least ``cost``: smallest widths and depths, and the cheapest choice in each layer."""
     return _extreme(space, pricer, cost, bind, space.smallest, min, first=True)
 
 
@@ -103,7 +103,7 @@ def _extreme(
 
 
 def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:
-    """Layers with all sizes least (``end`` 0) or most (-1), any heads, count and router: one of them is extreme."""
+    """Layers with all sizes smallest (``end`` 0) or largest (-1), any heads, count and router; one is extreme."""
     for attention in space.attentions:
         for group in space.groups:
             for router in group.routers:
@@ -116,7 +116,7 @@ def find_feasible(space: SearchSpace, budget: Budget) -> Architecture:
 
     Raises
     ------
-    MoesaicError : nothing does; says which line binds and the cheapest value that can be reached.
+    MoesaicError : none does; says which line binds and the lowest value that can be reached.
     """
     starts = []
     for line in budget.lines:
@@ -150,7 +150,7 @@ def find_feasible(space: SearchSpace, budget: Budget) -> Architecture:
 
 
 def _descend(space: SearchSpace, budget: Budget, start: Architecture) -> Architecture:
-    """Step to the neighbour with the least excess until it fits or none is better."""
+    """Move to the neighbour with the least excess until it fits or none is better."""
     while True:
         excess = max(budget.excess(start).values())
         if excess <= 0:
@@ -163,8 +163,8 @@ def _descend(space: SearchSpace, budget: Budget, start: Architecture) -> Archite
 
 @dataclass(frozen=True)
 class CostRange:
-    """One cost over a space, in base units: expected of the cheapest, a typical and the most expensive member, and the
-    worst case of any."""
+    """One cost over a space, in base units: the expected cost of the cheapest, a typical and the most expensive member,
+    and the worst case of any."""
 
     smallest: float
     typical: float

@@ -1,4 +1,4 @@
-"""Drawing architectures inside a budget without wasting evaluations and without favouring its edge."""
+"""Draws random architectures inside a budget, without wasting evaluations and without bias towards its edge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moesaic.nas.search.budget import Budget
 from moesaic.search_spaces import Architecture, SearchSpace, mutate, neighbours
 
 _TRIES = 64
-"""Rejections before a walk: with more than about 5 % of the space inside, a draw nearly always succeeds first."""
+"""Rejections before a walk: with more than about 5 % of the space inside, a draw nearly always succeeds earlier."""
 _WALK = 60
 """Accepted or refused steps of a walk; about one per choice of a medium architecture."""
 
@@ -18,9 +18,9 @@ _WALK = 60
 class FeasibleSampler:
     """Random members inside a budget.
 
-    A draw is rejected until it fits, which keeps the distribution exact. Where too little of the space fits, the
-    draw is a random walk inside the budget instead, from ``inside``, a member that fits: a Metropolis walk, which
-    forgets its start and has no pull towards the edge, at a bounded price.
+    Draws are rejected until one fits, which keeps the distribution exact. Where too little of the space fits, a
+    Metropolis walk inside the budget is used instead. It starts at ``inside``, a member that fits, forgets its start,
+    has no bias towards the edge, and has a bounded cost.
     """
 
     space: SearchSpace
@@ -47,8 +47,8 @@ class FeasibleSampler:
         return start
 
     def repair(self, architecture: Architecture, rng: Random) -> Architecture:
-        """The architecture itself when it fits; otherwise random steps that each lessen the worst excess, as few
-        as it takes, so that a repaired child keeps most of its parents."""
+        """The architecture itself if it fits; otherwise the result of as few random steps as needed, each of which
+        reduces the worst excess, so that a repaired child keeps most of its parents."""
         excess = max(self.budget.excess(architecture).values())
         while excess > 0:
             candidates = neighbours(self.space, architecture)

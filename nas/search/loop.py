@@ -1,4 +1,4 @@
-"""The search itself: propose, evaluate, log; and what came of it."""
+"""The search loop: propose, evaluate, log; and the result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moesaic.nas.search.trials import Trial, TrialLog
 from moesaic.search_spaces import Architecture, Interrupted, StageFailed
 
 _HOPELESS = 20
-"""So many failures without a single loss are the fault of no architecture."""
+"""With this many failures and no single loss, the architectures are not the cause."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """``front``: feasible trials no other one dominates, by rising loss. ``best``: the one of least loss."""
+    """``front``: non-dominated feasible trials, by rising loss. ``best``: the one with the lowest loss."""
 
     front: tuple[Trial, ...]
 
@@ -35,7 +35,7 @@ class SearchResult:
 @dataclass(frozen=True)
 class SearchFigures:
     """``search.json`` of one budget. ``acceptance``: the share of random architectures inside it; ``counts``: trials by
-    what became of them; ``front`` and ``best``: numbers of trials."""
+    outcome; ``front`` and ``best``: numbers of trials."""
 
     sampler: str
     objectives: tuple[str, ...]
@@ -49,8 +49,8 @@ class SearchFigures:
 
 
 def trials_for_budget(name: str, budget: Budget, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials as the budget of that name sees them, with their excess over it: all that were evaluated, for
-    whichever budget, and its own refusals and duplicates."""
+    """The named budget's view of the trials, with their excess over it: everything evaluated for any budget, and its
+    own refusals and duplicates."""
     seen = []
     for trial in trials:
         if trial.budget == name:
@@ -64,9 +64,9 @@ def trials_for_budget(name: str, budget: Budget, trials: Sequence[Trial]) -> lis
 
 
 class BudgetSearch:
-    """One budget, who proposes for it, and the trials so far as it sees them.
+    """One budget, its sampler, and its view of the trials so far.
 
-    ``make_sampler`` gets those of ``log``. Where there is one budget, its name is empty.
+    ``make_sampler`` gets the trials of ``log``. A single budget has an empty name.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ def run_search(
     """Evaluate until ``log`` holds ``config.trials`` evaluations for each search, or nothing new is found inside its
     budget.
 
-    A lane that is free gets a proposal at once, for the search that had the fewest; no generation is waited for. What
-    ends is in the log before anything else is done, and every search learns from it.
+    A free lane gets a proposal at once, for the search with the fewest so far; there is no waiting for a generation. A
+    finished trial is logged before anything else happens, and every search learns from it.
 
     Raises
     ------
-    Interrupted : after ``should_stop``, when what was running has ended; everything finished is in the log.
+    Interrupted : after ``should_stop``, once running evaluations have ended; everything finished is in the log.
     StageFailed : no evaluation of the first ``_HOPELESS`` gave a loss.
     """
     counts = {search.name: search.evaluated() for search in searches}
@@ -145,7 +145,7 @@ def run_search(
 def _next_proposal(
     searches: Sequence[BudgetSearch], counts: dict[str, int], trials: int, running: tuple[Architecture, ...]
 ) -> tuple[BudgetSearch, Proposal] | None:
-    """Of the searches that want more, the proposal of the one with the fewest that still has one."""
+    """The next proposal: from the search with the fewest evaluations that wants more and still finds one."""
     for search in sorted(searches, key=lambda search: counts[search.name]):
         if counts[search.name] < trials:
             proposal = search.sampler.propose(SearchState(search.trials, search.seen, running))
@@ -155,7 +155,7 @@ def _next_proposal(
 
 
 def _skipped(number: int, skipped: Skipped, search: BudgetSearch, seed: int) -> Trial:
-    """The trial of a proposal that was not evaluated; one known before has that one's values."""
+    """The trial of a proposal that was not evaluated; a duplicate gets the values of the earlier trial."""
     architecture, budget = skipped.architecture, search.budget
     known = search.seen.get(architecture.fingerprint)
     return Trial(
@@ -173,8 +173,8 @@ def _skipped(number: int, skipped: Skipped, search: BudgetSearch, seed: int) -> 
 
 
 def _judge(config: SearchConfig, search: BudgetSearch, outcome: Outcome, number: int, seed: int, engine: dict) -> Trial:
-    """A trial from what an evaluation gave: measured costs, objectives, and the budget under the load that was
-    measured; or why there are none."""
+    """A trial from an evaluation: measured costs, objectives, and the excess over the budget under the measured load;
+    or the reason why there are none."""
     architecture, evaluation, budget = outcome.architecture, outcome.evaluation, search.budget
     ran: dict[str, Any] = {
         "seconds": round(outcome.seconds, 4),
@@ -221,8 +221,8 @@ def result_of(trials: list[Trial]) -> SearchResult | None:
 def hypervolume_history(trials: list[Trial]) -> list[tuple[int, float]]:
     """(evaluations so far, hypervolume of the feasible ones) after every evaluation.
 
-    The reference point is the worst value of each objective among all feasible trials, a tenth of their range
-    further out, so that histories of one log are comparable with each other and with nothing else.
+    The reference point is the worst value of each objective among all feasible trials, plus a tenth of their range. So
+    only histories from the same log can be compared.
     """
     feasible = np.array([trial.values for trial in trials if trial.feasible])
     if not len(feasible):

@@ -1,5 +1,5 @@
-"""The trial log as an Optuna study, in a journal file or a database, so that ``optuna-dashboard`` opens a search while
-it runs."""
+"""Copies the trial log into an Optuna study, in a journal file or a database, so that ``optuna-dashboard`` can show a
+running search."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from moesaic.search_spaces import MoesaicError
 
 
 class Mirror:
-    """Writes trials in a thread of its own: a search waits for no storage (a database needs 0.1 s a trial and more).
+    """Writes trials in its own thread, so that a search never waits for storage (a database takes 0.1 s a trial).
 
-    A study that lacks some of ``trials`` gets them, and one with others is made again. Where the storage fails later,
-    that is said once and the rest is left to the next opening: the log has everything.
+    Missing ``trials`` are added to the study; a study with other trials is recreated. If the storage fails later, that
+    is reported once and the next opening adds the rest, since the log has everything.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Mirror:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        """Wait until all is written; not when the search ends early."""
+        """Wait until everything is written, unless the search ends early."""
         try:
             self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
         except KeyboardInterrupt:
@@ -74,8 +74,8 @@ class Mirror:
 
     def _tell(self) -> None:
         if self._failure:
-            self._say(f"search: the study for optuna-dashboard ends here ({self._failure}); trials.jsonl goes on")
-            self._failure = ""  # said, and nothing more is written
+            self._say(f"search: the study for optuna-dashboard stops here ({self._failure}); trials.jsonl continues")
+            self._failure = ""  # reported; nothing more is written
 
 
 def journal(path: Path) -> BaseStorage:
@@ -85,7 +85,7 @@ def journal(path: Path) -> BaseStorage:
 
 
 def database(url: str) -> BaseStorage:
-    """The one at ``url``, for any number of runs. Raises MoesaicError where none answers or its driver is missing."""
+    """The database at ``url``, for any number of runs. Raises MoesaicError if it does not answer or lacks a driver."""
     try:
         return RDBStorage(url)
     except (ImportError, StorageInternalError, SQLAlchemyError) as error:

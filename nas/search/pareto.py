@@ -6,9 +6,9 @@ import numpy as np
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
-    """[n] True where no other point is at least as good in everything and better in something.
+    """[n] True where no other point is at least as good in every objective and better in one.
 
-    In lexicographic order no point is dominated by a later one, so each is compared with the front so far alone.
+    In lexicographic order no point is dominated by a later one, so each is compared only with the front so far.
     """
     kept = np.zeros(len(points), dtype=bool)
     front = np.empty_like(points)

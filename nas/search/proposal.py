@@ -1,4 +1,4 @@
-"""What a sampler is: it proposes an architecture inside the budget, and says what it passed over on the way."""
+"""The interface of a sampler: it proposes an architecture inside the budget, and reports the ones it skipped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture
 
 UNSEEN_TRIES = 200
-"""Proposals in a row that may turn out seen before, after which the space inside the budget counts as exhausted."""
+"""After this many known proposals in a row, the space inside the budget counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A proposal that was not evaluated: over budget, or known already."""
+    """A proposal that was not evaluated: over budget, or already known."""
 
     state: Literal["refused", "duplicate"]
     architecture: Architecture
@@ -23,7 +23,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Proposal:
-    """An architecture to evaluate, what came up on the way to it, and what the sampler wants kept in its trial."""
+    """An architecture to evaluate, the proposals skipped before it, and what the sampler stores in its trial."""
 
     architecture: Architecture
     skipped: tuple[Skipped, ...] = ()
@@ -32,8 +32,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class SearchState:
-    """What a sampler may know when it proposes: all finished trials in the order of the log, those that were evaluated
-    or failed by fingerprint (``seen``), and the proposals that are ``running`` in other lanes."""
+    """What a sampler may use for a proposal: all finished trials in the order of the log, the evaluated or failed ones
+    by fingerprint (``seen``), and the proposals that are ``running`` in other lanes."""
 
     trials: list[Trial]
     seen: dict[str, Trial]
@@ -41,16 +41,16 @@ class SearchState:
 
     @property
     def asked(self) -> int:
-        """Evaluations finished or running: with one lane, what the next one's number follows from."""
+        """Number of evaluations finished or running; with one lane, it determines the next trial's number."""
         return len(self.seen) + len(self.running)
 
     def unknown(self, architecture: Architecture) -> bool:
-        """Neither evaluated nor running."""
+        """Whether the architecture is neither evaluated nor running."""
         return architecture.fingerprint not in self.seen and architecture not in self.running
 
 
 class Sampler(Protocol):
-    """A function of its seed and of what it may know: rebuilt from a log, it proposes what it would have."""
+    """A function of its seed and its knowledge: rebuilt from a log, it makes the same proposals."""
 
     def propose(self, state: SearchState) -> Proposal | None:
         """The next unknown architecture inside the budget; None when none is found."""

@@ -15,12 +15,12 @@ from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace
 
 JUDGED = 64
-"""Uniform layouts judged by inherited loss: those of most FLOPs, since at one budget more compute is better."""
+"""Number of uniform layouts evaluated by inherited loss: those with most FLOPs, since more compute is better."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """``loss`` is inherited, ``costs`` are under the routing that was seen."""
+    """``loss`` is inherited, ``costs`` are under the measured routing."""
 
     kind: Literal["uniform", "dense"]
     architecture: ArchitectureField
@@ -29,8 +29,8 @@ class Rival:
 
 
 def judge_rivals(space: SearchSpace, budget: Budget, executor: Executor) -> dict[str, list[Rival]]:
-    """Uniform and dense layouts inside the budget by rising inherited loss: the same judge, weights and budget as the
-    search had. A kind of which nothing fits, or nothing can be evaluated, is left out."""
+    """Uniform and dense layouts inside the budget by rising inherited loss, with the same evaluation, weights and
+    budget as the search. A kind is left out if no member fits or none can be evaluated."""
     rivals = {}
     kinds: tuple[tuple[Literal["uniform", "dense"], list[Architecture]], ...] = (
         ("uniform", uniform_layouts(space, sparse=True)),
@@ -53,8 +53,8 @@ def judge_rivals(space: SearchSpace, budget: Budget, executor: Executor) -> dict
 def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
     """Every architecture whose layers are all alike: experts of one size under one router, or one dense layer.
 
-    Sizes, counts, heads and routers are those of the space; top-2 may be used where the space does not offer it,
-    because that is what people pick by habit.
+    Sizes, counts, heads and routers are those of the space. Top-2 is included even where the space does not offer it,
+    because it is the usual choice.
     """
     layouts: dict[Architecture, None] = {}
     choices = [list(product(stack.widths, stack.depths)) for stack in space.stacks.values()]
@@ -68,13 +68,13 @@ def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
 
 
 def habit(group: FeedForwardGroup) -> Router | None:
-    """The router that people pick by habit, top-2, with weights like those of the group's routers; None if dense."""
+    """The usual router, top-2, with weights like those of the group's routers; None if dense."""
     first = group.routers[0]
     return first and Router("top_k", k=2, weights=first.weights)
 
 
 def _common_layers(spaces: list[LayerSpace], sparse: bool) -> list[Layer]:
-    """Layers that all of ``spaces`` have, but for the router."""
+    """Layers that all of ``spaces`` contain, ignoring the router."""
     attentions: list[Attention] = [a for a in spaces[0].attentions if all(a in s.attentions for s in spaces)]
     layers = []
     for group in spaces[0].groups:

@@ -1,4 +1,4 @@
-"""Tuning the thresholds of a trained model so that its measured compute is inside the budget.
+"""Lowers the thresholds of a trained model so that its measured compute is inside the budget.
 
 How many experts a threshold keeps depends on how sure a router is, and training changes that. A threshold may be
 lowered after training (XMoE evaluates one model at several), so a model that grew over its budget is brought back.
@@ -18,8 +18,8 @@ _HALVINGS = 7
 
 
 def lower_thresholds_to_fit(judge: Judge, budget: Budget) -> Architecture:
-    """The architecture of the model of ``judge`` with all thresholds lowered by one factor, as little as brings every
-    expected line of ``budget`` inside on its batch; unchanged where it is inside already or no threshold helps."""
+    """The architecture of ``judge``'s model with all thresholds lowered by one factor, as little as needed to bring
+    every expected line of ``budget`` inside on its batch. Unchanged if it is inside already or no threshold helps."""
     architecture = judge.model.architecture
 
     def inside(candidate: Architecture) -> bool:
@@ -41,7 +41,7 @@ def lower_thresholds_to_fit(judge: Judge, budget: Budget) -> Architecture:
 
 
 def lower_thresholds(architecture: Architecture, factor: float) -> Architecture:
-    """Every threshold times ``factor``; at 0 each token keeps one expert."""
+    """Multiplies every threshold by ``factor``; at 0 each token keeps one expert."""
     changed = {}
     for slot, layer in architecture.layers.items():
         router = layer.feed_forward.router

@@ -18,14 +18,14 @@ State = Literal["evaluated", "refused", "duplicate", "failed"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One proposal and what became of it.
+    """One proposal and its outcome.
 
-    ``refused``: over budget by its computable costs, never evaluated. ``duplicate``: its architecture was evaluated
-    before and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why. ``excess`` is
-    relative to each budget line, negative inside, and under the measured load once there is one. ``seconds``,
-    ``lane`` and ``attempts`` are of the evaluation, ``seed`` is the search's. ``budget`` is the name of the one that it
-    was proposed for and that ``excess`` is of, where there are several. ``engine`` is what the sampler needs to know
-    about the trial after a restart.
+    ``refused``: over budget by its predicted costs, never evaluated. ``duplicate``: its architecture was evaluated
+    before, and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why. ``excess`` is
+    relative to each budget line, negative if inside, and under the measured load once there is one. ``seconds``,
+    ``lane`` and ``attempts`` describe the evaluation; ``seed`` is the search's. Where there are several budgets,
+    ``budget`` names the one that the trial was proposed for and that ``excess`` refers to. ``engine`` is what the
+    sampler needs to know about the trial after a restart.
     """
 
     number: int
@@ -47,12 +47,12 @@ class Trial:
 
     @property
     def ended(self) -> bool:
-        """It was evaluated, whether with success or not."""
+        """Whether it was evaluated, successfully or not."""
         return self.state in ("evaluated", "failed")
 
     @property
     def feasible(self) -> bool:
-        """Evaluated, and inside every budget line by what is known of it."""
+        """Whether it was evaluated and is its ``excess`` is inside every budget line."""
         return self.state == "evaluated" and all(value <= 0 for value in self.excess.values())
 
     def to_json(self) -> str:
@@ -81,12 +81,12 @@ class Trial:
 
 
 def read_trials(path: Path) -> list[Trial]:
-    """All complete trials of a log. A torn last line, and refusals whose trial never finished, do not count."""
+    """All complete trials of a log. An incomplete last line, and refusals whose trial never finished, do not count."""
     return _read(path)[0]
 
 
 class TrialLog:
-    """Appends trials; what an earlier process was cut off in is cut away on opening."""
+    """Appends trials; opening removes what an interrupted process left incomplete."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -99,14 +99,14 @@ class TrialLog:
             raise unwritable(path, error) from None
 
     def append(self, trials: list[Trial]) -> None:
-        """Write an evaluated trial and the refusals before it in one go, and have them on the disk."""
+        """Write an evaluated trial and the refusals before it at once, and flush them to disk."""
         start = self._file.tell()
         try:
             self._file.write("".join(trial.to_json() + "\n" for trial in trials).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            with suppress(OSError):  # the next opening cuts the torn tail away
+            with suppress(OSError):  # the next opening removes the incomplete end
                 os.ftruncate(self._file.fileno(), start)
             raise unwritable(self.path, error) from None
         self.trials += trials
@@ -117,7 +117,7 @@ class TrialLog:
 
 
 def _read(path: Path) -> tuple[list[Trial], int]:
-    """The complete trials and the number of bytes they take."""
+    """The complete trials and their size in bytes."""
     if not path.exists():
         return [], 0
     trials: list[Trial] = []

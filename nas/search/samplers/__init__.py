@@ -1,9 +1,9 @@
-"""Who proposes the next architecture, one module per sampler.
+"""Samplers propose the next architecture; one module per sampler.
 
-``random`` draws, ``evolution``, integer programming over scores of parts (``puzzle``), Optuna's ``nsga2`` and ``tpe``.
+``random``, ``evolution``, integer programming over scores of parts (``puzzle``), Optuna's ``nsga2`` and ``tpe``.
 
-Every sampler is a function of the seed, the trials so far and what is running: rebuilt from the trial log it goes on
-exactly as it would have. With several lanes, which trial ends first is up to the machine.
+Every sampler is a function of the seed, the trials so far and what is running: rebuilt from the trial log, it
+continues exactly. With several lanes, the order in which trials end depends on the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moesaic.nas.search.trials import Trial
 
 
 def make_sampler(config: SearchConfig, feasible: FeasibleSampler, seed: int, history: Sequence[Trial]) -> Sampler:
-    """The sampler that ``config`` names, as it is after the trials of ``history``, in the order of their log."""
+    """The sampler that ``config`` names, in its state after the trials of ``history``, in the order of their log."""
     costs = tuple(name for name in config.objectives if name != "loss")
     if config.sampler == "random":
         return RandomSampler(feasible, seed)

@@ -1,4 +1,4 @@
-"""Evolution over architectures themselves, with a Gaussian process that chooses the child worth an evaluation."""
+"""Evolution directly on architectures, with a Gaussian process that chooses which child to evaluate."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture, Router, crossover, mutate
 
 _CHILDREN, _RANDOM = 32, 8
-"""Candidates for one evaluation, and how many of them are no children of the front but random: where the best networks
-of one width stop, those of the next are several steps away."""
+"""Candidates for one evaluation, and how many of them are random, not children of the front: the best networks of the
+next width may be several steps away."""
 _LIMITS = 64
-"""Random cost limits under which the growth of the front is averaged."""
+"""Number of random cost limits over which the growth of the front is averaged."""
 _REMEMBERED = 300
-"""Latest evaluations that the surrogate is fitted to: a proposal stays at some milliseconds."""
+"""The surrogate is fitted to this many latest evaluations, so that a proposal takes only milliseconds."""
 
 
 @dataclass
 class Archive:
-    """What a log says that only grows, so that a proposal after ten thousand trials takes no longer than the first."""
+    """Features and front of a log, updated with new trials only: a proposal after ten thousand takes no longer."""
 
     read: int = 0
-    """Trials of the log that were taken in."""
+    """Number of trials of the log that were read."""
     x: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     """Features and losses of the latest evaluations."""
@@ -45,7 +45,7 @@ class Archive:
     """[front, 1 + costs] loss and costs of the front."""
     low: np.ndarray = field(default_factory=lambda: np.array(np.inf))
     high: np.ndarray = field(default_factory=lambda: np.array(-np.inf))
-    """[1 + costs] range of what is feasible."""
+    """[1 + costs] range over feasible trials."""
 
     def add(self, judged: Sequence[Trial], x: np.ndarray, points: np.ndarray) -> None:
         """Evaluated trials with their features [n, columns], loss and costs [n, 1 + costs]."""
@@ -65,11 +65,11 @@ class Archive:
 
 @dataclass
 class EvolutionSampler:
-    """Evolution over architectures themselves, with a surrogate that chooses which child is worth an evaluation.
+    """Evolution directly on architectures, with a surrogate that chooses which child to evaluate.
 
-    The first ``population`` are the ``seeds`` and random ones. After them, members of the front are crossed layer by
-    layer and mutated by one to three structural steps; of some such children inside the budget, and a few random ones,
-    the one is evaluated that a Gaussian process of all losses so far expects to widen the front most.
+    The first ``population`` are the ``seeds`` and random ones. Then members of the front are crossed layer by layer and
+    mutated by one to three structural steps. Of several such children inside the budget and a few random ones, the one
+    evaluated is that with the largest expected growth of the front, under a Gaussian process of the losses.
 
     AutoMoE (arXiv 2210.07535) and HAT evolve with a fitness of loss alone, evaluate every child, parents again in each
     generation, and change parents in place; here an architecture is a value and the archive is the population.
@@ -79,7 +79,7 @@ class EvolutionSampler:
     seed: int
     population: int
     costs: tuple[str, ...]
-    """Objectives beside the loss."""
+    """Objectives besides the loss."""
     seeds: tuple[Architecture, ...] = ()
     _archive: Archive = field(default_factory=Archive, init=False, repr=False)
 
@@ -99,7 +99,7 @@ class EvolutionSampler:
         return RandomSampler(self.feasible, self.seed).propose(state)
 
     def _children(self, parents: Sequence[Architecture], rng: Random) -> dict[Architecture, Costs]:
-        """Different ones inside the budget, as many as some tries give, and what each is expected to cost."""
+        """Distinct candidates inside the budget, as many as a number of tries gives, and their expected costs."""
         space, budget = self.feasible.space, self.feasible.budget
         children = self._priced(self.feasible.sample(rng) for _ in range(_RANDOM))
         for _ in range(4 * _CHILDREN):
@@ -113,7 +113,7 @@ class EvolutionSampler:
         return children
 
     def _read(self, trials: Sequence[Trial]) -> None:
-        """Take in what the log has more than at the last time."""
+        """Read the trials that are new in the log."""
         new = trials[self._archive.read :]
         self._archive.read = len(trials)
         judged = [trial for trial in new if trial.state == "evaluated"]
@@ -123,8 +123,8 @@ class EvolutionSampler:
             self._archive.add(judged, x, np.array(points))
 
     def _limits(self, rng: Random) -> np.ndarray:
-        """[limits, costs] at random over the range of what was evaluated, and a tenth of it further: what has the least
-        loss of all counts by itself."""
+        """[limits, costs] random limits over the range of evaluated costs plus a tenth, so that the lowest loss
+        overall also counts."""
         low, high = self._archive.low[1:], self._archive.high[1:]
         shares = np.random.default_rng(rng.getrandbits(32)).random((_LIMITS, len(self.costs)))
         return low + 1.1 * (high - low) * shares
@@ -134,8 +134,8 @@ class EvolutionSampler:
     ) -> np.ndarray:
         """[children] expected growth of the hypervolume of the front.
 
-        What runs in other lanes counts as if it had ended with the loss that is expected of it, so that lanes do not
-        crowd at one place (Kriging believer, Ginsbourger et al. 2010).
+        Candidates running in other lanes count as finished with their expected loss, so that lanes explore different
+        places (Kriging believer, Ginsbourger et al. 2010).
         """
         x, losses, front = np.stack(self._archive.x), np.array(self._archive.losses), self._archive.points
         process = GaussianProcess(x, losses)
@@ -162,15 +162,15 @@ def _routers(architecture: Architecture) -> list[Router | None]:
 
 
 def corners(feasible: FeasibleSampler, costs: Sequence[str]) -> tuple[Architecture, ...]:
-    """The cheapest member by each of ``costs``, where it is inside the budget: the ends of the front."""
+    """The cheapest member by each of ``costs``, if it is inside the budget: the ends of the front."""
     budget = feasible.budget
     found = [cheapest(feasible.space, budget.pricer, cost) for cost in costs]
     return tuple(a for a in dict.fromkeys(found) if budget.fits(a))
 
 
 def seed_layouts(feasible: FeasibleSampler, count: int) -> tuple[Architecture, ...]:
-    """Members inside the budget that people would pick by habit: uniform top-2 layouts and dense ones, half each, those
-    of most FLOPs. A search that starts from them ends no worse than they are."""
+    """The usual choices inside the budget: uniform top-2 and dense layouts, half each, those with most FLOPs. A search
+    that starts from them ends no worse than they are."""
     budget, found = feasible.budget, []
     for sparse, share in ((True, count - count // 2), (False, count // 2)):
         layouts = [a for a in uniform_layouts(feasible.space, sparse) if a in feasible.space and budget.fits(a)]

@@ -1,8 +1,8 @@
-"""The flat genome that Optuna's samplers work on: every gene is there in every trial, whatever the others say.
+"""The flat genome that Optuna's samplers work on: every trial has every gene, whatever the values of the others.
 
 Optuna's NSGA-II inherits only parameters that all trials have, so a layer carries the genes of all its possible
-experts; decoding ignores those of experts it does not have. Different genomes may mean one architecture: the
-search tells duplicates by fingerprint.
+experts; decoding ignores those of experts it does not have. Different genomes may give the same architecture; the
+search detects such duplicates by fingerprint.
 """
 
 from __future__ import annotations

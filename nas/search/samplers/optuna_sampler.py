@@ -1,4 +1,4 @@
-"""Optuna's NSGA-II and TPE on the flat genome, with budgets they cannot overstep and restarts they do not notice."""
+"""Optuna's NSGA-II and TPE on the flat genome, with hard budgets and exact restarts."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture
 
 _REFUSALS = 20
-"""Refused proposals on the way to one before the last is repaired and evaluated in their place."""
+"""After this many refused proposals in a row, the last one is repaired and evaluated instead."""
 _DUPLICATES = 20
-"""Known proposals on the way to one before a random one is evaluated in their place: the sampler has converged."""
+"""After this many known proposals in a row the sampler has converged, and a random one is evaluated instead."""
 
 
 class _OrderedNSGAII(NSGAIISampler):
-    """NSGA-II whose parents are in the order of their trials from the first ask of a generation on, not only from
-    the second (read from its cache), so that a search resumed between the two draws the same children."""
+    """NSGA-II with parents in the order of their trials from the first ask of a generation on. In Optuna that holds
+    only from the second ask (read from a cache), so a search resumed between the two would draw other children."""
 
     def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
         return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
 
 
 class OptunaSampler:
-    """Ask/tell in memory. Proposals over budget are told as pruned at once and asked again, so none is evaluated.
+    """Ask/tell in memory. Proposals over budget are at once told as pruned and replaced, so none is evaluated.
 
     Optuna keeps no random state between asks here: each ask gets a sampler seeded by the number of trials, so a
     study rebuilt from the log proposes what the old one would have (a study resumed with the plain seed would
@@ -54,7 +54,7 @@ class OptunaSampler:
     def propose(self, state: SearchState) -> Proposal | None:
         for ended in state.trials[self._read :]:
             if ended.ended:
-                self._observe(ended)  # what was refused or a duplicate was told when it was asked
+                self._observe(ended)  # refused ones and duplicates were told when asked
         self._read = len(state.trials)
         skipped: list[Skipped] = []
         refusals = duplicates = 0
@@ -72,7 +72,7 @@ class OptunaSampler:
                 self._tell(trial, known.values, known.excess)
                 duplicates += 1
             elif not state.unknown(architecture):
-                skipped.append(Skipped("duplicate", architecture, engine))  # of one that is still running
+                skipped.append(Skipped("duplicate", architecture, engine))  # a duplicate of a running one
                 self._tell(trial, (), excess)
                 duplicates += 1
             else:
@@ -80,11 +80,11 @@ class OptunaSampler:
                 return Proposal(architecture, tuple(skipped), engine)
             if refusals == _REFUSALS or duplicates == _DUPLICATES:
                 found = self._instead(architecture, state)
-                # It takes the last trial's place in its generation, with the genome it really has.
+                # It takes the last trial's place in its generation, with its own genome.
                 return found and Proposal(found, tuple(skipped), {**engine, "params": self.genome.encode(found)})
 
     def _instead(self, architecture: Architecture, state: SearchState) -> Architecture | None:
-        """A new architecture inside the budget when the sampler offers none: the last one repaired, else a random
+        """A new architecture inside the budget when the sampler offers none: the last one repaired, or else a random
         one; None when the space seems exhausted."""
         rng = Random(f"{self.seed}/instead/{len(self._trials())}")
         candidates = chain(
@@ -94,7 +94,7 @@ class OptunaSampler:
 
     def _observe(self, trial: Trial) -> None:
         asked = self._asked.pop(trial.architecture, None)
-        if asked is None:  # it stood in for what the study had asked for
+        if asked is None:  # it replaced the one the study asked for
             self.study.add_trial(frozen_trial(self.genome, trial))
         else:
             self._tell(asked, trial.values, trial.excess)
@@ -122,7 +122,7 @@ class OptunaSampler:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self.config.sampler == "nsga2":
                 return _OrderedNSGAII(population_size=self.config.population, seed=seed)
-            # What other lanes are evaluating counts as bad, so that no two look at the same place.
+            # Architectures running in other lanes count as bad, so that lanes explore different places.
             return TPESampler(multivariate=True, n_startup_trials=self.config.population, seed=seed, constant_liar=True)
 
     def _tell(self, trial: optuna.Trial, values: tuple[float, ...], excess: dict[str, float]) -> None:

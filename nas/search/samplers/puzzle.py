@@ -1,14 +1,14 @@
-"""Puzzle (arXiv 2411.19146): score each part of a layer once, then choose the best combination by integer programming.
+"""Puzzle (arXiv 2411.19146): score each part of a layer once, then find the best combination by integer programming.
 
-A part is a layer's attention or its feed-forward. Its score is what the loss gains or loses when it alone replaces its
-like in a parent. A model's loss is then taken to be that of the parent at its width and depth plus the scores of its
-parts, its costs to be such sums too, and ``scipy.optimize.milp`` finds the optimum under any limits: a new budget
-needs no new evaluation. Scores are trials like others, read off the log; ``additivity`` says how far the sums were
-from what was evaluated afterwards.
+A part is a layer's attention or its feed-forward. Its score is the change in loss when it alone replaces its
+counterpart in a parent. A model's loss is modelled as that of the parent at its width and depth plus the scores of
+its parts, and its costs as such sums too. ``scipy.optimize.milp`` then finds the optimum under any limits, so a new
+budget needs no new evaluation. Scores are ordinary trials in the log; ``additivity`` says how far the sums were from
+the losses evaluated afterwards.
 
-Puzzle's parent is a model far over the budget; here nothing over it is evaluated. The parent is the uniform network in
-which the most single parts can be replaced inside the budget, and whose scores also add up best (docs/search.md). A
-part that does not fit there is not chosen.
+Puzzle's parent is a model far over the budget; here nothing over budget is evaluated. The parent is the uniform
+network in which most single parts can be replaced inside the budget; its scores also add up best (docs/search.md).
+A part that does not fit there is not chosen.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, S
 Kind = Literal["attention", "feed_forward"]
 Part = Attention | FeedForward
 Place = tuple[Slot, Kind]
-"""A layer's address, and which of its parts."""
+"""A layer's address and one of its parts."""
 Shape = tuple[tuple[int, int], ...]
 """Width and depth of each stack."""
 _KINDS: tuple[Kind, ...] = ("attention", "feed_forward")
 _CORRECTIONS = 30
-"""Solutions that may turn out over budget, where a cost is no sum over parts, before there is none."""
+"""Attempts before giving up, where solutions turn out over budget because a cost is not a sum over parts."""
 _LEVELS = 16
-"""Levels of cost in a row that may have nothing new before the library counts as exhausted."""
+"""After this many cost levels in a row without a new solution, the library counts as exhausted."""
 _PRIMES = (2, 3, 5, 7, 11)
 
 
@@ -62,13 +62,13 @@ def with_part(architecture: Architecture, place: Place, part: Part) -> Architect
 
 
 def role_of(trial: Trial) -> str | None:
-    """What a trial was evaluated for: ``parent``, ``part``, ``base`` (another width and depth), ``solution``."""
+    """The purpose of a trial: ``parent``, ``part``, ``base`` (another width and depth), ``solution``."""
     return trial.engine.get("puzzle", {}).get("role")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """``bases``: the parent's loss in each shape. ``deltas``: what each part of a place adds; the parent's own: 0."""
+    """``bases``: the parent's loss in each shape. ``deltas``: the loss each part of a place adds (parent's: 0)."""
 
     parent: Architecture
     bases: Mapping[Shape, float]
@@ -76,8 +76,7 @@ class Scores:
 
     @staticmethod
     def of(trials: Iterable[Trial]) -> Scores | None:
-        """From a log, whichever budget its trials were proposed for; None where no parent was evaluated. What failed
-        has no score."""
+        """From a log, for trials of any budget; None where no parent was evaluated. Failed parts have no score."""
         judged = [(trial, trial.loss) for trial in trials if trial.state == "evaluated" and trial.loss is not None]
         found = next(((trial, loss) for trial, loss in judged if role_of(trial) == "parent"), None)
         if found is None:
@@ -126,11 +125,11 @@ def _shaped(architecture: Architecture, shape: Shape) -> Architecture:
 
 
 class Program:
-    """The integer programme of ``scores`` under a budget.
+    """The integer program of ``scores`` under a budget.
 
-    One binary variable per shape, of which one is chosen, and one per width, place and part. A place has one part at
-    the chosen width if its layer is inside the chosen depth, and none otherwise. Costs, which are products of width
-    and part, are sums over these variables.
+    There is one binary variable per shape, exactly one of which is chosen, and one per width, place and part. A place
+    has one part at the chosen width if its layer is inside the chosen depth, and none otherwise. Costs, which depend on
+    width and part together, are sums over these variables.
     """
 
     def __init__(self, scores: Scores, budget: Budget, objectives: Iterable[str] = ()):
@@ -159,11 +158,11 @@ class Program:
     def solve(
         self, caps: Mapping[str, float] | None = None, excluded: Iterable[Architecture] = (), least: str | None = None
     ) -> Architecture | None:
-        """The architecture of least predicted loss (or of the ``least`` cost) inside the budget and under ``caps`` on
-        expected objectives, none of ``excluded``; None where there is none.
+        """The architecture with the lowest predicted loss (or lowest cost ``least``) inside the budget and under
+        ``caps`` on expected objectives, except those in ``excluded``; None where there is none.
 
-        A cost that is no sum over parts (memory has a peak) is corrected: a solution that the pricer finds over budget
-        is excluded, and the line tightened by its excess.
+        A cost that is not a sum over parts (memory has a peak) is corrected: a solution that the pricer finds over
+        budget is excluded, and the line is tightened by its excess.
         """
         caps = caps or {}
         goal = self.losses if least is None else self.costs[self.objectives.index(least)]
@@ -193,7 +192,7 @@ class Program:
 
     @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Of each objective, its least expected cost and that of the best solution, above which no cap binds."""
+        """For each objective, the least expected cost and that of the best solution, above which no cap binds."""
         best = self.solve()
         return {
             name: (self.budget.pricer.expected(least)[name], self.budget.pricer.expected(best)[name])
@@ -202,7 +201,7 @@ class Program:
         }
 
     def _coefficients(self, price: Callable[[Architecture], Sequence[float]]) -> np.ndarray:
-        """[costs, variables]: what each adds, the parent's own parts nothing beyond their shape."""
+        """[costs, variables]: the cost each variable adds; the parent's own parts add nothing beyond their shape."""
         parent = self.scores.parent
         columns = [np.array(price(_shaped(parent, shape)), float) for shape in self.shapes]
         for width, place, part in self.choices:
@@ -212,7 +211,7 @@ class Program:
         return np.array(columns).T
 
     def _structure(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One shape, and one part in each place that it has."""
+        """Constraints: one shape, and one part in each of its places."""
         rows = [np.array([float(i < len(self.shapes)) for i in range(len(self.losses))])]
         for width, place in dict.fromkeys((width, place) for width, place, _ in self.choices):
             row = np.zeros(len(self.losses))
@@ -248,15 +247,15 @@ class Program:
 
 @dataclass
 class PuzzleSampler:
-    """First the scores: the parent, each part in it, the parent in other shapes. Then the optima under the
-    budget and a cap on every cost that is an objective, at levels that halve the gaps between earlier ones (Halton), so
-    that they spread over the front; each time the best that is not known yet."""
+    """First proposes the trials for scores: the parent, each part in it, the parent in other shapes. Then proposes
+    optima under the budget and a cap on every cost that is an objective, each time the best one not known yet. The
+    levels of the caps halve the gaps between earlier ones (Halton), so that they spread over the front."""
 
     feasible: FeasibleSampler
     seed: int
     objectives: tuple[str, ...]
     parts: int
-    """Feed-forward parts scored per layer, fairly over numbers of experts, where a layer has more."""
+    """Most feed-forward parts scored per layer, spread evenly over numbers of experts."""
     _plans: dict[Architecture, dict[Architecture, str]] = field(default_factory=dict, init=False, repr=False)
     _programme: Program | None = field(default=None, init=False, repr=False)
 
@@ -272,7 +271,7 @@ class PuzzleSampler:
         return Proposal(found, engine={"puzzle": {"role": "solution", "predicted": scores.predict(found)}})
 
     def plan(self, parent: Architecture) -> dict[Architecture, str]:
-        """What is evaluated for the scores of ``parent``, with its role; all inside the budget."""
+        """The architectures to evaluate for the scores of ``parent``, with their roles; all inside the budget."""
         if parent not in self._plans:
             space, fits = self.feasible.space, self.feasible.budget.fits
             plan = {parent: "parent"} if fits(parent) else {}
@@ -295,7 +294,7 @@ class PuzzleSampler:
         return max(self._hosts(), key=lambda host: (len(self._replacements(host)), pricer.expected(host)["flops"]))
 
     def _hosts(self) -> list[Architecture]:
-        """Candidates for the parent: uniform networks inside the budget, dense ones where there are any."""
+        """Candidates for the parent: uniform networks inside the budget, dense ones if there are any."""
         space, fits = self.feasible.space, self.feasible.budget.fits
         for sparse in (False, True):
             if hosts := [a for a in uniform_layouts(space, sparse) if a in space and fits(a)]:
@@ -313,7 +312,7 @@ class PuzzleSampler:
 
     @cached_property
     def _library(self) -> dict[Place, list[Part]]:
-        """All parts of a place; of many feed-forward ones the smallest and random ones of each number of experts."""
+        """All parts of a place; of many feed-forward ones, the smallest and random ones per number of experts."""
         library: dict[Place, list[Part]] = {}
         for slot, layer in self.feasible.space.layers.items():
             library[slot, "attention"] = list(layer.attentions)
@@ -356,8 +355,8 @@ def radical_inverse(index: int, base: int) -> float:
 
 
 def additivity(trials: Iterable[Trial]) -> dict[str, float | None] | None:
-    """How far predicted losses of solutions were from the evaluated ones: number, mean absolute error and mean error in
-    nats, Kendall's tau (None where it is not defined); None for a log with fewer than two solutions."""
+    """How far predicted losses of solutions were from evaluated ones: their number, mean absolute error and mean
+    error in nats, and Kendall's tau (None where undefined); None for a log with fewer than two solutions."""
     pairs = [
         (trial.engine["puzzle"]["predicted"], trial.loss)
         for trial in trials

@@ -1,7 +1,7 @@
-"""What the losses of evaluated architectures say of others: a Gaussian process, and where it expects the front to move.
+"""Predicts losses of new architectures with a Gaussian process, and the expected growth of the front.
 
 Rasmussen and Williams 2006, chapter 2. The kernel is linear plus squared exponential: a loss is nearly a sum over
-layers (which integer programming over scores of parts relies on), and what is left is smooth.
+layers (integer programming over scores of parts relies on that too), and the rest is smooth.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moesaic.search_spaces import Architecture, Layer, Slot
 _ABSENT = [0.0] * 10
 """Columns of a layer that an architecture does not have."""
 _LENGTH, _NOISE = 2.0, 0.01
-"""Length scale per root of the number of columns, and variance of what no column explains; both of standardised values.
+"""Length scale per root of the number of columns, and noise variance, both for standardised values.
 Chosen by marginal likelihood on the tables of experiments/search_bench."""
 
 _BLAS = ThreadpoolController()
-"""For small matrices a second thread only spins, on a processor that a lane could use."""
+"""One thread: for small matrices a second one only busy-waits on a processor that a lane could use."""
 
 
 def surrogate_features(
@@ -62,7 +62,7 @@ def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
 
 
 class GaussianProcess:
-    """Of ``values`` [n] at ``x`` [n, columns]. A column that does not vary says nothing."""
+    """Fitted to ``values`` [n] at ``x`` [n, columns]. A column that does not vary is ignored."""
 
     @_BLAS.wrap(limits=1, user_api="blas")
     def __init__(self, x: np.ndarray, values: np.ndarray):
@@ -102,7 +102,7 @@ def expected_gain(
     """[m] expected growth of the hypervolume, up to a factor, by candidates whose loss is normal and whose costs [m, k]
     are known.
 
-    Hypervolume is the integral over cost limits of how far the least loss inside them is below a reference, so its
+    Hypervolume is the integral over cost limits of how far the lowest loss inside them is below a reference, so its
     growth is the integral of the expected improvement (Jones et al. 1998) under each limit. ``limits`` [n, k] sample
     it; ``front`` [f, 1 + k] has the loss first.
     """
