@@ -25,9 +25,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # it is read when a kernel is defined
 
 import torch
 import triton
-from contenders import Case
 from rich.console import Console
 from rich.table import Table
+from rivals import Case
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction

@@ -1,6 +1,6 @@
 """Time the sparse layer on a CPU beside a dense layer of equal active FLOPs and beside other implementations.
 
-Correctness is checked first. Contenders take turns in random order; a ratio is of times taken in the same round.
+Correctness is checked first. Rivals take turns in random order; a ratio is of times taken in the same round.
 Within six minutes:
 python experiments/kernels/cpu.py --threads 1 && python experiments/kernels/cpu.py --threads 2
 Both runs are kept in one file. Hugging Face's layers are timed where transformers is installed.
@@ -23,9 +23,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from contenders import Case, Problem, Run, grouped_mm
 from rich.console import Console
 from rich.table import Table
+from rivals import Case, Problem, Run, grouped_mm
 from torch import Tensor
 
 from moesaic.kernels import Bank, ExpertLayout, reference, sparse_ffn
@@ -69,7 +69,7 @@ ROWS = [
 
 
 @dataclass(frozen=True)
-class Contender:
+class Rival:
     """``run`` computes the layer; a backward pass is timed up to ``leaves``."""
 
     run: Run
@@ -83,7 +83,7 @@ class Contender:
         torch.autograd.grad(self.run(), self.leaves, direction)
 
 
-def dense(problem: Problem) -> Contender:
+def dense(problem: Problem) -> Rival:
     """One expert of as many neurons as a token uses on average, by this tool's own dense path."""
     shape = (problem.active, problem.case.width)
 
@@ -93,28 +93,28 @@ def dense(problem: Problem) -> Contender:
     bank = Bank(matrix(), None if problem.gate is None else matrix(), matrix())
     leaves = [problem.x, *(m for m in (bank.up, bank.gate, bank.down) if m is not None)]
     layout = ExpertLayout((0,), (problem.active,))
-    return Contender(lambda: sparse_ffn(problem.x, bank, layout, None, problem.case.activation, OURS), leaves)
+    return Rival(lambda: sparse_ffn(problem.x, bank, layout, None, problem.case.activation, OURS), leaves)
 
 
-def sparse(problem: Problem, implementation: str) -> Contender:
+def sparse(problem: Problem, implementation: str) -> Rival:
     def run() -> Tensor:
         return sparse_ffn(
             problem.x, problem.bank, problem.layout, problem.route(), problem.case.activation, implementation
         )
 
-    return Contender(run, problem.leaves)
+    return Rival(run, problem.leaves)
 
 
-def sparse_given_routing(problem: Problem) -> Contender:
+def sparse_given_routing(problem: Problem) -> Rival:
     with torch.no_grad():
         found = problem.route()
     weights = found.weights.requires_grad_()
     leaves = [weights, *(leaf for leaf in problem.leaves if leaf is not problem.logits)]
     activation = problem.case.activation
-    return Contender(lambda: sparse_ffn(problem.x, problem.bank, problem.layout, found, activation, OURS), leaves)
+    return Rival(lambda: sparse_ffn(problem.x, problem.bank, problem.layout, found, activation, OURS), leaves)
 
 
-def hugging_face(problem: Problem, implementation: str) -> Contender:
+def hugging_face(problem: Problem, implementation: str) -> Rival:
     """Experts of transformers (Mixtral's, or NemotronH's where there is no gate), padded to the largest."""
     up, gate, down = problem.stacked
     names = {"hidden_size": problem.case.width, "_experts_implementation": implementation}
@@ -136,17 +136,17 @@ def hugging_face(problem: Problem, implementation: str) -> Contender:
         weights, chosen = problem.top_k()
         return experts(problem.x, chosen, weights.to(problem.x.dtype))
 
-    return Contender(run, [problem.x, problem.logits, *experts.parameters()])
+    return Rival(run, [problem.x, problem.logits, *experts.parameters()])
 
 
-def contenders(problem: Problem) -> dict[str, Contender]:
+def rivals(problem: Problem) -> dict[str, Rival]:
     stacked = [m for m in problem.stacked if m is not None]
     found = {
         "dense": dense(problem),
         "routing given": sparse_given_routing(problem),
         "with routing": sparse(problem, OURS),
         "reference": sparse(problem, "reference"),
-        "grouped_mm": Contender(grouped_mm(problem), [problem.x, problem.logits, *stacked]),
+        "grouped_mm": Rival(grouped_mm(problem), [problem.x, problem.logits, *stacked]),
     }
     if problem.case.threshold is None and find_spec("transformers"):
         names = ["eager", "grouped_mm"]
@@ -156,7 +156,7 @@ def contenders(problem: Problem) -> dict[str, Contender]:
     return found
 
 
-def check(problem: Problem, found: dict[str, Contender]) -> float:
+def check(problem: Problem, found: dict[str, Rival]) -> float:
     """Largest relative Frobenius error of our output and gradients; of the others' outputs too, in an assertion."""
     direction = torch.randn_like(problem.x)
     leaves = problem.leaves
@@ -176,8 +176,8 @@ def check(problem: Problem, found: dict[str, Contender]) -> float:
     tolerance = TOLERANCE[problem.x.dtype]
     if worst > tolerance:
         raise SystemExit(f"{problem.case.name}: relative error {worst:.1e} exceeds {tolerance}")
-    for name, contender in found.items():
-        if name != "dense" and error(contender.run().detach(), truth[0].detach()) > tolerance:
+    for name, rival in found.items():
+        if name != "dense" and error(rival.run().detach(), truth[0].detach()) > tolerance:
             raise SystemExit(f"{problem.case.name}: {name} computes something else")
     return worst
 
@@ -206,7 +206,7 @@ def measure(shape: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]
         # float64, and one such value is a relative error of 1e-3 in a gradient.
         problem.x.mul_(4).round_().div_(4)
         problem.up.mul_(256).round_().div_(256)
-    found = contenders(problem)
+    found = rivals(problem)
     worst = check(problem, found)
     direction = torch.randn_like(problem.x)
     passes = {

@@ -27,9 +27,9 @@ if "--smoke" in sys.argv:
 
 import torch
 import triton
-from contenders import Case, Problem, Run, contenders
 from rich.console import Console
 from rich.table import Table
+from rivals import Case, Problem, Run, rivals
 from torch import Tensor
 
 from moesaic.kernels import Bank, reference
@@ -157,13 +157,13 @@ def relative_error(run: Run, problem: Problem) -> float:
 
 
 def check(cases: list[Case], device: torch.device, path: Path | None) -> dict[str, dict[str, float]]:
-    """Errors of every contender on every case, with fewer tokens. Exits when ours is wrong."""
+    """Errors of every rival on every case, with fewer tokens. Exits when ours is wrong."""
     errors: dict[str, dict[str, float]] = {}
     for case in cases:
         few = Case(**{**case.__dict__, "tokens": min(case.tokens, 512)})
         problem = Problem(few, device, dtype(device))
         errors[case.name] = {}
-        for name, make in contenders(few, path).items():
+        for name, make in rivals(few, path).items():
             if name not in ("dense", "moesaic, routing given"):
                 errors[case.name][name] = relative_error(make(problem), problem)
         if errors[case.name]["moesaic"] > 1e-2:
@@ -180,19 +180,19 @@ def matrix_rate(device: torch.device, clock: Clock, size: int) -> float:
 
 
 def measure(case: Case, device: torch.device, clock: Clock, path: Path | None, seconds: float) -> dict[str, Any]:
-    """One row: per contender milliseconds and TFLOP/s of both passes, and peak memory of a training step."""
+    """One row: per rival milliseconds and TFLOP/s of both passes, and peak memory of a training step."""
     problem = Problem(case, device, dtype(device))
-    runs = {name: make(problem) for name, make in contenders(case, path).items()}
+    runs = {name: make(problem) for name, make in rivals(case, path).items()}
     forward = interleaved({n: without_gradients(r) for n, r in runs.items()}, clock, seconds)
     steps = {n: with_backward(r, problem) for n, r in runs.items()}
     both = interleaved(steps, clock, seconds)
     row: dict[str, Any] = {
         "case": case.name, "source": case.source, "tokens": case.tokens, "width": case.width,
         "experts": len(case.sizes), "sizes": sorted(set(case.sizes)), "max_experts": case.max_experts,
-        "threshold": case.threshold, "activation": case.activation, "pairs": problem.pairs, "contenders": {},
+        "threshold": case.threshold, "activation": case.activation, "pairs": problem.pairs, "rivals": {},
     }  # fmt: skip
     for name in runs:
-        row["contenders"][name] = {
+        row["rivals"][name] = {
             "forward_ms": round(forward[name], 4),
             "step_ms": round(both[name], 4),
             "forward_tflops": round(problem.flops / forward[name] / 1e9, 1),
@@ -201,7 +201,7 @@ def measure(case: Case, device: torch.device, clock: Clock, path: Path | None, s
         if clock.cuda:
             for leaf in problem.leaves:
                 leaf.grad = None
-            row["contenders"][name]["peak_mib"] = round(peak_mib(steps[name]), 1)
+            row["rivals"][name]["peak_mib"] = round(peak_mib(steps[name]), 1)
     if clock.cuda:
         row["graphed_forward_ms"] = graphed_ms(runs["moesaic"], clock)
         row["launch_bound_share"] = round(1 - row["graphed_forward_ms"] / forward["moesaic"], 3)
@@ -213,7 +213,7 @@ def proportion(device: torch.device, clock: Clock, seconds: float) -> dict[str, 
     per_pair = {}
     for count in (1, 2, 4, 8):
         problem = Problem(Case(**{**PROPORTION.__dict__, "max_experts": count}), device)
-        run = contenders(problem.case, None)["moesaic, routing given"](problem)
+        run = rivals(problem.case, None)["moesaic, routing given"](problem)
         per_pair[count] = interleaved({"": without_gradients(run)}, clock, seconds)[""] / problem.pairs
     mean = sum(per_pair.values()) / len(per_pair)
     deviation = {count: round(value / mean - 1, 3) for count, value in per_pair.items()}
@@ -225,9 +225,9 @@ def targets(rows: list[dict[str, Any]], rate: float, proportional: dict[str, Any
 
     def worst(against: str, kind: Callable[[dict[str, Any]], bool], figure: str) -> float | None:
         found = [
-            row["contenders"][against][figure] / row["contenders"]["moesaic"][figure]
+            row["rivals"][against][figure] / row["rivals"]["moesaic"][figure]
             for row in rows
-            if kind(row) and against in row["contenders"]
+            if kind(row) and against in row["rivals"]
         ]
         return round(min(found), 2) if found else None
 
@@ -243,7 +243,7 @@ def targets(rows: list[dict[str, Any]], rate: float, proportional: dict[str, Any
                 found.append({"goal": f"{name}: times faster than {against}, {figure}", "least": least, "found": ratio})
         found.append({"goal": f"{name}: ScatterMoE's peak memory over ours", "least": 1.0,
                       "found": worst("scattermoe", kind, "peak_mib")})  # fmt: skip
-    wide = [row["contenders"]["moesaic"] for row in rows if row["width"] >= 2048 and row["tokens"] >= 8192]
+    wide = [row["rivals"]["moesaic"] for row in rows if row["width"] >= 2048 and row["tokens"] >= 8192]
     for figure, least in (("forward_tflops", 0.70), ("step_tflops", 0.55)):
         share = round(min(row[figure] for row in wide) / rate, 3) if wide else None
         found.append({"goal": f"share of the matrix rate at width >= 2048, {figure}", "least": least, "found": share})
@@ -261,11 +261,11 @@ def precompile(case: Case, capability: int) -> None:
 
 
 def show(console: Console, rows: list[dict[str, Any]], goals: list[dict[str, Any]], rate: float) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
     for figure in ("forward_tflops", "step_tflops"):
         table = Table("case", *names, title=f"{figure}; matrix rate {rate:.0f} TFLOP/s")
         for row in rows:
-            table.add_row(row["case"], *(str(row["contenders"].get(n, {}).get(figure, "-")) for n in names))
+            table.add_row(row["case"], *(str(row["rivals"].get(n, {}).get(figure, "-")) for n in names))
         console.print(table)
     table = Table("goal", "at least", "found", "met")
     for goal in goals:

@@ -232,7 +232,7 @@ def scattermoe(problem: Problem) -> Run:
     return run
 
 
-def contenders(case: Case, scattermoe_path: Path | None) -> dict[str, Callable[[Problem], Run]]:
+def rivals(case: Case, scattermoe_path: Path | None) -> dict[str, Callable[[Problem], Run]]:
     """By name, those that can compute the case here."""
     found: dict[str, Callable[[Problem], Run]] = {
         "moesaic": ours,
