@@ -1,4 +1,4 @@
-"""What the scripts share: the facts of a result, tables that grow row by row, work in processes, Markdown.
+"""Shared by the scripts: facts of a result, tables that grow row by row, work in processes, Markdown.
 
 Scripts are modules: ``python -m experiments.pricing.run``, from the root of the repository.
 """
@@ -27,12 +27,12 @@ Result = TypeVar("Result")
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the docstring of a script as it is."""
+    """A parser that shows the docstring of a script unchanged."""
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script. An error that a person can put right is a message, not a traceback."""
+    """Run a script. An error that the user can fix is printed as a message, without traceback."""
     try:
         main()
     except MoesaicError as error:
@@ -45,7 +45,7 @@ def today() -> str:
 
 
 def facts(device: object) -> Row:
-    """What every result says of itself."""
+    """Date, device and versions, which every result records."""
     return {"date": today(), "device": str(device), "versions": versions()}
 
 
@@ -55,7 +55,7 @@ def digest(values: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a table with a JSON record per line; none where there is no file."""
+    """The rows of a table with a JSON record per line; none if there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -67,8 +67,8 @@ def append_row(path: Path, row: Row) -> None:
 def in_processes(
     work: Callable[..., Result], jobs: Mapping[Key, tuple], lanes: int
 ) -> Iterator[tuple[Key, Future[Result]]]:
-    """Call ``work`` with the arguments of each job, ``lanes`` at a time, each in a process. Jobs come back as they end,
-    by key."""
+    """Call ``work`` with the arguments of each job, ``lanes`` at a time, each in a process. Yields jobs as they
+    end, by key."""
     with ProcessPoolExecutor(lanes, mp_context=multiprocessing.get_context("spawn")) as pool:
         keys = {pool.submit(work, *arguments): key for key, arguments in jobs.items()}
         for future in as_completed(keys):
@@ -76,11 +76,11 @@ def in_processes(
 
 
 def do_stage(run: Run, name: str) -> None:
-    """Do one stage of a run, unless it is complete."""
+    """Run one stage of a run unless it is complete."""
     run_stages(run, Console(stderr=True), only=name)
 
 
 def markdown(columns: str, rows: Sequence[Sequence[str]]) -> str:
-    """A table. ``columns`` are names separated by ``|``."""
+    """A Markdown table. ``columns`` are names separated by ``|``."""
     names = columns.split("|")
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (names, ["---"] * len(names), *rows))

@@ -1,12 +1,12 @@
-"""What the search's engine costs beside the evaluations themselves: this process, one lane of Ray, two, four nodes.
+"""Overhead of the search's engine beside the evaluations: in this process, with one and two Ray lanes, on four nodes.
 
 python -m experiments.executors.run lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
-python -m experiments.executors.run length [--trials 10000]               does a trial get dearer the more there are?
+python -m experiments.executors.run length [--trials 10000]               does the cost per trial grow with them?
 python -m experiments.executors.run memory                                does a lane copy the weights?
 
-Searches are whole ones (proposals, budget, log on the disk, Optuna's journal) over the preset `small`. `lanes`
-evaluates with the supernet's random weights, which take as long as trained ones; `length` with a formula, so that the
-engine is all there is. Let nothing else run beside `lanes`.
+Searches are complete (proposals, budget, log on disk, Optuna's journal) and use the preset `small`. `lanes` evaluates
+with random weights of the supernet, which take as long as trained ones; `length` with a formula, so that only the
+engine takes time. Run nothing else beside `lanes`.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ SEED, VOCABULARY, WINDOWS, LENGTH = 0, 1024, 64, 128
 SPACE = load_space(preset_source("small"))
 DEVICE = DeviceConfig(device="cpu", threads=1)
 PRIVATE = re.compile(r"^Private_(?:Clean|Dirty): +(\d+) kB", re.MULTILINE)
-"""Of Linux's account of a process's memory."""
+"""Matches private memory in ``/proc/PID/smaps_rollup``."""
 
 
 def search(
     executor: Executor, trials: int, sampler: str = "evolution", on_trial: Callable[[], None] = lambda: None
 ) -> tuple[float, list[Trial]]:
-    """Seconds of a whole search, and its trials."""
+    """Seconds of a complete search, and its trials."""
     config = SearchConfig.model_validate({"sampler": sampler, "trials": trials})
     pricer = Pricer(Context(VOCABULARY, LENGTH, 8))
     budget = resolve_budget(Config.model_validate({"budget": {"flops": "60%"}}).budget, SPACE, pricer)
@@ -92,7 +92,7 @@ def search(
 
 @contextmanager
 def cluster_of(nodes: int) -> Iterator[str]:
-    """The address of a cluster on this machine: a head without processors, and nodes of one each."""
+    """The address of a cluster on this machine: a head without processors, and nodes with one each."""
     cluster = Cluster()
     cluster.add_node(num_cpus=0)
     for _ in range(nodes):
@@ -128,7 +128,7 @@ def random_judge() -> Judge:
 
 
 def bare_evaluations(count: int, start: Any) -> float:
-    """Milliseconds of each of ``count`` evaluations with no engine around them, after ``start``, a barrier."""
+    """Milliseconds per evaluation over ``count`` evaluations without the engine, after the barrier ``start``."""
     judge, rng = random_judge(), Random(SEED)
     architectures = [SPACE.sample_balanced(rng) for _ in range(count)]
     judge(architectures[0])
@@ -140,7 +140,7 @@ def bare_evaluations(count: int, start: Any) -> float:
 
 
 def ceiling(count: int) -> float:
-    """How near two processes that know nothing of each other come to twice the speed of one on this machine."""
+    """How close two independent processes come to twice the speed of one on this machine, as a share."""
     times = []
     with multiprocessing.get_context("spawn").Manager() as manager:
         for processes in (1, 2):
@@ -151,7 +151,7 @@ def ceiling(count: int) -> float:
 
 
 def measure_lanes(trials: int, rounds: int) -> Row:
-    """Rounds of all ways, one after another, so that a slow minute of the machine meets all of them."""
+    """Rounds of all ways in turn, so that slow minutes of the machine affect all of them."""
     judge = random_judge()
     rows: list[Row] = []
     ceilings: list[float] = []
@@ -188,8 +188,8 @@ def measure_lanes(trials: int, rounds: int) -> Row:
 
 
 def measure_memory() -> list[Row]:
-    """Megabytes that belong to each of two lanes alone, once both have evaluated, for supernets that differ in their
-    embedding."""
+    """Private memory in MB of each of two lanes after both have evaluated, for supernets with small and large
+    embeddings."""
     rows, token = [], torch.zeros((1, 1), dtype=torch.int64)
     for vocabulary in (1_000, 200_000):
         model = Transformer(SPACE.envelope, vocabulary).eval()
@@ -209,7 +209,7 @@ def measure_memory() -> list[Row]:
 
 
 def formula(architecture: Architecture) -> Evaluation:
-    """More active neurons are better, with falling returns."""
+    """A loss that falls with active neurons, with diminishing returns."""
     layers = architecture.layers.values()
     active = sum(layer.feed_forward.worst_active_neurons for layer in layers)
     loss = 3 + 20 / architecture.output.width + 100 / (100 + active)
@@ -217,7 +217,7 @@ def formula(architecture: Architecture) -> Evaluation:
 
 
 def measure_length(trials: int) -> Row:
-    """Milliseconds of the engine per trial in the last tenth before so many trials."""
+    """Engine time per trial in milliseconds, over the last tenth before each number of trials."""
     found = {}
     for sampler in ("random", "evolution"):
         ends: list[float] = []

@@ -1,9 +1,9 @@
-"""Train supernets, one change at a time, and write down the loss of every member of the stratified set with each.
+"""Train supernets with one change each and record the loss of every member of the stratified set.
 
 python -m experiments.fidelity.ablation small|gpu [--seeds 2] [--lanes 2] [--only NAME ...] [--weights FOLDER]
 
 The changes are in the variant's ablation.yaml: a name, overrides of the configuration, steps of fine-tuning. Rows go
-to ablation.jsonl in the variant's folder. Supernets that are there are not trained again. --weights keeps them.
+to ablation.jsonl in the variant's folder. Supernets with rows there are not trained again. --weights saves them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moesaic.supernet import TrainData, TrainSettings, train
 
 
 def score(variant: str, name: str, change: Row, seed: int, weights: Path | None) -> list[Row]:
-    """Train one supernet and evaluate every member with its weights: a row with these losses, and one for each number
-    of steps that members are fine-tuned before they are judged."""
+    """Train one supernet and evaluate every member with its weights: one row with these losses, and one per number of
+    fine-tuning steps before evaluation."""
     overrides = [*change.get("overrides", []), f"seed={seed}"]
     run = open_variant(variant, overrides)
     started = time.perf_counter()
@@ -65,7 +65,7 @@ def judge_members(run: Run, model: Transformer, steps: int = 0) -> Row:
 
 
 def fine_tuned(run: Run, model: Transformer, steps: int) -> Transformer:
-    """``model`` trained for ``steps`` more on batches that the supernet did not see, from a third of its rate."""
+    """``model`` trained for ``steps`` more on batches that the supernet did not see, at a third of its rate."""
     config, after = run.config.supernet, run.config.supernet.steps
     data = TrainData(
         lambda step: run.task.batch(config.batch_size, run.config.seed, after + step),

@@ -1,6 +1,6 @@
-"""Draws what the ground truth says of its own seeds, of inherited losses, and of each change of the supernet.
+"""Draw how a second seed, inherited losses and each change of the supernet agree with the ground truth.
 
-python -m experiments.fidelity.figure small|gpu [CHANGE]     whose inherited losses are shown; base without one
+python -m experiments.fidelity.figure small|gpu [CHANGE]     shows inherited losses of CHANGE (default: base)
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from moesaic.search_spaces import Router
 
 SPREAD, BAND_RANDOM, BAND_UNIFORM, BAND_DENSE = 28, 12, 5, 3
 BAND_WIDTH = 0.05
-"""Members of the band are this close to its centre, priced before training."""
+"""Members of the band are this close to its centre, by costs priced before training."""
 _DRAWS = 4000
 _TOP_2 = Router("top_k", k=2)
 
@@ -25,11 +25,11 @@ class Member:
 
 
 def stratified(space: SearchSpace, pricer: Pricer, centre: float, seed: int) -> list[Member]:
-    """``SPREAD`` members, one from each of as many equal steps of log FLOPs, then those of the band: random ones,
-    uniform layouts under top-2 and dense ones. ``centre`` is in FLOPs per token."""
+    """``SPREAD`` members, one from each of ``SPREAD`` equal steps of log FLOPs, then those of the band: random ones,
+    uniform layouts with top-2 and dense ones. ``centre`` is in FLOPs per token."""
     rng = Random(f"{seed}/fidelity")
     drawn = sorted((space.sample_balanced(rng) for _ in range(_DRAWS)), key=lambda a: pricer.expected(a)["flops"])
-    drawn = drawn[_DRAWS // 100 :]  # the cheapest hundredth is one corner of the space, over and over
+    drawn = drawn[_DRAWS // 100 :]  # the cheapest hundredth comes from one corner of the space
     chosen = [("spread", a) for a in _over_the_range(drawn, pricer, rng)]
 
     def in_band(architectures: list[Architecture]) -> list[Architecture]:

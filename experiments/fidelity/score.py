@@ -28,14 +28,14 @@ from moesaic import (
 )
 
 NEAR = 0.1
-"""Two members are of one FLOP band when their FLOPs differ by at most this share."""
+"""Two members are a near pair if their FLOPs differ by at most this share."""
 SPLITS = 200
 TRAININGS = (8, 12, 16, 24)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Of each member, [n]: ``losses`` on the test split by seed [seeds, n], and what the model cost when measured."""
+    """The ground truth of n members: ``losses`` [seeds, n] on the test split, and measured costs [n]."""
 
     architectures: list[Architecture]
     strata: list[str]
@@ -49,7 +49,7 @@ class Truth:
 
     @property
     def band(self) -> np.ndarray:
-        """[n] whether a member is of the narrow band."""
+        """[n] whether a member is in the narrow band."""
         return np.array([stratum.startswith("band") for stratum in self.strata])
 
 
@@ -74,8 +74,8 @@ def read_truth(folder: Path) -> Truth:
 
 
 def near_tau(judged: np.ndarray, truth: np.ndarray, flops: np.ndarray) -> float:
-    """Kendall's tau over the pairs of nearly equal FLOPs alone: concordant less discordant ones, over all. A pair that
-    the truth does not tell apart, as one drawn twice by a bootstrap, does not count; NaN without a pair."""
+    """Kendall's tau over the pairs of nearly equal FLOPs only: (concordant - discordant) / all. Pairs with equal true
+    loss, such as a member drawn twice by a bootstrap, do not count; NaN without pairs."""
     near = np.abs(np.log(flops[:, None] / flops[None, :])) <= np.log1p(NEAR)
     order = np.sign(truth[:, None] - truth[None, :])
     pairs = np.triu(near, 1) & (order != 0)
@@ -100,14 +100,14 @@ def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) 
 
 
 def columns(truth: Truth, inherited: np.ndarray) -> np.ndarray:
-    """[n, columns] what the tool's correction knows of each member, the inherited loss first."""
+    """[n, columns] the features of each member for the tool's correction, the inherited loss first."""
     rows = zip(truth.architectures, inherited, truth.flops, truth.parameters, strict=True)
     return correction_features([Judged(architecture, *values) for architecture, *values in rows])
 
 
 def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
-    """Means, over random splits, of the tool's correction learnt from ``runs`` stand-alone losses of one seed, on the
-    members that it did not see: tau overall and over near pairs; regret of its first of them all and of the band."""
+    """Means over random splits: the tool's correction is fitted to ``runs`` stand-alone losses of one seed and judged
+    on the other members by tau overall and over near pairs, and by regret overall and in the band."""
     rng, found = np.random.default_rng(0), []
     for _ in range(SPLITS):
         order = rng.permutation(len(truth.loss))
@@ -131,12 +131,12 @@ def corrected(x: np.ndarray, truth: Truth, runs: int) -> dict[str, float]:
 
 
 def first_regret(judged: np.ndarray, truth: np.ndarray) -> float:
-    """How far the true loss of the judge's first is above the best there is, relative to that."""
+    """By how much the true loss of the judge's first choice exceeds the best, relative to the best."""
     return float(truth[judged.argmin()] / truth.min() - 1)
 
 
 def change_row(name: str, seeds: list[Row], base: dict[int, np.ndarray], truth: Truth) -> Row:
-    """One change of the supernet: means over its seeds, and its difference to the base with the same seed."""
+    """One change of the supernet: means over seeds, and the difference to the base with the same seeds."""
     losses = [np.array(row["losses"]) for row in seeds]
     scores = [assess(loss, truth) for loss in losses]
     pairs = [(loss, base[row["seed"]]) for row, loss in zip(seeds, losses, strict=True) if row["seed"] in base]
@@ -176,8 +176,8 @@ def ablation_rows(folder: Path, truth: Truth) -> list[Row]:
 
 
 def correction_rows(folder: Path, truth: Truth, change: str) -> list[Row]:
-    """How far few stand-alone trainings correct the ranking: with costs alone, with the coarse shape as well, and with
-    the inherited losses of ``change`` (the mean over its seeds) as well."""
+    """How well a few stand-alone trainings correct the ranking: from costs alone, with the coarse shape added, and with
+    the inherited losses of ``change`` (mean over its seeds) added."""
     inherited = [np.array(row["losses"]) for row in read_rows(folder / "ablation.jsonl") if row["change"] == change]
     rows = []
     for runs in TRAININGS:
@@ -195,7 +195,7 @@ def correction_rows(folder: Path, truth: Truth, change: str) -> list[Row]:
 
 
 def proxies(truth: Truth) -> dict[str, np.ndarray]:
-    """Judges that cost nothing. The combination is a regression on both, each member predicted from the others."""
+    """Judges without training. The combination is a regression on both, each member predicted from the others."""
     costs = np.stack([np.log(truth.flops), np.log(truth.parameters)], 1)
     return {
         "more FLOPs": -truth.flops,
@@ -205,7 +205,7 @@ def proxies(truth: Truth) -> dict[str, np.ndarray]:
 
 
 def ceiling(truth: Truth) -> Row:
-    """One seed of the ground truth as the judge of another: what a judge can reach that is as good as a training."""
+    """One seed of the ground truth judged by another: the ceiling, reached by a judge as good as a training."""
     first, second = truth.losses[:2]
     noise = float((first - second - (first - second).mean()).std(ddof=1) / 2**0.5)
     return {

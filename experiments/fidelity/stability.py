@@ -1,4 +1,4 @@
-"""What makes a stand-alone loss repeatable: initial weights, and the length of training. Two seeds each.
+"""How repeatable a stand-alone loss is, by initial weights and length of training. Two seeds each.
 
 python -m experiments.fidelity.stability
 """
@@ -22,7 +22,7 @@ INITIAL_STEPS, LONG_STEPS, EVERY, WINDOWS = 300, 1600, 100, 512
 
 
 def gpt2_weights(model: Transformer) -> None:
-    """Normal(0, 0.02), smaller by sqrt(2 L) where a layer writes to the residual stream (Radford et al. 2019)."""
+    """Normal(0, 0.02), divided by sqrt(2 L) where a layer writes to the residual stream (Radford et al. 2019)."""
     residual = 0.02 / (2 * len(model.architecture.layers)) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:

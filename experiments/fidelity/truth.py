@@ -2,8 +2,8 @@
 
 python -m experiments.fidelity.truth small|gpu [--seeds 2] [--lanes 2]
 
-Writes members.jsonl and truth.jsonl in the variant's folder, a row per training. Rows that are there are not repeated,
-so the work may be stopped at any time and spread over days.
+Writes members.jsonl and truth.jsonl in the variant's folder, a row per training. Existing rows are not repeated, so
+the work may be stopped at any time and continued later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def open_variant(variant: str, overrides: Sequence[str] = ()) -> Run:
-    """The variant's configuration, with its text and device ready to use."""
+    """The run of the variant's configuration, with its text and device."""
     return open_run(HERE / f"{variant}.yaml", overrides, HERE / variant)
 
 
@@ -53,7 +53,7 @@ def train_alone(variant: str, architecture: Row, seed: int) -> Row:
 
 
 def choose_members(run: Run) -> list[Row]:
-    """The rows of members.jsonl, which is written when it is not there: the set stays what it was."""
+    """The rows of members.jsonl, which is written only if missing, so that the set does not change."""
     path, pricer = run.path / "members.jsonl", Pricer(run.context)
     if not path.exists():
         centre = resolve_budget(run.config.budget, run.space, pricer).lines[0].limit
@@ -75,7 +75,7 @@ def main() -> None:
     run.path.mkdir(exist_ok=True)
     table = run.path / "truth.jsonl"
     done = {(row["member"], row["seed"]) for row in read_rows(table)}
-    # Seed by seed, so that a table that is cut off has all members under one seed before any under the next.
+    # Seed by seed, so that an incomplete table has all members under one seed before any under the next.
     todo = {
         (member["member"], seed): (arguments.variant, member["architecture"], seed)
         for seed in range(arguments.seeds)

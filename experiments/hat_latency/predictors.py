@@ -1,4 +1,4 @@
-"""The measurements of HAT and what predicts them: its own network, boosting, non-negative terms, terms with drift."""
+"""HAT's measurements and predictors of them: its own network, boosting, non-negative terms, terms with drift."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HAT_UNITS = (200, 300, 5000)  # milliseconds that HAT divides latencies by: TITA
 HAT_STEPS = 5000
 TREES = 400
 ANCHOR_EVERY = 10
-ROUNDS = 3  # of coefficients, drift and weights in turn; a fourth changed no MAPE by 0.05 points
+ROUNDS = 3  # of coefficients, drift and weights in turn; a fourth changed MAPE by less than 0.05 points
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def terms(self) -> np.ndarray:
-        """[n, 9]. Heads have no term: they share 512 dimensions, so their number changes no multiplication."""
+        """[n, 9]. Heads have no term: they share 512 dimensions, so their number does not change the work."""
         source = self.features[:, 0]
         width, layers, inner, _, _, attended = self.features[:, 4:].T
         decoder = [layers, layers * width, layers * width * inner, layers * attended, layers * attended * source, width]
@@ -104,7 +104,7 @@ def _numbers(row: dict[str, str], where: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Drifting:
-    """Non-negative terms times a machine that drifts: the predictor this experiment is about."""
+    """Non-negative terms times the drift of the machine: the predictor under test."""
 
     coefficients: np.ndarray
     drift: Drift
@@ -112,9 +112,9 @@ class Drifting:
 
     @staticmethod
     def of(rows: Rows) -> Drifting:
-        """Coefficients from measurements at equal speed, drift from what they leave, in turn.
+        """Fits in turn coefficients to drift-corrected measurements and drift to the residuals.
 
-        Huber's weights at one standard deviation: what disturbs a measurement only slows it, so tails are heavy.
+        Huber weights at one standard deviation: disturbances only slow a measurement, so tails are heavy.
         """
         coefficients = fit(rows.terms, rows.latency)
         drift = Drift.of(rows.times, np.log(rows.latency / (rows.terms @ coefficients)))
@@ -126,11 +126,11 @@ class Drifting:
         return Drifting(coefficients, drift, float(np.median(drift.factor(rows.times))))
 
     def at_typical_speed(self, rows: Rows) -> np.ndarray:
-        """Milliseconds [n] at the median speed of the training rows: nothing is known of when a row is measured."""
+        """Milliseconds [n] at the median speed of the training rows, without use of the measuring order."""
         return rows.terms @ self.coefficients * self.typical
 
     def at_time(self, rows: Rows) -> np.ndarray:
-        """Milliseconds [n] at the speed that the machine had for the training rows around each row."""
+        """Milliseconds [n] at the machine's speed for the training rows around each row."""
         return rows.terms @ self.coefficients * self.drift.factor(rows.times)
 
 
@@ -140,10 +140,10 @@ def _huber(residuals: np.ndarray) -> np.ndarray:
 
 
 def anchored(train: Rows, test: Rows) -> np.ndarray:
-    """Milliseconds [n] with the speed from anchors: of every tenth row, also of ``test``, only the encoder is used.
+    """Milliseconds [n] with the speed from anchors: the encoder of every tenth row, also of ``test`` rows.
 
-    HAT measured each encoder (always 6 layers, 4 to 5 % of a latency) just before its decoder: it stands for the one
-    model that a calibration measures again and again.
+    HAT measured each encoder (always 6 layers, 4 to 5 % of a latency) just before its decoder. So it can play the part
+    of the one model that a calibration measures repeatedly.
     """
     encoder = fit(train.encoder_terms, train.encoder)
     every = [rows.take(rows.times % ANCHOR_EVERY == 0) for rows in (train, test)]
@@ -157,12 +157,12 @@ def anchored(train: Rows, test: Rows) -> np.ndarray:
 
 
 def nnls(train: Rows, rows: Rows) -> np.ndarray:
-    """Non-negative least squares on the relative error with the 12 terms, nothing else."""
+    """Non-negative least squares on the relative error with the 12 terms only."""
     return rows.terms_with_heads @ fit(train.terms_with_heads, train.latency)
 
 
 def depth_mean(train: Rows, rows: Rows) -> np.ndarray:
-    """The mean latency of the training rows with as many decoder layers (of all, where there is none)."""
+    """The mean latency of the training rows with the same number of decoder layers (of all rows if none has)."""
     means = {depth: train.latency[train.depths == depth].mean() for depth in np.unique(train.depths)}
     return np.array([means.get(depth, train.latency.mean()) for depth in rows.depths])
 
@@ -187,7 +187,7 @@ def boosting(train: Rows, validation: Rows, rows: Rows, seed: int, order_known: 
 
 
 def scikit_learn() -> Any:
-    """``sklearn.ensemble``. Raises MoesaicError where it is not installed: only this experiment needs it."""
+    """``sklearn.ensemble``. Raises MoesaicError if it is not installed: only this experiment needs it."""
     try:
         return importlib.import_module("sklearn.ensemble")
     except ImportError:

@@ -1,4 +1,4 @@
-"""How well HAT's published latency measurements can be predicted, and how much of the error is drift of the machine.
+"""How well can HAT's published latencies be predicted, and how much of the error is drift of the machine?
 
 The measurements are of HAT (Wang et al., ACL 2020), https://github.com/mit-han-lab/hardware-aware-transformers, folder
 latency_dataset: one row per network, in measuring order. Results are means over random 80/10/10 splits.
@@ -33,12 +33,12 @@ from experiments.hat_latency.predictors import (
 from moesaic import Accuracy, DeviceConfig, Interval, choose_device, fit, leave_one_out, versions, write_value
 
 TRAINING_ROWS = (25, 50, 100, 400, 1600)
-CALIBRATION = 40  # whole models that an interval is made from, as in a calibration of Moesaic
+CALIBRATION = 40  # whole models from which an interval is made, as in a calibration of Moesaic
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one random split gave: a record per predictor, and the predictions that the figure shows."""
+    """Results of one random split: a record per predictor, and the predictions for the figure."""
 
     accuracy: dict[str, dict[str, Any]]
     coverage: dict[str, float]
@@ -49,7 +49,7 @@ class Split:
 
 
 def random_split(rows: Rows, seed: int) -> Split:
-    """Everything on one split into 80 % training, 10 % validation and 10 % test rows."""
+    """All predictors on one split into 80 % training, 10 % validation and 10 % test rows."""
     rng = np.random.default_rng(seed)
     order, tenth = rng.permutation(len(rows)), len(rows) // 10
     train, validation, test = (rows.take(part) for part in np.split(order, [8 * tenth, 9 * tenth]))
@@ -84,7 +84,7 @@ def random_split(rows: Rows, seed: int) -> Split:
 
 
 def _ceiling(predicted: np.ndarray, measured: np.ndarray, depths: np.ndarray, rng: np.random.Generator) -> float | None:
-    """Tau within depth of exact predictions [n] with the noise of these: the errors are dealt anew, 20 times."""
+    """Tau within depth of exact predictions under the same noise: the errors are permuted 20 times."""
     noise = measured / predicted
     dealt = [Accuracy.of(predicted, predicted * rng.permutation(noise), depths).tau_within_depth for _ in range(20)]
     return _mean(dealt)
@@ -108,9 +108,9 @@ def _mape_by_rows(train: Rows, validation: Rows, test: Rows, seed: int) -> dict[
 
 
 def _coverage(predicted: np.ndarray, validation: np.ndarray, test: np.ndarray, rng: np.random.Generator) -> float:
-    """Share of the test rows inside the 95 % interval of 40 validation rows, over 50 draws of those.
+    """Share of the test rows inside the 95 % interval from 40 validation rows, mean over 50 draws.
 
-    ``predicted`` is for the validation rows and then the test rows.
+    ``predicted`` has the validation rows first, then the test rows.
     """
     residuals = np.log(validation / predicted[: len(validation)])
     ratio = test / predicted[len(validation) :]
@@ -119,7 +119,7 @@ def _coverage(predicted: np.ndarray, validation: np.ndarray, test: np.ndarray, r
 
 
 def _coverage_left_out(calibration: Rows, test: Rows) -> float:
-    """The same for a fit without drift to few rows and the interval of their own leave-one-out errors."""
+    """The same for a fit without drift to a few rows, with the interval of their leave-one-out errors."""
     left_out = leave_one_out(calibration.terms, calibration.latency)
     predicted = test.terms @ fit(calibration.terms, calibration.latency)
     return _share_inside(Interval.of(np.log(calibration.latency / left_out)), test.latency / predicted)
@@ -144,7 +144,7 @@ def forecasts(train: Rows, test: Rows) -> dict[str, dict[str, Any]]:
 
 
 def chronological(rows: Rows) -> dict[str, Any]:
-    """The last tenth from the first eight; and each tenth from the fourth on from all rows before it."""
+    """The last tenth predicted from the first eight; and each tenth from the fourth on from all rows before it."""
     tenth = len(rows) // 10
     places = np.arange(len(rows))
     last = forecasts(rows.take(places[: 8 * tenth]), rows.take(places[9 * tenth :]))
@@ -158,7 +158,7 @@ def chronological(rows: Rows) -> dict[str, Any]:
 
 
 def experiment(path: Path, seeds: int) -> tuple[dict[str, Any], Rows, list[Split]]:
-    """The result of one file, and what the figure needs."""
+    """The result of one file, and the data of the figure."""
     rows = read(path)
     splits = []
     for seed in range(seeds):
@@ -177,7 +177,7 @@ def experiment(path: Path, seeds: int) -> tuple[dict[str, Any], Rows, list[Split
 
 
 def _mean(values: list[Any]) -> Any:
-    """The mean over splits, key by key in dictionaries. Counts are equal in all; None where one is None."""
+    """The mean over splits, key by key in dictionaries; None if any is None. Counts are equal in all splits."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
@@ -195,7 +195,7 @@ def _rounded(value: Any) -> Any:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What a person reads of one file, as Markdown."""
+    """The result of one file as Markdown."""
 
     def percent(share: float) -> str:
         return f"{100 * share:.2f}"
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--seeds must be at least 1")
     scikit_learn()
     for path in chosen.files:
-        read(path)  # a wrong file is known before the first takes minutes
+        read(path)  # an invalid file is reported before the first takes minutes
     device = choose_device(DeviceConfig(device="cpu", threads=1))
     found = [experiment(path, chosen.seeds) for path in chosen.files]
     result = {

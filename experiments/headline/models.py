@@ -1,5 +1,5 @@
-"""Which models meet under a budget: candidates of each kind, ranked by inherited loss, of which the first that keep the
-budget when they are measured are trained."""
+"""The models compared under a budget: candidates of each kind are ranked by inherited loss, and the first that keep the
+budget when measured are trained."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from moesaic import (
 )
 
 COUNTS = {"searched": 3, "random": 1, "uniform": 3, "dense": 2}
-"""Of each kind, how many are trained. The first ``searched`` one is what the tool ships."""
+"""How many models of each kind are trained. The first ``searched`` one is what the tool exports."""
 SEARCHES = ("searched", "random")
 TRIES = 12
-"""Most candidates of a kind that are measured to find so many."""
+"""Largest number of candidates of a kind that are measured to find these."""
 SCREEN_WINDOWS = 16
 FINALISTS = 60
 
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def search(part: BudgetRun, kind: str) -> None:
-    """Do what the candidates of a kind need: a search, of the searched ones the check of its ranking as well."""
+    """Run the stages that a kind's candidates need: a search, and for the searched ones the check of its ranking."""
     if kind in SEARCHES:
         do_stage(part.run, "search")
     if kind == "searched":
@@ -49,8 +49,8 @@ def search(part: BudgetRun, kind: str) -> None:
 
 
 def candidates(part: BudgetRun, kind: str, searched: BudgetRun) -> list[Candidate]:
-    """The first of a kind, best first, by the judge that chooses the searched model: inherited loss, or that corrected
-    by the trainings of the searched run's stage fidelity. ``part`` is that of the kind: it has the kind's sampler."""
+    """The best candidates of a kind, best first, by the judge that chooses the searched model: inherited loss, or
+    that corrected by the searched run's stage fidelity. ``part`` is the run of the kind, with its sampler."""
     if kind in SEARCHES:
         judged = [judged_trial(trial) for trial in load_search(part)[0] if trial.feasible]
     else:
@@ -75,7 +75,7 @@ def judged_layout(part: BudgetRun, layout: Architecture, evaluation: Evaluation)
 
 
 def correction_by(searched: BudgetRun) -> Correction | None:
-    """The correction that a run's export follows; None where inherited losses decide."""
+    """The correction that a run's export uses; None if it uses inherited losses."""
     trust = load_trust(searched)
     if trust.check is None or not trust.corrected:
         return None
@@ -83,14 +83,14 @@ def correction_by(searched: BudgetRun) -> Correction | None:
 
 
 def ranked(judged: Sequence[Judged], correction: Correction | None) -> list[Candidate]:
-    """Best first; of equal ones the one with fewer FLOPs."""
+    """Best first; ties go to fewer FLOPs."""
     marks = [one.loss for one in judged] if correction is None else correction(judged)
     order = sorted(zip(marks, judged, strict=True), key=lambda row: (row[0], row[1].flops))
     return [Candidate(one.architecture, one.loss) for _, one in order]
 
 
 def distinct(ranked: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that compute the same as an earlier one, which their equal losses tell: two experts under top-2,
+    """Without candidates that compute the same as an earlier one, recognised by equal losses: two experts under top-2,
     and under a threshold that always keeps both."""
     first: dict[float, Candidate] = {}
     for candidate in ranked:
@@ -104,7 +104,7 @@ def screened(items: Sequence[T], rough: Callable[[T], float]) -> list[T]:
 
 
 def measured(part: BudgetRun, candidate: Candidate) -> Row:
-    """What a candidate costs on this device, with the supernet's weights, beside its budget."""
+    """Measured costs of a candidate on this device, with the supernet's weights, beside its budget."""
     architecture, run = candidate.architecture, part.run
     model = run.supernet.extract(architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
@@ -122,12 +122,12 @@ def measured(part: BudgetRun, candidate: Candidate) -> Row:
 
 
 def keeping(kind: str, ranked: Sequence[T], measure: Callable[[T], Row]) -> list[Row]:
-    """The rows of the candidates that were measured, best first: those that are over the budget have ``rank`` None,
-    the others have one from 1, until there are as many as are to be trained.
+    """The rows of the measured candidates, best first. Those over the budget have ``rank`` None; the others count from
+    1 to the number that is trained.
 
     Raises
     ------
-    MoesaicError : none keeps the budget.
+    MoesaicError : no candidate keeps the budget.
     """
     rows: list[Row] = []
     kept = 0

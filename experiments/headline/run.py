@@ -4,10 +4,10 @@ python -m experiments.headline.run stdlib [KEY=VALUE ...] [--lanes 2]
 python -m experiments.headline.run wikitext-2 data.files=FOLDER [KEY=VALUE ...]
 python -m experiments.headline.run summary
 
-A data set's YAML is an ordinary run configuration; each line of its budget is asked by itself. DATASET.models.json
-gets the models that meet and what each costs, DATASET.jsonl a row per training and budget. What is done is not
-repeated, so the work may be stopped at any time. `summary` makes result.json, result.md and docs/headline.png of all
-rows there are.
+A data set's YAML is an ordinary run configuration; each line of its budget is a separate comparison.
+DATASET.models.json gets the models and their costs, DATASET.jsonl a row per training and budget. Existing results are
+not repeated, so the work may be stopped at any time. `summary` makes result.json, result.md and docs/headline.png from
+all rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SHARED = ("latency", "supernet")
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set's experiment: what a process needs to know to take part in it."""
+    """A data set's experiment, with all that a worker process needs."""
 
     dataset: str
     overrides: tuple[str, ...]
@@ -67,7 +67,7 @@ class Setting:
         return open_run(HERE / f"{self.dataset}.yaml", self.overrides, self.work / "shared")
 
     def part(self, cost: str, kind: str = "searched") -> BudgetRun:
-        """The run of one budget line alone, whose first stages are links to the shared ones."""
+        """The run of a single budget line, whose first stages are links to the shared ones."""
         line = self.shared.config.budget[cost].model_dump()
         overrides = [*self.overrides, f"budget={json.dumps({cost: line})}"]
         if kind == "random":
@@ -82,7 +82,7 @@ class Setting:
 
 
 def remembered(path: Path, identity: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, as JSON; from ``path`` when it was made for the same ``identity``."""
+    """The result of ``make``, cached as JSON in ``path`` and reused for the same ``identity``."""
     if path.exists() and (known := read_value(path, dict))["identity"] == identity:
         return known["value"]
     value = make()
@@ -110,8 +110,8 @@ def rank(setting: Setting, cost: str, kind: str) -> list[Row]:
 def train_alone(setting: Setting, architecture: Row, seed: int, costs: list[str]) -> list[Row]:
     """A row for each budget that the architecture is trained for, from one training from scratch.
 
-    As in the tool's own stage, a model whose threshold routers keep more experts after training than the budget
-    allows has its thresholds lowered. Costs follow from the routing on the test split; their latency is predicted.
+    As in the tool's own stage, thresholds are lowered if the routers keep more experts after training than the budget
+    allows. Costs are those of the routing on the test split; latency is predicted.
     """
     member = Architecture.from_dict(architecture)
     parts = {cost: setting.part(cost) for cost in costs}
@@ -148,20 +148,20 @@ def train_alone(setting: Setting, architecture: Row, seed: int, costs: list[str]
 
 
 def training(run: Run) -> Row:
-    """What a training depends on beside its architecture and seed."""
+    """The identity of a training beside its architecture and seed."""
     return {"corpus": run.task.fingerprint, **run.config.retrain.model_dump(exclude={"seeds", "rivals"})}
 
 
 def settings(part: BudgetRun) -> str:
-    """Identity of what rows of one budget have in common: only such are compared."""
+    """The identity that rows of one budget share; only rows of the same identity are compared."""
     return digest({**training(part.run), "budget": [str(line) for line in part.budget.lines]})
 
 
 def choose(setting: Setting, lanes: int) -> dict[str, Row]:
-    """Of each budget line, its limit and the rows of its models; nothing else runs while they are measured."""
+    """The limit of each budget line and the rows of its models. Nothing else runs during the measurements."""
     costs = list(setting.shared.config.budget)
     ranked: dict[tuple[str, str], list[Row]] = {}
-    # The searched ones first: what their run trained to check its ranking corrects the judge of all kinds.
+    # The searched ones first: the trainings that check their ranking also correct the judge of the other kinds.
     for kinds in (("searched",), [kind for kind in COUNTS if kind != "searched"]):
         jobs = {(cost, kind): (setting, cost, kind) for cost in costs for kind in kinds}
         ranked |= {key: job.result() for key, job in in_processes(rank, jobs, lanes)}
@@ -185,11 +185,11 @@ def choose(setting: Setting, lanes: int) -> dict[str, Row]:
 
 
 def train_all(setting: Setting, budgets: dict[str, Row], table: Path, lanes: int) -> None:
-    """Train every model with every seed, once where it meets others under several budgets."""
+    """Train every model with every seed, only once if it appears under several budgets."""
     config = setting.shared.config
     done = {(row["settings"], row["fingerprint"], row["seed"]) for row in read_rows(table)}
     todo: dict[tuple[int, str], tuple[Setting, Row, int, list[str]]] = {}
-    # Seed by seed, so that a table that is cut off has all models under one seed before any under the next.
+    # Seed by seed, so that an incomplete table has all models under one seed before any under the next.
     for seed in range(config.seed, config.seed + config.retrain.seeds):
         for cost, budget in budgets.items():
             for row in budget["models"]:
@@ -244,7 +244,7 @@ def main() -> None:
         with FileLock(work / ".lock", timeout=0):
             experiment(Setting(chosen.what, tuple(chosen.overrides), work), chosen.out, chosen.lanes)
     except Timeout:
-        raise MoesaicError("another run of this experiment is at work", where=str(work)) from None
+        raise MoesaicError("another run of this experiment is in progress", where=str(work)) from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the trainings came to: each model's mean loss, its difference to the searched one, tables and figure."""
+"""Results of the trainings: each model's mean loss, its difference to the searched one, tables and figure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moesaic import DIMENSIONS, MoesaicError, mean_interval, read_value, write_v
 
 SEARCHED = "searched"
 COLOURS = {"searched": "#0072b2", "random": "#cc79a7", "uniform": "#d55e00", "dense": "#009e73"}
-"""By kind; told apart by colour-blind people too (Okabe and Ito)."""
+"""By kind, from the colour-blind safe palette of Okabe and Ito."""
 NOTE = (
     "Of a kind that was trained more than once the model of least mean test loss is shown, so the choice is in its own "
     "favour; `searched` is the one that the tool ships, chosen before any training. Differences are paired by seed, "
@@ -21,14 +21,14 @@ NOTE = (
 
 
 def verdict(low: float, high: float) -> str:
-    """Of the interval of how much worse than the searched model another one is."""
+    """Verdict by the interval of another model's loss minus the searched model's."""
     if low <= 0 <= high:
         return "no significant difference"
     return "paid" if low > 0 else "did not pay"
 
 
 def above(losses: np.ndarray, reference: np.ndarray) -> Row:
-    """The mean by which ``losses`` [seeds] exceed the ``reference`` with the same seeds, and how sure that is."""
+    """The mean by which ``losses`` [seeds] exceed the ``reference`` with the same seeds, with its interval."""
     difference = losses - reference
     interval = known_interval(difference)
     words = verdict(*interval) if interval else "one seed says nothing"
@@ -40,9 +40,9 @@ def known_interval(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def compare(models: list[Row], trainings: list[Row]) -> list[Row]:
-    """A row per model under one budget, from the seeds that all of them were trained with; none without such.
+    """A row per model under one budget, over the seeds that all models were trained with; no rows without such seeds.
 
-    ``models`` are ``{kind, rank, fingerprint, ...}``, those without a rank were not trained; ``trainings`` are
+    ``models`` are ``{kind, rank, fingerprint, ...}``; those without a rank were not trained. ``trainings`` are
     ``{fingerprint, seed, test_loss, costs, ...}``.
     """
     members = [row for row in models if row["rank"]]
@@ -154,7 +154,7 @@ def tables(result: Row) -> str:
 
 
 def draw(result: Row, path: Path) -> None:
-    """A panel per text and budget: every seed's loss, the mean and its interval."""
+    """A panel per data set and budget: every seed's loss, the mean and its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

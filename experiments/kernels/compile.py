@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for GPUs that are not there; record registers, spills, shared memory, instructions.
+"""Compile every Triton kernel without a GPU; record registers, spills, shared memory and matrix instructions.
 
 The production code runs with tensors on the CPU under a driver that only names its target, and each launch compiles
-instead. So pointer alignment and constants are what a real launch would see.
+instead. So pointer alignment and constants are those of a real launch.
 python experiments/kernels/compile.py --out experiments/kernels/compile_result.json
 """
 
@@ -41,7 +41,7 @@ EXPERTS = 8
 
 
 class Elsewhere:
-    """A driver without a device: enough of Triton's interface to compile for ``target``."""
+    """A driver without a device, with the part of Triton's interface that compiling for ``target`` needs."""
 
     def __init__(self, capability: int):
         self.target = GPUTarget("cuda", capability, 32)
@@ -58,9 +58,9 @@ class Elsewhere:
 
 @contextmanager
 def compiling(capability: int, rows: dict[str, dict[str, Any]] | None, facts: dict[str, Any]) -> Iterator[None]:
-    """Inside, every launch compiles for ``capability`` instead of running, and adds to ``rows`` if they are wanted.
+    """Inside, every launch compiles for ``capability`` instead of running, and adds to ``rows`` unless that is None.
 
-    A row's key is the compiled kernel's hash: one that several layers have in common has the ``facts`` of the first.
+    A row's key is the compiled kernel's hash. A kernel that several layers share has the ``facts`` of the first.
     """
     run = JITFunction.run
 
@@ -86,7 +86,7 @@ def compiling(capability: int, rows: dict[str, dict[str, Any]] | None, facts: di
 def resources(kernel: Any, capability: int) -> dict[str, Any]:
     """Registers per thread, spills, KiB of shared memory, and the matrix instruction of a compiled kernel.
 
-    A spill is an instruction that stores to or loads from local memory; bytes of stack alone may be a mere frame.
+    A spill is an instruction that stores to or loads from local memory; a stack frame alone is not one.
     """
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -132,7 +132,7 @@ def passes(case: Case, bank_dtype: torch.dtype, up_bias: bool = False) -> None:
 
 @contextmanager
 def each_candidate(capability: int, rows: int) -> Iterator[Iterator[int]]:
-    """An iterator whose step n leaves candidate n alone in the table of tiles, for ``rows`` per tile."""
+    """An iterator whose step n leaves only candidate n in the table of tiles, for ``rows`` per tile."""
     os.environ["MOESAIC_AUTOTUNE"] = "0"
     table = tuning.AMPERE if capability < 90 else tuning.HOPPER
     everything = dict(table)
@@ -152,7 +152,7 @@ def each_candidate(capability: int, rows: int) -> Iterator[Iterator[int]]:
 
 
 def compile_candidates(capability: int, case: Case) -> None:
-    """Leave every candidate for a case in Triton's cache, so that tuning on the device finds them compiled."""
+    """Compile every candidate for a case into Triton's cache, where tuning on the device finds them."""
     rows = tuning.row_tile(case.tokens * case.max_experts, len(case.sizes))
     with each_candidate(capability, rows) as candidates, compiling(capability, None, {}):
         for _ in candidates:
@@ -160,8 +160,8 @@ def compile_candidates(capability: int, case: Case) -> None:
 
 
 def compile_all(capabilities: list[int], quick: bool) -> list[dict[str, Any]]:
-    """Rows for each kernel. ``quick`` takes two activations, one of them with a bias, the first candidates, and two of
-    the row tiles."""
+    """Rows for each kernel. ``quick`` is limited to two activations, one with a bias, the first candidates and two row
+    tiles."""
     rows: dict[str, dict[str, Any]] = {}
     layers = [("swiglu", False), ("gelu_tanh", True)] if quick else list(product(ACTIVATIONS, (False, True)))
     bank_dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]

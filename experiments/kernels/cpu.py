@@ -1,6 +1,6 @@
-"""Time the sparse layer on a CPU beside a dense layer of equal active FLOPs and beside other implementations.
+"""Time the sparse layer on a CPU against a dense layer of equal active FLOPs and other implementations.
 
-Correctness is checked first. Rivals take turns in random order; a ratio is of times taken in the same round.
+Correctness is checked first. Rivals take turns in random order; a ratio compares times of the same round.
 Within six minutes:
 python experiments/kernels/cpu.py --threads 1 && python experiments/kernels/cpu.py --threads 2
 Both runs are kept in one file. Hugging Face's layers are timed where transformers is installed.
@@ -33,12 +33,12 @@ from moesaic.nas.device import processor_name, versions
 from moesaic.search_spaces.files import write_json
 
 OURS = "torch"
-"""The implementation that is judged."""
+"""The implementation under test."""
 SEED = 0
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative Frobenius error against the reference in float64."""
 BATCHED_BYTES = 2**28
-"""Hugging Face's ``batched_mm`` copies both matrices of an expert for every pair: left out where they exceed this."""
+"""Hugging Face's ``batched_mm`` copies both matrices of an expert for every pair: left out above this many bytes."""
 
 _MIXED_512 = (512, 256, 256, 128, 128, 64, 64, 32)
 _MIXED_1024 = (1024, 512, 512, 256, 256, 128, 128, 64)
@@ -65,7 +65,7 @@ ROWS = [
     (case(2048, 512, (1024,) * 8, 2), torch.bfloat16),
     (case(2048, 256, _MIXED_1024, 2), torch.bfloat16),
 ]
-"""float16 is not here: torch multiplies it 30 to 90 times slower than float32 on a CPU."""
+"""Without float16, whose products torch computes 30 to 90 times slower than float32 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def check(problem: Problem, found: dict[str, Rival]) -> float:
 def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each step in each round, after two rounds of warming up.
 
-    Each round has an order of its own: what a step finds in the caches and in the heap depends on the one before.
+    Each round has a new random order, since caches and heap depend on the step before.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     rng = Random(SEED)
@@ -202,8 +202,8 @@ def measure(shape: Case, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]
     torch.manual_seed(SEED)
     problem = Problem(shape, torch.device("cpu"), dtype, SEED)
     with torch.no_grad():
-        # Few digits make pre-activations exact. Else relu would now and then be on the other side of zero than in
-        # float64, and one such value is a relative error of 1e-3 in a gradient.
+        # Few digits make pre-activations exact. Otherwise relu would sometimes be on the other side of zero than in
+        # float64, and one such value causes a relative error of 1e-3 in a gradient.
         problem.x.mul_(4).round_().div_(4)
         problem.up.mul_(256).round_().div_(256)
     found = rivals(problem)

@@ -1,9 +1,9 @@
-"""Time the sparse layer on a GPU beside other implementations, on published shapes and on uneven ones.
+"""Time the sparse layer on a GPU against other implementations, on published and on uneven shapes.
 
 Correctness is checked first. Forward and forward+backward in bfloat16, from router logits to output, interleaved;
 medians of CUDA event times. One command, within ten minutes:
 python experiments/kernels/gpu.py --out experiments/kernels/gpu_result.json [--scattermoe CHECKOUT]
-``--smoke`` runs tiny shapes in Triton's interpreter on the CPU: it shows that the script works, its times mean nothing.
+``--smoke`` runs tiny shapes in Triton's interpreter on the CPU: to show that the script works; times are meaningless.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Clock:
 
 
 def dtype(device: torch.device) -> torch.dtype:
-    """bfloat16; float32 in the interpreter, which multiplies raw bits of bfloat16."""
+    """bfloat16; float32 in the interpreter, which multiplies the raw bits of bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -102,7 +102,7 @@ def without_gradients(run: Run) -> Callable[[], Tensor]:
 
 
 def interleaved(steps: dict[str, Callable[[], Any]], clock: Clock, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns for about ``seconds`` after two warm-up rounds; once for 0."""
+    """Median milliseconds of each, in turns for about ``seconds`` after two warm-up rounds; one round if 0."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(2 if seconds else 0):
         for step in steps.values():
@@ -115,7 +115,7 @@ def interleaved(steps: dict[str, Callable[[], Any]], clock: Clock, seconds: floa
 
 
 def peak_mib(step: Callable[[], Any]) -> float:
-    """MiB allocated by ``step`` at its worst moment, beyond what was there."""
+    """Peak MiB that ``step`` allocates beyond what was allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -125,7 +125,7 @@ def peak_mib(step: Callable[[], Any]) -> float:
 
 
 def graphed_ms(run: Run, clock: Clock) -> float:
-    """Median of the same forward pass replayed from a CUDA graph: what launches cost is gone."""
+    """Median of the same forward pass replayed from a CUDA graph, without the cost of launches."""
     forward = without_gradients(run)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -151,13 +151,13 @@ def relative_error(run: Run, problem: Problem) -> float:
     out = reference.sparse_ffn(exact[id(problem.x)], bank, problem.layout, routing, case.activation)
     expected = [out, *torch.autograd.grad(out, list(exact.values()), direction.float())]
     pairs = zip(found, expected, strict=True)
-    # A library's own copy of the weights is no leaf of ours and has no gradient here.
+    # A library's own copy of the weights is not one of our leaves and has no gradient here.
     errors = [((a.float() - b).norm() / b.norm()).detach() for a, b in pairs if a is not None]
     return float(torch.stack(errors).max())
 
 
 def check(cases: list[Case], device: torch.device, path: Path | None) -> dict[str, dict[str, float]]:
-    """Errors of every rival on every case, with fewer tokens. Exits when ours is wrong."""
+    """Errors of every rival on every case, with fewer tokens. Exits if ours is wrong."""
     errors: dict[str, dict[str, float]] = {}
     for case in cases:
         few = Case(**{**case.__dict__, "tokens": min(case.tokens, 512)})
@@ -180,7 +180,7 @@ def matrix_rate(device: torch.device, clock: Clock, size: int) -> float:
 
 
 def measure(case: Case, device: torch.device, clock: Clock, path: Path | None, seconds: float) -> dict[str, Any]:
-    """One row: per rival milliseconds and TFLOP/s of both passes, and peak memory of a training step."""
+    """One row: for each rival milliseconds and TFLOP/s of both passes, and peak memory of a training step."""
     problem = Problem(case, device, dtype(device))
     runs = {name: make(problem) for name, make in rivals(case, path).items()}
     forward = interleaved({n: without_gradients(r) for n, r in runs.items()}, clock, seconds)
@@ -221,7 +221,7 @@ def proportion(device: torch.device, clock: Clock, seconds: float) -> dict[str, 
 
 
 def targets(rows: list[dict[str, Any]], rate: float, proportional: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Each goal of the kernels, the worst figure found, and whether it is met."""
+    """Each goal of the kernels, its worst measured figure, and whether it is met."""
 
     def worst(against: str, kind: Callable[[dict[str, Any]], bool], figure: str) -> float | None:
         found = [
@@ -254,7 +254,7 @@ def targets(rows: list[dict[str, Any]], rate: float, proportional: dict[str, Any
 
 
 def precompile(case: Case, capability: int) -> None:
-    """Compile every candidate of a case into Triton's cache, in a process of its own without the GPU."""
+    """Compile every candidate of a case into Triton's cache, in a separate process without the GPU."""
     from compile import compile_candidates
 
     compile_candidates(capability, case)

@@ -1,6 +1,6 @@
-"""Other ways to compute the same sparse layer, from router logits to output: what the Triton kernels are timed beside.
+"""Other implementations of the sparse layer, from router logits to output, to compare the Triton kernels with.
 
-Each takes a ``Problem`` and returns a function without arguments. A library that is not there is left out.
+Each takes a ``Problem`` and returns a function without arguments. A library that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Run = Callable[[], Tensor]
 class Case:
     """A layer: ``tokens`` of ``width`` through experts of ``sizes``, at most ``max_experts`` of them for each token.
 
-    Without a ``threshold`` every token uses ``max_experts`` experts. ``source`` says who published the shape.
+    Without a ``threshold`` every token uses ``max_experts`` experts. ``source`` is the publication of the shape.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Problem:
         self.largest_load = max(load)
         matrices = 2 if self.gate is None else 3
         self.flops = 2 * matrices * width * sum(n * size for n, size in zip(load, case.sizes, strict=True))
-        """Of the forward pass: multiply-accumulates of executed pairs, twice."""
+        """Of the forward pass: two per multiply-accumulate of executed pairs."""
         self.active = max(16, round(self.flops / (2 * matrices * width * case.tokens) / 16) * 16)
         """Neurons of a dense layer of equal FLOPs."""
 
@@ -136,7 +136,7 @@ def dense(problem: Problem) -> Run:
 
 
 def expert_loop(problem: Problem) -> Run:
-    """A product per expert over sorted rows, with our own backward: the tool's path without Triton."""
+    """A product per expert over sorted rows, with a custom backward: the tool's path without Triton."""
     return lambda: sparse_ffn(
         problem.x, problem.bank, problem.layout, problem.route(), problem.case.activation, "torch"
     )
@@ -161,7 +161,7 @@ def grouped_mm(problem: Problem) -> Run:
 
 
 def foreach_mm(problem: Problem) -> Run:
-    """``torch._foreach_mm`` over the experts' own sizes: private, the one stock operation that takes them."""
+    """``torch._foreach_mm`` over the experts' own sizes: private, but the only torch operation for uneven sizes."""
     product: Any = vars(torch)["_foreach_mm"]  # private, and absent before torch 2.13
 
     def run() -> Tensor:
@@ -233,7 +233,7 @@ def scattermoe(problem: Problem) -> Run:
 
 
 def rivals(case: Case, scattermoe_path: Path | None) -> dict[str, Callable[[Problem], Run]]:
-    """By name, those that can compute the case here."""
+    """The implementations that can compute ``case`` here, by name."""
     found: dict[str, Callable[[Problem], Run]] = {
         "moesaic": ours,
         "moesaic, routing given": ours_given_routing,

@@ -1,4 +1,4 @@
-"""How good is the latency predictor on models that it has not seen? Calibrate, then measure new models beside it.
+"""How good is the latency predictor on models that it has not seen? Calibrate, then measure new models.
 
 python -m experiments.latency.run prefill|decode    calibrates on space small and measures 120 new models: a result file
 python -m experiments.latency.run figure            draws both results
@@ -50,7 +50,7 @@ CONFIDENCES = (0.8, 0.9, 0.95)
 def measure(
     architectures: list[Architecture], context: Context, device: Device, predictor: LatencyPredictor, rounds: int
 ) -> tuple[Survey, np.ndarray, list[list[LayerUse]]]:
-    """A survey, its figures at the speed of the calibration, and the use of each model's layers."""
+    """A survey, its times at the speed of the calibration, and the use of each model's layers."""
     passes = random_passes(architectures, context, device, seed=1)
     uses = [one.uses() for one in passes]
     anchors = random_passes(
@@ -139,8 +139,8 @@ def baselines(
     even: np.ndarray,
     depths: np.ndarray,
 ) -> dict[str, dict[str, Any]]:
-    """The same new models by simpler means: what each part of the method is worth. ``calibrated`` has a row per model
-    of the calibration."""
+    """The same new models predicted by simpler methods, to show what each part of the method contributes.
+    ``calibrated`` has a row per model of the calibration."""
     fitted = [row for row in calibrated if row["kind"] == "model"]
 
     def column(name: str) -> np.ndarray:

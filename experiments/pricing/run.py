@@ -18,7 +18,7 @@ COUNT = 5000
 
 
 def priced_per_second() -> float:
-    """Of the processor's time, with a new ``Pricer``."""
+    """Architectures per second of processor time, with a new ``Pricer``."""
     rng, pricer = Random(SEED), Pricer(Context(1024, 128, 8))
     space = load_space(preset_source("small"))
     found = [space.sample_balanced(rng) for _ in range(COUNT)]

@@ -1,4 +1,4 @@
-"""What a search has found after each evaluation, as a share of what there is to find."""
+"""What a search has found after each evaluation, as a share of the true front's hypervolume."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from moesaic import Architecture, Budget, Evaluation, hypervolume, non_dominated
 
 MARGIN = 0.1
-"""The reference point is the front's worst value of each objective, this share of its range further out."""
+"""The reference point is the front's worst value of each objective plus this share of its range."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The front [n, (loss, FLOPs)] of all that is inside the budget, expected and measured, and its hypervolume."""
+    """The front [n, (loss, FLOPs)] of all that is inside the budget by expected and measured costs, and its
+    hypervolume."""
 
     front: np.ndarray
     reference: np.ndarray
@@ -48,6 +49,6 @@ def shares(points: Sequence[np.ndarray | None], truth: Truth) -> np.ndarray:
 
 
 def needed(history: np.ndarray, share: float) -> float:
-    """Evaluations until ``share`` is reached; infinite where it is not."""
+    """Evaluations until ``share`` is reached; infinite if it never is."""
     reached = np.flatnonzero(history >= share)
     return float(reached[0] + 1) if len(reached) else float("inf")

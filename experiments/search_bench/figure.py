@@ -1,4 +1,4 @@
-"""Draws what is still missing of the hypervolume after each evaluation: docs/search_bench.png.
+"""Draw the missing share of the hypervolume after each evaluation: docs/search_bench.png.
 
 python -m experiments.search_bench.figure
 """
@@ -25,7 +25,7 @@ COLOURS = {
     "AutoMoE's evolution": "#cc79a7",
 }
 LEAST = 2e-4
-"""Where the axis ends: a search that has everything is drawn here."""
+"""End of the axis: a search that has found everything is drawn here."""
 
 
 def draw(axis: Axes, method: str, histories: list[np.ndarray], length: int) -> None:

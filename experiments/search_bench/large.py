@@ -1,9 +1,9 @@
-"""The same searches on a space too large to be known: the quickstart's, 2.5e16 architectures, on its supernet.
+"""The same searches on a space too large to enumerate: the quickstart's, 2.5e16 architectures, on its supernet.
 
 python -m experiments.search_bench.large [--seeds 3]     searches that are not in large.jsonl yet
 
-Trains the supernet of ``experiments/quickstart.yaml`` in ``runs/large`` unless it is there. Evaluations are kept, so
-that two searches do not repeat each other's; each still counts for both. ``run.py`` sums up.
+Trains the supernet of ``experiments/quickstart.yaml`` in ``runs/large`` unless it exists. Evaluations are cached and
+shared by all searches; a cached one still counts as an evaluation. ``run.py`` summarises.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ POINTS = HERE / "large.jsonl"
 COUNT, WINDOWS = 300, 24
 CONFIG = HERE.parent / "quickstart.yaml"
 BUDGET = "budget={flops: 1.2 MFLOPs}"
-"""The quickstart's other lines are left out: a latency is that of one machine."""
+"""The quickstart's other budget lines are left out, since latency depends on the machine."""
 CHOSEN = ("evolution", "nsga2", "random", "puzzle", "AutoMoE's evolution", "tpe", "Optuna's NSGA-II, plain")
 
 
 class Remembered:
-    """The supernet's evaluations, remembered in a file."""
+    """The supernet's evaluations, cached in a file."""
 
     def __init__(self, run: Run):
         self.model, self.batch = run.supernet, run.task.held_out("validation", WINDOWS)
@@ -57,7 +57,7 @@ def read_points() -> dict[tuple[str, int], list[np.ndarray | None]]:
 
 
 def best_known(points: dict[tuple[str, int], list[np.ndarray | None]]) -> Truth:
-    """The front of everything that any of the searches found."""
+    """The front of everything that any search found."""
     return Truth.of(np.array([one for found in points.values() for one in found if one is not None]))
 
 

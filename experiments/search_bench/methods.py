@@ -1,4 +1,4 @@
-"""The searches that are compared: each gives the architectures that it had evaluated, in order."""
+"""The compared searches. Each returns the architectures that it evaluated, in order."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from moesaic.search_spaces import Attention, FeedForward, Layer
 
 Evaluate = Callable[[Architecture], Evaluation]
 Search = Callable[[SearchSpace, Budget, Evaluate, int, int], list[Architecture]]
-"""(space, budget, evaluate, seed, number of evaluations) to what was evaluated."""
+"""(space, budget, evaluate, seed, number of evaluations) to the evaluated architectures."""
 
 
 def moesaic(
     sampler: str, space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
 ) -> list[Architecture]:
-    """A sampler of this tool in its own loop, as it is configured by default."""
+    """A sampler of this tool in its own loop, with default settings."""
     config = SearchConfig.model_validate({"sampler": sampler, "trials": count})
     feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
@@ -52,8 +52,8 @@ def moesaic(
 def plain(
     make: Callable[[int], BaseSampler], space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int
 ) -> list[Architecture]:
-    """Optuna as its documentation shows it: parameters where they apply, budgets as constraints, and every proposal is
-    evaluated, over budget or known already or not."""
+    """Optuna as in its documentation: conditional parameters, and budgets as constraints. Every proposal is evaluated,
+    also if it is over budget or a duplicate."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=make(seed))
     asked = []
@@ -74,7 +74,7 @@ def plain(
 
 
 def suggest(trial: optuna.Trial, space: SearchSpace) -> Architecture:
-    """An architecture with a parameter for every choice that it has."""
+    """An architecture from one parameter per choice."""
 
     def choose(name, values):
         return values[trial.suggest_categorical(name, list(range(len(values))))]
@@ -96,8 +96,8 @@ POPULATION, PARENTS, MUTATED, CROSSED, REDRAWN = 125, 25, 50, 50, 0.3
 
 
 def automoe(space: SearchSpace, budget: Budget, evaluate: Evaluate, seed: int, count: int) -> list[Architecture]:
-    """AutoMoE's published evolution: fitness is the loss alone, the budget is kept by drawing again. A parent that is
-    evaluated again, as it is there in each generation, is not counted."""
+    """AutoMoE's published evolution: fitness is the loss alone, and proposals over budget are redrawn. AutoMoE
+    evaluates parents again in each generation; these evaluations are not counted."""
     return list(islice(_automoe(space, budget, evaluate, Random(f"{seed}/automoe")), count))
 
 
@@ -156,4 +156,4 @@ METHODS: dict[str, Search] = {
     "Optuna's TPE, plain": partial(plain, lambda seed: TPESampler(seed=seed)),
     "AutoMoE's evolution": automoe,
 }
-"""The first five inside the budget by construction, with the tool's own handling of duplicates."""
+"""The first five stay inside the budget by construction and use the tool's own handling of duplicates."""

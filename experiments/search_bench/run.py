@@ -2,8 +2,8 @@
 
 python -m experiments.search_bench.run [--seeds 10]     searches that are not in curves.jsonl yet, then result.json
 
-Searches are replayed from the tables of ``table.py``; no model is needed. A share is of the hypervolume of the table's
-true front.
+Searches are replayed from the tables of ``table.py``, without a model. Shares are of the true front's
+hypervolume.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ LENGTHS = {
     "Optuna's NSGA-II, plain": 1000,
     "Optuna's TPE, plain": 1000,
 }
-"""Evaluations where they are not 342, a twentieth of the first table."""
+"""Evaluations of a search where they differ from ``LENGTH``."""
 LENGTH = 342
-WITHOUT_CHANCE = ("puzzle",)
-"""In the tables every part of a layer is scored, and nothing is left to a seed."""
+"""Evaluations of the other searches: a twentieth of the first table."""
+DETERMINISTIC = ("puzzle",)
+"""Deterministic methods, which need one seed: in the tables puzzle scores every part of a layer."""
 SHARES = (0.95, 0.98, 0.99)
 
 
@@ -39,7 +40,7 @@ def truth_of(table: Table) -> Truth:
 
 
 def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> Row:
-    """One row of curves.jsonl: the share after those evaluations that changed it."""
+    """One row of curves.jsonl: the share after each evaluation that changed it."""
     started = time.process_time()
     asked = METHODS[method](table.space, table.budget, table, seed, LENGTHS.get(method, LENGTH))
     seconds = time.process_time() - started
@@ -59,7 +60,7 @@ def search(table: Table, truth: Truth, name: str, method: str, seed: int) -> Row
 
 
 def history_of(row: Row) -> np.ndarray:
-    """[evaluations] share after each."""
+    """[evaluations] the share after each evaluation."""
     history = np.zeros(row["evaluations"])
     for start, share in row["curve"]:
         history[start - 1 :] = share
@@ -67,7 +68,7 @@ def history_of(row: Row) -> np.ndarray:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """A row per table and method: mean share after some numbers of evaluations, and the median number needed."""
+    """A row per table and method: mean share after given numbers of evaluations, and the median number needed."""
     result = []
     for table, method in dict.fromkeys((row["table"], row["method"]) for row in rows):
         mine = [row for row in rows if (row["table"], row["method"]) == (table, method)]
@@ -111,7 +112,7 @@ def summary_large() -> list[Row]:
 
 
 def tables(result: list[Row]) -> str:
-    """``summary`` as Markdown; ratios are to ``evolution``."""
+    """``summary`` as Markdown; ratios are relative to ``evolution``."""
     columns = (
         "table|method|share after 100|200|342|least of the seeds|evaluations to 95 %|98 %|99 %|ratio to 99 %|outside|ms"
     )
@@ -138,7 +139,7 @@ def main() -> None:
     truths = {name: truth_of(table) for name, table in known.items()}
     for method in arguments.methods:
         for name, table in known.items():
-            for seed in range(1 if method in WITHOUT_CHANCE else arguments.seeds):
+            for seed in range(1 if method in DETERMINISTIC else arguments.seeds):
                 if (name, method, seed) not in done:
                     row = search(table, truths[name], name, method, seed)
                     append_row(CURVES, row)

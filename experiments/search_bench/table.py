@@ -1,9 +1,9 @@
-"""The exhaustive table of a small space: every architecture's loss and routing with the weights of one supernet.
+"""Make the exhaustive table of a small space: loss and routing of every architecture with one supernet's weights.
 
 python -m experiments.search_bench.table moe|heads
 
-Trains the supernet in ``runs/NAME`` and writes ``NAME.csv.gz``, a row per architecture in the order of the space. What
-is done is not repeated. A search is replayed from the table without the model.
+Trains the supernet in ``runs/NAME`` and writes ``NAME.csv.gz``, a row per architecture in the order of the space.
+Existing results are not repeated. Searches are replayed from the table without the model.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from moesaic.supernet import LayerLoad, evaluate
 HERE = Path(__file__).parent
 TABLES = ("moe", "heads")
 COLUMNS = ("loss", "standard_error", "loss_quarter", "loss_sixteenth", "loads")
-"""``loss_quarter`` is the mean over every fourth window, ``loads`` the pairs per token of each layer's experts."""
+"""``loss_quarter`` is the mean over every fourth window, ``loads`` are the pairs per token of each layer's experts."""
 
 
 @dataclass(frozen=True)
 class TableFacts:
-    """How a table was made. ``space`` is the digest of its members; every one was evaluated on ``tokens``."""
+    """How a table was made. ``space`` is the digest of its members; each was evaluated on ``tokens`` tokens."""
 
     space: str
     architectures: int
@@ -71,7 +71,7 @@ class Table:
 
 
 def evaluate_all(run: Run, path: Path) -> float:
-    """Append the rows that ``path`` lacks; a row cut off by a kill is made again. Processor seconds of the new ones."""
+    """Append the rows that ``path`` lacks; an incomplete last row is redone. Returns processor seconds of new rows."""
     rows = path.read_text().split("\n")[:-1] if path.exists() else []
     path.write_text("".join(row + "\n" for row in rows))
     batch = run.task.held_out("validation", run.config.search.evaluation_windows)
@@ -96,7 +96,7 @@ def row_of(evaluation: Evaluation) -> str:
 
 
 def read_table(name: str) -> Table:
-    """Raises MoesaicError where the table is not of the space of its YAML."""
+    """The table ``name``. Raises MoesaicError if it is not of the space of its YAML."""
     loaded, made = load_config(HERE / f"{name}.yaml"), read_value(HERE / f"{name}.json", TableFacts)
     path = HERE / f"{name}.csv.gz"
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
