@@ -1,4 +1,4 @@
-"""A corpus as token streams: a byte-level BPE and memory-mapped arrays, made once and cached by content."""
+"""A corpus as token streams: a byte-level BPE and memory-mapped arrays, built once and cached by content."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import read_json, unwritable, write_json
 
 _FORMAT = "1"
-"""Part of the cache key: raised when splitting or encoding changes."""
+"""Part of the cache key: raise it when splitting or encoding changes."""
 _BPE_CHARACTERS = 64 << 20
-"""The tokenizer is trained on at most this much text; more changes its merges little and takes hours."""
+"""The tokenizer is trained on at most this much text; more takes hours and hardly changes the merges."""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -63,7 +63,7 @@ class Corpus:
         return torch.from_numpy(np.stack([stream.window(start, length) for start in starts]))
 
     def bits_per_byte(self, split: str, loss: float) -> float:
-        """``loss`` in nats per token as bits per byte of text, which models with other tokenizers share."""
+        """``loss`` in nats per token as bits per byte of text, which is comparable across tokenizers."""
         stream = self.splits[split]
         return loss / math.log(2) * len(stream.tokens) / stream.text_bytes
 
@@ -81,9 +81,9 @@ def load_corpus(
     on_stage: Callable[[str], None] = lambda text: None,
     tokenizer: Path | None = None,
 ) -> Corpus:
-    """The corpus of ``config``, from the cache when this text was tokenised before.
+    """The corpus of ``config``, from the cache if this text was tokenised before.
 
-    ``tokenizer`` is a ``tokenizer.json`` to use in place of one trained on this text.
+    ``tokenizer`` is a ``tokenizer.json`` to use instead of training one on this text.
 
     Raises
     ------
@@ -102,18 +102,18 @@ def load_corpus(
 
 
 def open_corpus(directory: Path, sequence_length: int, where: str) -> Corpus:
-    """The corpus in a folder of the cache, which is its ``tokenizer_path.parent``.
+    """The corpus in a cache folder (its ``tokenizer_path.parent``).
 
     Raises
     ------
-    MoesaicError : the folder is absent or damaged; a split is shorter than the context.
+    MoesaicError : the folder is missing or damaged; a split is shorter than the context.
     """
     facts = read_json(directory / "corpus.json")
     splits = {}
     for name in SPLITS:
         path = directory / f"{name}.tokens"
         if path.stat().st_size < 2 * facts["splits"][name]["tokens"]:
-            raise MoesaicError("is damaged", where=str(path), allowed="delete this folder; it is made again")
+            raise MoesaicError("is damaged", where=str(path), allowed="delete this folder; it will be rebuilt")
         tokens = np.memmap(path, dtype=facts["dtype"], mode="r")
         splits[name] = Split(tokens, facts["splits"][name]["bytes"])
         if len(tokens) < sequence_length + 1:
@@ -135,7 +135,7 @@ def _build(
     on_stage: Callable[[str], None],
     given: Path | None,
 ) -> None:
-    """Make or take the tokenizer and encode all splits, in a temporary folder renamed at the end."""
+    """Train or copy the tokenizer and encode all splits, in a temporary folder renamed at the end."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -194,7 +194,7 @@ def _limited(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: str) -> dict[str, int]:
-    """Append each text and an end-of-text token to ``path``; a corpus larger than memory passes through in pieces."""
+    """Append each text and an end-of-text token to ``path``, in pieces, so that a corpus may exceed memory."""
     tokens = text_bytes = 0
     with open(path, "wb") as file:
         for text in texts:

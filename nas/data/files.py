@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, and which split each belongs to."""
+"""Finds the files of a corpus and assigns each to a split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moesaic.search_spaces.errors import nearest_name
 
 SPLITS = ("train", "validation", "test")
 FEW_FILES = 20
-"""With fewer files than this a split by file would be a lottery: each file is cut into three runs instead."""
+"""With fewer files, a split by file would be too random: each file is cut into three parts instead."""
 _CHUNK = 1 << 20
 
 
@@ -27,7 +27,7 @@ class TextFile:
     path: Path
 
     def text(self) -> str | None:
-        """Its text, or None for anything that is not text in UTF-8."""
+        """Its text, or None if it is not UTF-8 text."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -45,7 +45,7 @@ def find_files(config: DataConfig, where: str) -> list[TextFile]:
 
     Raises
     ------
-    MoesaicError : a path that is missing, a file named directly that is not text, nothing found.
+    MoesaicError : a path is missing, a file named directly is not text, or nothing is found.
     """
     found = _standard_library() if config.kind == "stdlib" else _named(config.files, where)
     if not found:
@@ -58,7 +58,7 @@ def find_files(config: DataConfig, where: str) -> list[TextFile]:
 
 
 def _standard_library() -> list[TextFile]:
-    """Every module's source except test suites, which not every distribution of Python ships."""
+    """Every module's source except test suites, which some Python distributions leave out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return [
@@ -99,7 +99,7 @@ def _named(patterns: list[str], where: str) -> list[TextFile]:
 
 
 def split_texts(files: list[TextFile], split: str) -> Iterator[str]:
-    """The texts of one split, a file at a time. By a hash of the file's name (90 / 5 / 5 %), or cut by position."""
+    """The texts of one split, one file at a time: by a hash of the file's name (90 / 5 / 5 %), or cut by position."""
     for file in files:
         text = file.text()
         if not text:
@@ -116,14 +116,14 @@ def split_texts(files: list[TextFile], split: str) -> Iterator[str]:
 
 
 def _line_end(text: str, share: float) -> int:
-    """Position after the line that contains ``share`` of the text, or that very place in a text of one line."""
+    """Position after the line at ``share`` of the text, or exactly at ``share`` in a text of one line."""
     at = int(len(text) * share)
     end = text.find("\n", at)
     return end + 1 if 0 <= end < len(text) - 1 else at
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Pieces of about a million characters that end at a line, so that one huge file needs no huge encoding."""
+    """Pieces of about a million characters that end at a line, so that a huge file is not encoded at once."""
     at = 0
     while at < len(text):
         end = text.find("\n", at + _CHUNK)

@@ -1,4 +1,4 @@
-"""What an executor is: it takes architectures while it has a free lane, and gives back what became of each."""
+"""The interface of an executor: it takes architectures while it has a free lane, and returns each outcome."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moesaic.supernet.evaluate import Evaluation
 class Outcome:
     """One evaluation that ended.
 
-    ``evaluation`` is None where there is none, and ``reason`` says why. ``attempts`` counts the lanes it took:
-    more than one where a lane died under it. ``seconds`` are those of the last attempt in its lane, without transport.
+    ``evaluation`` is None where it failed, and ``reason`` says why. ``attempts`` counts the lanes it used: more than
+    one if a lane died. ``seconds`` is the time of the last attempt in its lane, without transport.
     """
 
     architecture: Architecture
@@ -27,30 +27,30 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Evaluations in ``lanes`` lanes. No lane waits for another one."""
+    """Evaluations in ``lanes`` lanes. Lanes do not wait for one another."""
 
     lanes: int
 
     @property
     def free(self) -> int:
-        """How many architectures are wanted now."""
+        """How many more architectures can be submitted now."""
         ...
 
     def submit(self, architecture: Architecture) -> None:
-        """Start to evaluate; only while something is ``free``."""
+        """Start an evaluation; only while ``free`` is positive."""
         ...
 
     def next(self) -> Outcome:
-        """Wait for the first of what was submitted to end."""
+        """Wait for the first submitted evaluation to end."""
         ...
 
     def close(self) -> None:
-        """Let go of the lanes; what still runs in them is dropped."""
+        """Release the lanes; running evaluations are dropped."""
         ...
 
 
 def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> list[Outcome]:
-    """What becomes of each architecture (all different), in their order, with all lanes at work."""
+    """The outcome of each architecture (all different), in their order, using all lanes."""
     waiting = list(reversed(architectures))
     outcomes: dict[Architecture, Outcome] = {}
     while len(outcomes) < len(architectures):

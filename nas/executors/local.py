@@ -1,4 +1,4 @@
-"""The executor of one process: each architecture is evaluated where it was submitted."""
+"""The executor of one process: each architecture is evaluated in this process."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class LocalExecutor:
 
 
 def attempt(evaluate: Callable[[Architecture], Evaluation], architecture: Architecture, lane: int) -> Outcome:
-    """Evaluate; what goes wrong in it (out of memory, a kernel that refuses a shape) is that architecture's fault and
-    ends its evaluation, not the search."""
+    """Evaluate; an error (out of memory, a kernel that refuses a shape) fails this architecture's evaluation, not the
+    search."""
     started = time.perf_counter()
     evaluation, reason = None, None
     try:

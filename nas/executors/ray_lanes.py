@@ -1,8 +1,8 @@
 """The executor of a Ray cluster: each lane is a long-lived actor that evaluates slices of one supernet.
 
-Ray places the lanes, carries proposals and results, and tells of deaths; a lane that died is started anew, on whatever
-node has room. Lanes are actors and not Tune trials: Tune's controller needs 0.1 s and more for each result, a call of
-an actor about a millisecond (docs/reliability.md has both).
+Ray places the lanes, carries proposals and results, and reports dead lanes; a dead lane is restarted on any node with
+room. Lanes are actors, not Tune trials: Tune's controller needs 0.1 s or more per result, an actor call about a
+millisecond (docs/reliability.md has both).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from moesaic.search_spaces import Architecture, MoesaicError, StageFailed
 from moesaic.supernet import Judge
 
 _POLL = 1.0
-"""Seconds between looks at time limits while nothing ends."""
+"""Seconds between checks of the time limits while nothing ends."""
 _PATIENCE = 20.0
-"""Seconds without a single lane, after which the user is told what is waited for."""
+"""After this many seconds without a lane, the user is told what the search is waiting for."""
 _STARTS = 3
-"""Lanes that may fail to start in a row."""
+"""The search stops after this many failed starts of lanes in a row."""
 
 
 class Lane:
@@ -47,7 +47,7 @@ class Lane:
     def __init__(self, number: int, facts: dict[str, Any], device: DeviceConfig, arrays: dict[str, np.ndarray]):
         self.number, where = number, choose_device(device).torch_device
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nothing writes to it
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
             self.judge = Judge.of(facts, arrays, where)
 
     def version(self) -> str:
@@ -66,7 +66,7 @@ class _Job:
 
 @dataclass
 class _Slot:
-    """A lane as the driver sees it: its actor, what is waited for from it, and since when."""
+    """A lane as the driver sees it: its actor, the pending result, and since when it is pending."""
 
     number: int
     actor: Any
@@ -77,11 +77,11 @@ class _Slot:
 
 
 class RayExecutor:
-    """Lanes on the cluster at ``config.address``, or on a Ray of this machine's own, which ends with the executor.
+    """Lanes on the cluster at ``config.address``, or on a local Ray that ends with the executor.
 
     Raises
     ------
-    MoesaicError : no cluster is there, or this machine has fewer processors than its own lanes need.
+    MoesaicError : no cluster answers, or this machine has fewer processors than local lanes need.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RayExecutor:
         say: Callable[[str], None] = lambda text: None,
     ):
         self.lanes, self.config, self._say = config.lanes, config, say
-        # With one more at hand no lane waits for the sampler. One lane does: it searches as this process would.
+        # One extra proposal keeps lanes from waiting for the sampler. A single lane searches as a local run.
         self._ahead = int(config.lanes > 1)
         self._owner = connect(config)
         facts, arrays = judge.plain()
@@ -114,7 +114,7 @@ class RayExecutor:
         return self.lanes + self._ahead - len(self._waiting) - sum(slot.job is not None for slot in self._slots)
 
     def submit(self, architecture: Architecture) -> None:
-        assert self.free, "enough is under way"
+        assert self.free, "all lanes are taken"
         self._waiting.append(_Job(architecture))
         self._dispatch()
 
@@ -144,7 +144,7 @@ class RayExecutor:
         self._slots[slot.number] = self._start(slot.number)
 
     def _dispatch(self) -> None:
-        """Give waiting jobs to idle lanes; one under which a lane died goes to another lane, if there is one."""
+        """Give waiting jobs to idle lanes; a job whose lane died goes to another lane, if there is one."""
         idle = [slot for slot in self._slots if slot.idle]
         while idle and self._waiting:
             job = self._waiting.popleft()
@@ -154,12 +154,12 @@ class RayExecutor:
             slot.reference = slot.actor.evaluate.remote(job.architecture)
 
     def _ended(self, slot: _Slot) -> Outcome | None:
-        """What the lane had to say: that it is there, or an outcome; None where nothing ended for good."""
+        """The lane's message: that it is ready, or an outcome; None where no evaluation ended finally."""
         job = slot.job
         try:
             answer: Any = ray.get(slot.reference)
         except RayTaskError:
-            raise  # a defect of this program, not of the cluster
+            raise  # a bug in this program, not a fault of the cluster
         except RayError as error:
             self._restart(slot)
             return self._died(slot, str(error))
@@ -198,7 +198,7 @@ class RayExecutor:
         return Outcome(slot.job.architecture, None, slot.number, limit, slot.job.attempts + 1, reason)
 
     def _tell_what_is_missing(self) -> None:
-        """Once, when no lane could start for long and the cluster has no room for one."""
+        """Tell the user once, when no lane could start for long and the cluster has no room for one."""
         alive = any(slot.idle or slot.job is not None for slot in self._slots)
         if self._told or alive or time.monotonic() - self._started < _PATIENCE:
             return
@@ -213,8 +213,8 @@ class RayExecutor:
 
 
 def connect(config: ExecutorConfig) -> bool:
-    """Connect to the cluster of ``config``; True where this started a Ray of its own, or this connection, which
-    ``ray.shutdown`` ends."""
+    """Connect to the cluster of ``config``; True where this started Ray or the connection, so that ``ray.shutdown``
+    must end it."""
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent from a user's machine
@@ -251,7 +251,7 @@ def _look_for(address: str) -> None:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """``ray.init`` takes SIGTERM for itself; a search that is asked to stop has to drain first."""
+    """Restore the SIGTERM handler, which ``ray.init`` replaces; a search must finish running evaluations first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -263,7 +263,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _in_short(message: str) -> str:
-    """What happened, out of Ray's long messages: the exception that was raised, or the cause of a death."""
+    """The essence of Ray's long messages: the exception that was raised, or why the lane died."""
     raised = re.findall(r"^\S*(?:Error|Exception): .*$", message, re.MULTILINE)
     cause = re.findall(r"because (.+?)(?:\.\s|\n|$)", message)
     return (raised[-1] if raised else cause[-1] if cause else message.strip().partition("\n")[0])[:200]

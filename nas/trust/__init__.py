@@ -1,1 +1,1 @@
-"""How far a ranking of architectures can be trusted: rank correlation, paired tests, corrections, and the words."""
+"""How far a ranking of architectures can be trusted: rank correlation, paired tests, corrections, and sentences."""

@@ -1,8 +1,8 @@
-"""Correcting what inheritance gets wrong: a regression of stand-alone losses on inherited ones and the coarse shape.
+"""Corrects the bias of inherited losses: a regression of stand-alone losses on inherited ones and the coarse shape.
 
-A slice's loss with shared weights is off by what its training lacked, and that follows its shape: wide and deep slices
-are behind what they reach alone, and experts that only ever see one token's first choice starve alone but not in a
-supernet, where other slices train them. A few stand-alone trainings measure that (`experiments/fidelity/`).
+A slice's loss with shared weights has a bias that depends on its shape. Wide and deep slices are trained less than
+they would be alone. Experts under top-1 routing may get too few tokens alone, but in a supernet other slices train
+them too. A few stand-alone trainings measure this bias (`experiments/fidelity/`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from moesaic.search_spaces import Architecture, Layer
 
 FEWEST_TRAININGS = 8
-"""Trainings that a correction needs: fewer fit its columns to noise."""
+"""Fewest trainings for a correction: with fewer it would fit noise."""
 _STRENGTH = 0.1
 """Ridge penalty relative to the data: eight trainings are few for six columns."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An architecture with its inherited ``loss``, and its costs under the routing that was seen with it."""
+    """An architecture with its inherited ``loss``, and its costs under the measured routing."""
 
     architecture: Architecture
     loss: float
@@ -47,7 +47,7 @@ class Correction:
         return self.predict(correction_features(judged)) if judged else np.zeros(0)
 
     def predict(self, new: np.ndarray) -> np.ndarray:
-        """[m] of features [m, columns]. Columns are brought to deviation 1; one that did not vary says nothing."""
+        """[m] predictions for features [m, columns]. Columns are scaled to deviation 1; constant ones are ignored."""
         mean, scale = self.features.mean(0), self.features.std(0)
         scale = np.where(scale > 1e-12, scale, np.inf)
         x, new = (self.features - mean) / scale, (new - mean) / scale
@@ -55,7 +55,7 @@ class Correction:
         return self.losses.mean() + new @ np.linalg.solve(x.T @ x + penalty, x.T @ (self.losses - self.losses.mean()))
 
     def left_out(self) -> np.ndarray:
-        """[n] each training predicted from the others alone: how the correction does on what it has not seen."""
+        """[n] leave-one-out predictions: each training predicted from the others."""
         every = np.arange(len(self.losses))
         others = (Correction(self.features[every != i], self.losses[every != i]) for i in every)
         return np.array([other.predict(self.features[i : i + 1])[0] for i, other in enumerate(others)])
@@ -63,7 +63,7 @@ class Correction:
 
 def correction_features(judged: Sequence[Judged]) -> np.ndarray:
     """[n, 4 + 2 * stacks] inherited loss, log FLOPs, log parameters, each stack's depth and log width, share of layers
-    that give a token one expert of several."""
+    that route each token to one of several experts."""
     rows = []
     for one in judged:
         layers, stacks = one.architecture.layers.values(), one.architecture.stacks.values()

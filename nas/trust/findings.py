@@ -1,4 +1,4 @@
-"""What stage fidelity finds of a run's ranking: the values in ``fidelity.json``."""
+"""Results of stage fidelity: the values in ``fidelity.json``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moesaic.nas.trust.scores import Difference
 
 @dataclass(frozen=True)
 class Standing:
-    """A member of the front or a rival against the best of the front, by inherited loss in pairs over sequences.
+    """A member of the front or a rival against the best of the front, by inherited loss paired over sequences.
 
-    ``p_value`` is Holm-corrected. ``level`` counts from 1 the levels of the front that can be told apart; None: a
-    rival.
+    ``p_value`` is Holm-corrected. ``level`` numbers, from 1, the levels of the front that can be told apart; None for
+    a rival.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Errors:
 
 @dataclass(frozen=True)
 class FlopsErrors:
-    """Errors of FLOPs on the test split, of ``models`` with threshold routers: as expected ``before`` a model is
-    evaluated, and ``after``, under the routing on the validation split."""
+    """Errors of predicted FLOPs on the test split, for ``models`` with threshold routers: ``before`` a model is
+    evaluated, and ``after``, with the routing measured on the validation split."""
 
     models: int
     before: Errors
@@ -47,7 +47,7 @@ class FlopsErrors:
 
 @dataclass(frozen=True)
 class CheckedMember:
-    """A trial that was trained from scratch; without a ``retrained_loss`` where that diverged."""
+    """A trial that was trained from scratch; ``retrained_loss`` is None if that diverged."""
 
     trial: int
     fingerprint: str
@@ -62,7 +62,7 @@ class CheckedMember:
 
 @dataclass(frozen=True)
 class Check:
-    """Trainings of ``steps`` steps each, and how far each judge's order agrees with theirs; None: too few ended."""
+    """Trainings of ``steps`` steps each, and each judge's agreement with them; None: too few finished."""
 
     steps: int
     members: tuple[CheckedMember, ...]
@@ -71,9 +71,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Trust:
-    """``front`` by rising loss, each pair judged on the same ``sequences``. ``corrected``: the corrected loss of
-    feasible trials by number, where that ranks better than the inherited one. ``chosen_rivals``: the best of each
-    kind, which the searched model meets."""
+    """``front`` by rising loss, all evaluated on the same ``sequences``. ``corrected``: the corrected loss of feasible
+    trials by number, where that ranks better than the inherited one. ``chosen_rivals``: the best of each kind, to
+    compare with the searched model."""
 
     sequences: int
     front: tuple[Standing, ...]
@@ -86,5 +86,5 @@ class Trust:
 
     @property
     def levels(self) -> int:
-        """Levels of the front that its losses can tell apart."""
+        """Number of levels of the front that its losses can tell apart."""
         return self.front[-1].level or 1

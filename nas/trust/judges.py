@@ -1,4 +1,4 @@
-"""Judges of architectures, and how far each agrees with trained models: inherited loss, corrected, and costs."""
+"""Judges of architectures (inherited loss, corrected loss, costs) and their agreement with trained models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def judged_rival(rival: Rival) -> Judged:
 
 
 def correction_of(trials: Sequence[Trial], members: Sequence[CheckedMember]) -> Correction | None:
-    """What the members that finished training teach of inherited losses; None where they are too few."""
+    """The correction learnt from the members that finished training; None if they are too few."""
     by_number, finished = {trial.number: trial for trial in trials}, _finished(members)
     if len(finished) < FEWEST_TRAININGS:
         return None
@@ -36,8 +36,8 @@ def correction_of(trials: Sequence[Trial], members: Sequence[CheckedMember]) -> 
 def compare_judges(
     members: Sequence[CheckedMember], correction: Correction | None = None
 ) -> dict[str, Agreement] | None:
-    """Agreement of inherited losses, of corrected ones (each member left out of its own correction), and of two judges
-    that cost nothing, with the losses of the members that finished training; None where those are too few."""
+    """Agreement with the losses of the members that finished training, for inherited losses, corrected ones
+    (leave-one-out) and two judges that need no evaluation; None if those members are too few."""
     finished = _finished(members)
     if len(finished) < FEWEST_MEMBERS:
         return None

@@ -1,4 +1,4 @@
-"""How well one judge of architectures agrees with another: rank correlation, regret, and how sure both are."""
+"""How well one judge of architectures agrees with another: rank correlation, regret, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of ``count`` architectures: Kendall's tau-b and its bootstrap interval (95 %), Spearman's rho, and the regret.
+    """Over ``count`` architectures: Kendall's tau-b and its bootstrap interval (95 %), Spearman's rho, and the regret.
 
-    ``regret[k]`` is how much more the truly best of the judge's first k costs than the best of all, as a share of the
-    latter: 0 when the best one is among them. Correlations are None where a judge gives everything the same mark.
+    ``regret[k]`` is the relative excess in loss of the best of the judge's top k over the best of all: 0 if the best
+    one is among them. Correlations are None where a judge gives all the same score.
     """
 
     count: int
@@ -29,7 +29,7 @@ class Agreement:
 
 
 def agreement(judged: np.ndarray, truth: np.ndarray, tops: tuple[int, ...] = (1, 3, 5), seed: int = 0) -> Agreement:
-    """Agreement of the marks ``judged`` [n] with the losses ``truth`` [n]; lower is better in both."""
+    """Agreement of the scores ``judged`` [n] with the losses ``truth`` [n]; lower is better in both."""
     tau, rho = kendall_tau(judged, truth), float(np.asarray(stats.spearmanr(judged, truth))[0])
     low, high = bootstrap(lambda index: kendall_tau(judged[index], truth[index]), len(truth), seed)
     order = np.argsort(judged, kind="stable")
@@ -43,8 +43,8 @@ def kendall_tau(judged: np.ndarray, truth: np.ndarray) -> float:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of ``statistic`` of an index into ``count`` items drawn with replacement (Efron 1979);
-    NaN twice where it is never defined."""
+    """95 % percentile bootstrap interval (Efron 1979) of ``statistic``, a function of the drawn indices into ``count``
+    items; two NaNs where it is never defined."""
     rng = np.random.default_rng(seed)
     with np.errstate(invalid="ignore"):
         values = np.array([statistic(rng.integers(0, count, count)) for _ in range(_RESAMPLES)])

@@ -1,4 +1,4 @@
-"""Losses of trained models: on one seed, over several, and differences in pairs."""
+"""Losses of trained models: for one seed, over several seeds, and paired differences."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRun(Scores):
-    """One training. ``fingerprint`` is that of the model after its thresholds were lowered to fit the budget, if at
-    all; ``seconds`` are those of the training."""
+    """One training. ``fingerprint`` is that of the model after any lowering of thresholds to fit the budget;
+    ``seconds`` is the training time."""
 
     seed: int
     fingerprint: str
@@ -46,8 +46,8 @@ class SeedRun(Scores):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanScores(Scores):
-    """Means over the seeds of ``runs``. ``interval`` holds the mean loss over all seeds with a confidence of 95 %
-    (Student), None for one seed; ``standard_error`` stays that over sequences."""
+    """Means over the seeds of ``runs``. ``interval`` is the 95 % interval of the mean loss over seeds (Student), None
+    for one seed; ``standard_error`` is still that over sequences."""
 
     interval: tuple[float, float] | None
     runs: tuple[SeedRun, ...]
@@ -71,14 +71,14 @@ class MeanScores(Scores):
 
     @property
     def error(self) -> float:
-        """What follows the loss as ``±``: half the interval over seeds, or with one seed the standard error."""
+        """The figure after ``±``: half the interval over seeds, or the standard error with one seed."""
         return self.standard_error if self.half_interval is None else self.half_interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of differences in loss, its standard error and 95 % interval; over ``seeds`` seeds, or over sequences if
-    one."""
+    """Mean of paired differences in loss, its standard error and 95 % interval, over ``seeds`` seeds, or over sequences
+    for one seed."""
 
     mean: float
     standard_error: float
@@ -96,15 +96,15 @@ class Difference:
 def paired_difference(evaluation: Evaluation, reference: Evaluation) -> Difference:
     """The difference in loss, sequence by sequence.
 
-    What two models share (easy and hard text) cancels, so the error is far smaller than that of either loss. It
-    excludes training-seed variance.
+    What two models share (easy and hard text) cancels, so the error is far smaller than that of either loss.
+    Training-seed variance is not included.
     """
     return Difference.of(np.array(evaluation.sequence_losses) - np.array(reference.sequence_losses))
 
 
 def difference_over_seeds(evaluations: Sequence[Evaluation], references: Sequence[Evaluation]) -> Difference:
-    """The difference of two models trained with the same seeds, seed by seed, which includes training-seed variance; of
-    one seed it is that over sequences."""
+    """The difference of two models trained with the same seeds, seed by seed, so it includes training-seed variance;
+    with one seed it is that over sequences."""
     pairs = list(zip(evaluations, references, strict=True))
     if len(pairs) == 1:
         return paired_difference(*pairs[0])

@@ -1,4 +1,4 @@
-"""What a run's figures say about its ranking, in sentences for the terminal and the report."""
+"""Sentences about the ranking of a run, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from moesaic.nas.trust.ranking import Agreement
 
 INHERITED, CORRECTED = "inherited loss", "inherited loss, corrected"
 FLOPS, PARAMETERS = "counting FLOPs", "counting parameters"
-"""Judges of architectures: the search's, the same corrected by trainings, and the two that cost nothing."""
+"""Judges of architectures: inherited loss, the same corrected by trainings, and two that need no evaluation."""
 _WIDE = 0.5
 """A 95 % interval of Kendall's tau this wide cannot tell a good judge from a middling one."""
 
 
 def sentences(trust: Trust) -> list[str]:
-    """All there is to say."""
+    """All sentences, as one text."""
     return [
         front_sentence(trust),
         *filter(None, [rivals_sentence(trust)]),
@@ -29,22 +29,22 @@ def front_sentence(trust: Trust) -> str:
     if len(front) == 1:
         return f"The front has one member, whose inherited loss has a standard error of {error:.4f}."
     return (
-        f"Inherited losses have a standard error of up to {error:.4f}. In pairs over the same {trust.sequences} "
-        f"sequences they tell {trust.levels} levels apart among the {len(front)} members of the front: "
-        f"{sum(member.differs for member in front)} of {len(front) - 1} others differ from the best one, and "
+        f"Inherited losses have a standard error of up to {error:.4f}. Paired over the same {trust.sequences} "
+        f"sequences, they tell {trust.levels} levels apart among the {len(front)} members of the front: "
+        f"{sum(member.differs for member in front)} of the {len(front) - 1} others differ from the best one, and "
         f"{trust.neighbours_that_differ} of {len(front) - 1} pairs of neighbours differ."
     )
 
 
 def flops_sentence(flops: FlopsErrors | None) -> str:
-    """How far FLOPs of models with threshold routers are from their prediction on text that nothing was fitted to."""
+    """How far predicted FLOPs of models with threshold routers are off on unseen text."""
     if flops is None:
         return "FLOPs: no evaluated architecture has a threshold router, so they are exact."
     before, after = flops.before, flops.after
     return (
-        f"FLOPs per token of {flops.models} models with threshold routers, on the test split: those expected before "
-        f"evaluation are off by {before.median:.1%} in the median and {before.largest:.1%} at most, those under "
-        f"the routing on the validation split by {after.median:.1%} and {after.largest:.1%}."
+        f"FLOPs per token of {flops.models} models with threshold routers, on the test split: the prediction before "
+        f"evaluation is off by {before.median:.1%} in the median and {before.largest:.1%} at most; with the routing "
+        f"measured on the validation split, by {after.median:.1%} and {after.largest:.1%}."
     )
 
 
@@ -67,7 +67,7 @@ def check_sentence(check: Check | None) -> str:
     """How well inherited losses ranked the members that were trained from scratch, or how to find out."""
     if check is None:
         return (
-            "How well inherited losses rank what is trained from scratch was not measured; `fidelity.check=8` trains "
+            "It was not measured how well inherited losses rank models trained from scratch; `fidelity.check=8` trains "
             "eight architectures to find out."
         )
     failed = sum(member.retrained_loss is None for member in check.members)
@@ -94,14 +94,14 @@ def _correction_text(judges: dict[str, Agreement]) -> str:
     if CORRECTED not in judges:
         return ""
     own, corrected = judges[INHERITED], judges[CORRECTED]
-    text = f" Corrected by the other trainings, losses ranked each with tau {tau_text(corrected)}"
+    text = f" Losses corrected by the other trainings ranked them with tau {tau_text(corrected)}"
     if corrects(judges):
-        return f"{text}, so corrected losses decide what is exported and which rivals it meets."
-    return f"{text}, no better than the {_number(own.tau)} of uncorrected ones, which decide."
+        return f"{text}, so corrected losses decide the export and its rivals."
+    return f"{text}, no better than the {_number(own.tau)} of uncorrected losses, which decide."
 
 
 def corrects(judges: dict[str, Agreement] | None) -> bool:
-    """Whether corrected losses rank what they have not seen better than the inherited ones do."""
+    """Whether corrected losses rank held-out members better than inherited losses do."""
     if judges is None or CORRECTED not in judges:
         return False
     return (judges[CORRECTED].tau or 0.0) > (judges[INHERITED].tau or 0.0)

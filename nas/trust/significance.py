@@ -1,4 +1,4 @@
-"""Which models differ in loss beyond chance: paired tests over the sequences that all of them were judged on."""
+"""Which models differ significantly in loss: paired tests over the sequences that all were evaluated on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from scipy import stats
 def adjusted_p_values(losses: np.ndarray) -> np.ndarray:
     """[m, m] Holm-adjusted p-values of the paired t-tests between all pairs of m models, from ``losses`` [m, n].
 
-    All pairs are one family, so that whichever of them are looked at afterwards (the best against the others,
-    neighbours), and though the best was found by these same losses, any false difference among the m is as rare as the
-    level says. That the m were themselves picked out of many more is not accounted for.
+    All pairs are one family. So the family-wise error rate holds for any pairs looked at afterwards (the best against
+    the others, neighbours), even though the best was found by these same losses. The selection of the m models from
+    many more is not accounted for.
     """
     upper = np.triu_indices(len(losses), 1)
     adjusted = np.ones((len(losses), len(losses)))
@@ -22,8 +22,8 @@ def adjusted_p_values(losses: np.ndarray) -> np.ndarray:
 def paired_p_values(losses: np.ndarray) -> np.ndarray:
     """[m, m] two-sided p-values of paired t-tests between models, from ``losses`` [m, n] on the same n >= 2 sequences.
 
-    What two models share, easy and hard text, cancels in their differences. Sequences count as independent. Excludes
-    training-seed variance. Models of equal losses have p = 1.
+    What two models share (easy and hard text) cancels in their differences. Sequences are treated as independent.
+    Training-seed variance is not included. Models with equal losses have p = 1.
     """
     return np.array([_p_values(losses - model) for model in losses])
 
@@ -37,7 +37,7 @@ def _p_values(differences: np.ndarray) -> np.ndarray:
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """[k] adjusted p-values of k tests: Holm's step-down procedure (1979) rejects those below its level."""
+    """[k] adjusted p-values of k tests by Holm's step-down procedure (1979)."""
     order = np.argsort(p_values)
     adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)), 1)
