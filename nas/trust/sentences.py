@@ -96,7 +96,7 @@ def _correction_text(judges: dict[str, Agreement]) -> str:
     own, corrected = judges[INHERITED], judges[CORRECTED]
     text = f" Losses corrected by the other trainings ranked them with tau {tau_text(corrected)}"
     if corrects(judges):
-        return f"{text}, so corrected losses decide the export and its rivals."
+        return f"{text}, so corrected losses decide what is exported and its rivals."
     return f"{text}, no better than the {_number(own.tau)} of uncorrected losses, which decide."
 
 

@@ -125,7 +125,7 @@ def _shaped(architecture: Architecture, shape: Shape) -> Architecture:
 
 
 class Program:
-    """The integer program of ``scores`` under a budget.
+    """The integer programme of ``scores`` under a budget.
 
     There is one binary variable per shape, exactly one of which is chosen, and one per width, place and part. A place
     has one part at the chosen width if its layer is inside the chosen depth, and none otherwise. Costs, which depend on

@@ -237,7 +237,7 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
         objectives=("loss",),
     )
     assert bare.default_cost == "flops"
-    assert "not known" in build_page(bare)
+    assert "unknown whether" in build_page(bare)
 
 
 def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
