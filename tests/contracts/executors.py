@@ -45,7 +45,7 @@ class ExecutorContract:
         assert all(outcome.attempts == 1 and outcome.reason is None for outcome in outcomes)
         assert all(outcome.seconds > 0 for outcome in outcomes)
 
-    def test_it_takes_no_more_than_it_says_and_gives_each_back_once(self, executor: Executor):
+    def test_it_takes_no_more_than_it_offers_and_returns_each_once(self, executor: Executor):
         room = executor.free
         assert executor.lanes <= room <= executor.lanes + 1
         wanted = members(room)

@@ -53,7 +53,7 @@ class SamplerContract:
         refused = [t for t in trials if t.state == "refused"]
         assert all(max(t.excess.values()) > 0 and not t.values for t in refused)
 
-    def test_a_search_that_was_stopped_ends_as_one_that_was_not(self, tmp_path: Path) -> None:
+    def test_a_stopped_search_continues_to_the_same_result(self, tmp_path: Path) -> None:
         space = tiny_space()
         budget = budget_of(space, flops="45%")
         whole = search(space, budget, tmp_path / "whole.jsonl", self.config())
@@ -66,7 +66,7 @@ class SamplerContract:
             assert key(parts) == key(whole)
             assert path.read_text().count("\n") == len(whole)
 
-    def test_the_same_seed_gives_the_same_search_and_another_one_another(self, tmp_path: Path) -> None:
+    def test_the_search_is_a_function_of_the_seed(self, tmp_path: Path) -> None:
         space = tiny_space()
         budget = budget_of(space, flops="60%")
         first = search(space, budget, tmp_path / "1", self.config(12), seed=1)

@@ -1,4 +1,4 @@
-"""The table of activations against formulas that are written out, and the reference layer against torch's modules."""
+"""The table of activations against explicit formulas, and the reference layer against torch's modules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POINTWISE = {activation.pointwise.name: activation.pointwise for activation in A
 
 
 @pytest.mark.parametrize("pointwise", POINTWISE.values(), ids=POINTWISE)
-def test_functions_and_their_gradients_are_those_of_the_formulas(pointwise: Pointwise) -> None:
+def test_functions_and_gradients_match_the_formulas(pointwise: Pointwise) -> None:
     z = torch.linspace(-6, 6, 1000, dtype=torch.float64).view(4, 250).requires_grad_()
     grad = torch.linspace(1, 2, 1000, dtype=torch.float64).view(4, 250)
     expected = FORMULAS[pointwise.name](z)
@@ -89,6 +89,6 @@ def test_the_reference_is_a_layer_of_torch_modules(activation: str, bias: bool, 
         torch.testing.assert_close(grad, expected_grad)
 
 
-def test_every_activation_has_been_said_what_it_means() -> None:
+def test_every_activation_is_in_the_table_of_meanings() -> None:
     assert list(MODULES) == list(ACTIVATIONS)
     assert FORMULAS.keys() == POINTWISE.keys()

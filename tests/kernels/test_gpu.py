@@ -1,6 +1,6 @@
-"""What is special to the Triton kernels: their routing, lists with room to spare, operators that torch can trace.
+"""Tests of the Triton kernels alone: their routing, lists longer than the pairs, operators that torch can trace.
 
-That they compute what the reference computes is in test_sparse_ffn.py, for every implementation.
+test_sparse_ffn.py compares every implementation with the reference.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def assert_same_routing(found: Routing, expected: Routing) -> None:
 
 @given(values=logits(), max_experts=st.integers(1, 8), threshold=st.none() | st.sampled_from([0.013, 0.37, 0.71, 0.97]),
        normalise=st.booleans())  # fmt: skip
-def test_routing_is_that_of_the_reference_with_ties(
+def test_routing_matches_the_reference_with_ties(
     values: Tensor, max_experts: int, threshold: float | None, normalise: bool
 ) -> None:
     max_experts = min(max_experts, values.shape[1])
@@ -62,7 +62,7 @@ def test_routing_of_many_tokens_crosses_blocks_and_programs(tokens: int, experts
 @settings(max_examples=20)
 @given(values=logits(), max_experts=st.integers(1, 4), threshold=st.none() | st.sampled_from([0.37, 0.71]),
        normalise=st.booleans(), balance=st.booleans())  # fmt: skip
-def test_gradient_of_the_logits_is_that_of_the_reference(
+def test_gradient_of_the_logits_matches_the_reference(
     values: Tensor, max_experts: int, threshold: float | None, normalise: bool, balance: bool
 ) -> None:
     max_experts, grads = min(max_experts, values.shape[1]), []
@@ -103,7 +103,7 @@ def run(leaves: dict[str, Tensor], activation: str = "swiglu", threshold: float 
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_room_that_a_threshold_did_not_fill_is_never_read(activation: str) -> None:
+def test_entries_past_the_kept_pairs_are_never_read(activation: str) -> None:
     leaves = layer(activation)
     found = gpu.route(leaves["logits"].detach(), max_experts=3, threshold=0.4)
     pairs = int(found.offsets[-1])
@@ -174,7 +174,7 @@ def test_a_compiled_layer_is_one_graph_with_the_same_values(activation: str, up_
         torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_kept_where_no_gradient_will_come() -> None:
+def test_nothing_is_kept_without_gradients() -> None:
     leaves = {name: tensor.detach() for name, tensor in layer("relu").items()}
     assert run(leaves, "relu").grad_fn is None
     with torch.inference_mode():
@@ -192,13 +192,13 @@ def test_nan_in_a_token_stays_in_that_token() -> None:
         assert torch.equal(out[keep], clean[keep])
 
 
-def test_triton_is_offered_on_gpus_alone() -> None:
+def test_triton_is_offered_only_on_gpus() -> None:
     assert not has_triton(torch.device("cpu"))
     assert has_triton(DEVICE) == (DEVICE.type == "cuda")
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device() -> None:
+def test_a_step_does_not_synchronise_with_the_device() -> None:
     leaves = layer("swiglu", torch.bfloat16)
     run(leaves).float().square().sum().backward()  # compiles, tunes, copies the layout
     torch.cuda.set_sync_debug_mode("error")

@@ -139,13 +139,13 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
-def test_output_and_gradients_are_those_of_the_reference_in_float64(implementation: str, case: Case) -> None:
+def test_output_and_gradients_match_the_reference_in_float64(implementation: str, case: Case) -> None:
     assert_near(case.run(implementation), case.run("reference"), 1e-10)
 
 
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
-def test_output_and_gradients_are_those_of_the_reference_in_float32(implementation: str, case: Case) -> None:
+def test_output_and_gradients_match_the_reference_in_float32(implementation: str, case: Case) -> None:
     single = case.to(torch.float32)
     assert_near(single.run(implementation), single.to(torch.float64).run("reference"), 1e-5)
 
@@ -153,7 +153,7 @@ def test_output_and_gradients_are_those_of_the_reference_in_float32(implementati
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bank_dtype", [torch.bfloat16, torch.float32])
-def test_bfloat16_is_as_good_as_its_digits(implementation: str, activation: str, bank_dtype: torch.dtype) -> None:
+def test_bfloat16_error_is_that_of_its_precision(implementation: str, activation: str, bank_dtype: torch.dtype) -> None:
     table = torch.rand(32, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     case = make_case([16, 64, 128, 48], table, 32, 32, activation, extra_width=16, seed=2).to(torch.bfloat16)
     exact = case.to(torch.float64).run("reference")
@@ -172,7 +172,7 @@ def test_bfloat16_is_as_good_as_its_digits(implementation: str, activation: str,
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("scale", [1e-18, 1e4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_huge_and_tiny_inputs_are_those_of_the_reference(implementation: str, scale: float, activation: str) -> None:
+def test_huge_and_tiny_inputs_match_the_reference(implementation: str, scale: float, activation: str) -> None:
     table = torch.rand(9, 3, generator=torch.Generator().manual_seed(1)) < 0.6
     case = make_case([5, 500, 17], table, 9, 8, activation, seed=3)
     case = replace(case, x=case.x * scale)
@@ -267,7 +267,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
         first.square().sum().backward()
 
 
-def test_a_gate_is_there_exactly_for_gated_units() -> None:
+def test_a_gate_is_required_exactly_for_gated_units() -> None:
     gated, plain = (make_case([4], None, 3, 5, activation) for activation in ("swiglu", "relu"))
     with pytest.raises(ValueError, match="geglu needs a gate"):
         sparse_ffn(plain.x, plain.bank, plain.layout, None, "geglu")
@@ -275,7 +275,7 @@ def test_a_gate_is_there_exactly_for_gated_units() -> None:
         sparse_ffn(gated.x, gated.bank, gated.layout, None, "relu")
 
 
-def test_an_unknown_activation_is_answered_with_those_that_there_are() -> None:
+def test_an_unknown_activation_is_refused_with_the_known_ones() -> None:
     case = make_case([4], None, 3, 5, "relu")
     with pytest.raises(ValueError, match="unknown activation silu: use one of relu, gelu, gelu_tanh, swiglu, geglu"):
         sparse_ffn(case.x, case.bank, case.layout, None, "silu")
@@ -290,7 +290,7 @@ def test_a_bias_is_one_value_per_neuron(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_bias_may_be_all_that_is_trained(implementation: str) -> None:
+def test_a_bias_alone_may_be_trained(implementation: str) -> None:
     case = make_case([4, 3], torch.ones(6, 2, dtype=torch.bool), 6, 5, "geglu_tanh", seed=16)
     bias = case.leaves["up_bias"].clone().requires_grad_()
     out = case.call({**case.leaves, "up_bias": bias}, implementation)
@@ -320,7 +320,7 @@ def test_tensors_may_have_any_stride(implementation: str) -> None:
     assert_near(other.run(implementation), case.run(implementation), 1e-12)
 
 
-def test_several_experts_need_a_routing_and_a_layout_both_of_its_halves() -> None:
+def test_several_experts_need_a_routing_and_a_layout_needs_starts_and_sizes() -> None:
     case = make_case([4, 4], torch.ones(3, 2, dtype=torch.bool), 3, 5, "relu")
     with pytest.raises(ValueError, match="one expert"):
         sparse_ffn(case.x, case.bank, case.layout, None, "relu")
@@ -351,7 +351,7 @@ def test_two_runs_and_two_backward_passes_are_equal_bit_for_bit(activation: str)
         assert torch.equal(grad, first["grad x"])
 
 
-def test_nothing_is_kept_where_no_gradient_will_come() -> None:
+def test_nothing_is_kept_without_gradients() -> None:
     case = make_case([4, 3], torch.ones(4, 2, dtype=torch.bool), 4, 5, "swiglu", seed=12)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -364,7 +364,7 @@ def test_nothing_is_kept_where_no_gradient_will_come() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_under_autocast_bfloat16_inputs_meet_a_float32_bank(activation: str) -> None:
+def test_autocast_mixes_bfloat16_inputs_with_a_float32_bank(activation: str) -> None:
     table = torch.rand(32, 3, generator=torch.Generator().manual_seed(1)) < 0.6
     case = make_case([16, 64, 8], table, 32, 16, activation, seed=13).to(torch.float32)
     mixed = replace(case, x=case.x.bfloat16(), direction=case.direction.bfloat16())

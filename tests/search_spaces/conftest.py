@@ -1,4 +1,4 @@
-"""Spaces small enough to list: each has one peculiarity, and counts worked out by hand."""
+"""Spaces small enough to enumerate, each with one special feature and counts worked out by hand."""
 
 from __future__ import annotations
 

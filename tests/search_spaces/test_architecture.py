@@ -114,7 +114,7 @@ def test_dict_is_plain_data_without_empty_keys(architecture: Architecture) -> No
 
 
 @given(st.lists(tiles, min_size=2, max_size=6), st.randoms(use_true_random=False))
-def test_order_of_experts_means_nothing(sizes: list[int], rng: Random) -> None:
+def test_order_of_experts_has_no_meaning(sizes: list[int], rng: Random) -> None:
     shuffled = rng.sample(sizes, len(sizes))
     router = Router("top_k", k=2)
     first, second = (_one_layer(FeedForward(tuple(s), router)) for s in (sizes, shuffled))
@@ -274,18 +274,18 @@ def test_a_mistake_is_refused_with_its_line_and_key(
         (lambda: Attention(6, 4), "4 of 6", [1, 2, 3, 6]),
         (lambda: FeedForward((16, 16), Router("top_k", k=3)), 3, "1 to 2"),
         (lambda: Router("threshold", threshold=1.0, max_k=2), 1.0, "0 < threshold < 1"),
-        (lambda: Backbone(head_size=15), "15 of a head_size of 15", "head_size x rotary_fraction is even"),
+        (lambda: Backbone(head_size=15), "15 of a head_size of 15", "an even head_size x rotary_fraction"),
         (
             lambda: Backbone(head_size=16, rotary_fraction=0.3),
             "5 of a head_size of 16",
-            "head_size x rotary_fraction is even",
+            "an even head_size x rotary_fraction",
         ),
         (lambda: Backbone(rotary_base=1), "base 1, fraction 1", "rotary_base > 1 and 0 < rotary_fraction <= 1"),
         (lambda: Backbone(norm_eps=1.0), 1.0, "0 < norm_eps < 1"),
         (lambda: Backbone(activation="geglu", biases="all"), "geglu", "biases: none or qkv"),
     ],
 )
-def test_an_impossible_value_says_what_is_possible(make: Callable, found: object, allowed: object) -> None:
+def test_an_impossible_value_is_refused_with_the_possible_ones(make: Callable, found: object, allowed: object) -> None:
     with pytest.raises(MoesaicError) as caught:
         make()
     assert (caught.value.found, caught.value.allowed) == (found, allowed)
@@ -329,7 +329,7 @@ def test_yaml_is_readable_without_this_program() -> None:
 
 
 @pytest.mark.parametrize("format", [None, 1, 3, "2"])
-def test_an_architecture_in_another_format_says_so(format: object) -> None:
+def test_an_architecture_in_another_format_is_refused(format: object) -> None:
     plain = pinned().to_dict()
     assert plain.pop("format") == 2
     data = plain if format is None else {**plain, "format": format}
@@ -351,7 +351,7 @@ def test_every_layer_has_an_address() -> None:
     assert architecture.width_at(second) == architecture.output.width == 32
 
 
-def test_what_has_its_default_is_not_written() -> None:
+def test_default_values_are_not_written() -> None:
     assert Architecture(pinned().decoder).to_dict()["backbone"] == {"head_size": 32, "activation": "swiglu"}
     assert "causal" not in pinned().to_dict()["decoder"]
     assert "weights" not in pinned().to_dict()["decoder"]["layers"][0]["feed_forward"]["router"]

@@ -1,4 +1,4 @@
-"""What a backbone may be, which of it is written, and that a fingerprint tells every field apart."""
+"""Which backbones are valid, which fields are written, and that every field changes the fingerprint."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_equal_numbers_are_one_backbone_with_one_fingerprint(base: int, fraction
     assert whole.to_yaml() == written.to_yaml()
 
 
-def test_the_changes_of_the_fingerprint_test_are_of_every_field() -> None:
+def test_the_fingerprint_test_changes_every_field() -> None:
     """Who adds a field adds the change that shows its effect."""
     told: set[tuple[type, str]] = set()
     before = pinned()
@@ -170,7 +170,7 @@ def single_changes() -> dict[str, tuple[Backbone, Backbone]]:
 
 
 @pytest.mark.parametrize("name", [key.name for key in fields(Backbone)])
-def test_a_field_of_the_backbone_changes_the_fingerprint_alone(name: str) -> None:
+def test_each_field_of_the_backbone_alone_changes_the_fingerprint(name: str) -> None:
     pair = single_changes()[name]
     one, other = (Architecture(pinned().decoder, backbone) for backbone in pair)
     assert [key.name for key in fields(Backbone) if getattr(pair[0], key.name) != getattr(pair[1], key.name)] == [name]
@@ -193,7 +193,7 @@ def test_a_file_of_the_first_format_is_refused_in_one_message(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["sum", "softmax"])
-def test_router_weights_of_a_backbone_are_refused_with_what_to_write(weights: str) -> None:
+def test_router_weights_of_a_backbone_are_refused_with_the_new_key(weights: str) -> None:
     data = {"preset": "tiny", "backbone": {"router_weights": weights}}
     with pytest.raises(MoesaicError, match="router_weights is a key of each router now") as caught:
         load_space(YamlSource("space.yaml", data, {("backbone", "router_weights"): 4}))
@@ -205,7 +205,7 @@ def test_router_weights_of_a_backbone_are_refused_with_what_to_write(weights: st
 
 
 @given(st.lists(st.tuples(st.sampled_from(["decoder", "encoder"]), st.integers(0, 200)), max_size=8))
-def test_slots_are_ordered_by_stack_then_number_and_say_both(pairs: list[tuple[str, int]]) -> None:
+def test_slots_are_ordered_and_named_by_stack_then_number(pairs: list[tuple[str, int]]) -> None:
     slots = sorted(Slot(*pair) for pair in pairs)
     assert [(slot.stack, slot.index) for slot in slots] == sorted(pairs)
     assert [str(slot) for slot in slots] == [f"{stack}.{index}" for stack, index in sorted(pairs)]

@@ -20,7 +20,7 @@ ARCHITECTURE = Architecture(
 )
 
 
-def test_a_line_per_layer_says_heads_router_and_sizes() -> None:
+def test_a_line_per_layer_has_heads_router_and_sizes() -> None:
     head, first, second, third = draw(ARCHITECTURE).splitlines()
     assert ARCHITECTURE.fingerprint in head
     assert "width 64" in head

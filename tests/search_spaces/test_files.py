@@ -90,7 +90,7 @@ def test_damaged_json_is_refused(tmp_path: Path, damage: bytes) -> None:
     assert caught.value.where == str(path)
 
 
-def test_absent_json_is_refused(tmp_path: Path) -> None:
+def test_missing_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MoesaicError, match="no such file"):
         read_json(tmp_path / "a.json")
     with pytest.raises(MoesaicError, match="cannot be read"):
@@ -146,6 +146,6 @@ def test_a_value_of_another_kind_is_refused_with_its_place(tmp_path: Path, chang
     assert caught.value.where == str(path)
 
 
-def test_a_value_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MoesaicError, match="no such file"):
         read_value(tmp_path / "row.json", Row)

@@ -203,7 +203,7 @@ def test_a_non_member_is_refused_with_the_key_that_differs(key: str, sparse_spac
     assert reason[0] == key
 
 
-def test_a_wrong_number_of_experts_is_told_with_the_numbers_there_are(sparse_space: SearchSpace) -> None:
+def test_a_wrong_number_of_experts_is_refused_with_the_allowed_ones(sparse_space: SearchSpace) -> None:
     reason = sparse_space.why_not(outside(part={"expert_sizes": (16,) * 4}))
     assert reason == ("decoder.layers.0.feed_forward.expert_sizes", "4 experts", [1, 2, 3])
 
@@ -213,7 +213,7 @@ def test_only_architectures_are_members(sparse_space: SearchSpace) -> None:
     assert sparse_member().to_dict() not in sparse_space
 
 
-def test_per_layer_overrides_hold_at_their_position_alone() -> None:
+def test_per_layer_overrides_hold_only_at_their_position() -> None:
     space = _overrides()
     dense, sparse = FeedForward((32,)), FeedForward((16, 16), Router("top_k", k=1))
     wide = FeedForward((48, 48), Router("top_k", k=1), 16)

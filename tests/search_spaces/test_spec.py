@@ -24,7 +24,7 @@ layers:
 """
 
 
-def test_presets_are_there_and_load() -> None:
+def test_presets_exist_and_load() -> None:
     assert preset_names() == ["medium", "small", "tiny", "xmoe"]
     for name in preset_names():
         space = load_space(YamlSource("test", name))
@@ -41,7 +41,7 @@ def test_a_space_reads_from_a_file(tmp_path: Path) -> None:
     assert space.cardinality == 2 * (2 * 4 + 2 * 4 * 2 * 1)
 
 
-def test_order_and_repetition_in_a_list_mean_nothing() -> None:
+def test_order_and_repetition_in_a_list_have_no_meaning() -> None:
     messy = TEXT.replace("[32, 48]", "[48, 32, 48]").replace("[16, 32]", "[32, 16, 32]").replace("[1, 2]", "[2, 1, 2]")
     assert load_space(parse_yaml(messy, "test")) == load_space(parse_yaml(TEXT, "test"))
 
@@ -93,7 +93,7 @@ def test_a_mistake_is_refused_with_its_line_and_key(wrong: str) -> None:
     assert caught.value.nearest == nearest
 
 
-def test_an_unknown_preset_is_told_the_nearest_and_all() -> None:
+def test_an_unknown_preset_is_refused_with_the_nearest_and_all() -> None:
     with pytest.raises(MoesaicError) as caught:
         load_space(parse_yaml("# mine\npreset: smal\n", "space.yaml"))
     error = caught.value

@@ -1,4 +1,4 @@
-"""A second stack is one more value: an encoder goes through everything that a decoder goes through."""
+"""Spaces and moves with two stacks: an encoder is treated as a decoder is."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_members_are_all_pairs_of_stacks() -> None:
     assert TWO.depth == 3
 
 
-def test_uniform_sampling_draws_both_stacks_uniformly_and_apart() -> None:
+def test_uniform_sampling_draws_both_stacks_uniformly_and_independently() -> None:
     rng = Random(2)
     drawn = Counter(TWO.sample(rng) for _ in range(8 * TWO.cardinality))
     assert set(drawn) <= set(MEMBERS)
@@ -101,7 +101,7 @@ def test_a_non_member_is_refused_with_the_stack_and_key_that_differ(key: str) ->
     assert reason[0] == key
 
 
-def test_a_network_of_other_stacks_is_no_member() -> None:
+def test_a_network_of_other_stacks_is_not_a_member() -> None:
     lone = Architecture(TWO.decoder.smallest, TWO.backbone)
     assert lone in alone["decoder"]
     assert TWO.why_not(lone) == ("stacks", ["decoder"], ["encoder", "decoder"])
@@ -120,7 +120,7 @@ def test_layers_are_at_the_addresses_of_their_stacks() -> None:
 
 
 @given(seed=seeds, slots=st.sets(st.sampled_from([ENCODER, FIRST, SECOND])))
-def test_with_layers_changes_those_addresses_alone(seed: int, slots: set[Slot]) -> None:
+def test_with_layers_changes_only_those_addresses(seed: int, slots: set[Slot]) -> None:
     before = member(seed)
     changed = before.with_layers(dict.fromkeys(slots, FOREIGN))
     assert type(changed) is TwoStacks

@@ -59,7 +59,7 @@ def test_a_syntax_error_has_line_and_column(text: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "!!int ten", "!!float x", "!!bool maybe", "!!timestamp soon", "0x_"])
-def test_a_value_that_is_not_what_it_claims_has_its_line(value: str) -> None:
+def test_an_invalid_value_is_refused_with_its_line(value: str) -> None:
     """PyYAML answers these with a bare ValueError, KeyError or AttributeError."""
     assert refused(f"a: 1\nb: {value}\n").where == "a.yaml:2:4"
 
@@ -73,7 +73,7 @@ def test_a_value_that_is_not_what_it_claims_has_its_line(value: str) -> None:
         ("1: x\n0x1: y\n", "a.yaml:2: 1", 1),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(text: str, where: str, first: int) -> None:
+def test_a_duplicate_key_is_refused(text: str, where: str, first: int) -> None:
     error = refused(text)
     assert error.where == where
     assert error.problem == f"duplicate key (first on line {first})"
@@ -102,7 +102,7 @@ def test_a_missing_file_names_its_nearest_sibling(tmp_path: Path) -> None:
     assert caught.value.nearest is None
 
 
-def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     binary = tmp_path / "a.yaml"
     binary.write_bytes(b"\xff\xfe\x00a")
     for path in (tmp_path, binary, binary / "below.yaml"):
@@ -111,7 +111,7 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
         assert caught.value.where == str(path)
 
 
-def test_deep_nesting_is_refused_in_words() -> None:
+def test_deep_nesting_is_refused_with_a_message() -> None:
     assert "nested too deeply" in refused("[" * 5000).problem
 
 
@@ -137,7 +137,7 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_plain_data_comes_back(data: object) -> None:
+def test_plain_data_round_trip(data: object) -> None:
     assert parse_yaml(yaml.safe_dump(data), "a.yaml").data == data
 
 

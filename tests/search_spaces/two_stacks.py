@@ -1,4 +1,4 @@
-"""A family with a second stack, made here from the public values alone, and a space of it small enough to list."""
+"""A family with a second stack, made only from public classes, and a space of it small enough to enumerate."""
 
 from __future__ import annotations
 

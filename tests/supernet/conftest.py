@@ -1,4 +1,4 @@
-"""Spaces and models that are small enough to run in milliseconds, with weights large enough to matter."""
+"""Spaces and models small enough to run in milliseconds, with weights large enough to affect the outputs."""
 
 from __future__ import annotations
 

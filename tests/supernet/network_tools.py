@@ -1,4 +1,4 @@
-"""Small networks on every kind of backbone, with weights large enough to matter."""
+"""Small networks on every kind of backbone, with weights large enough to affect the outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokens_of(batch: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
 
 
 def padded_batch(places: list[tuple[int, int]], width: int, seed: int = 0) -> Batch:
-    """Sequences that stand at ``places`` (start, stop) of ``width``; random tokens are what pads them."""
+    """Sequences at ``places`` (start, stop) of ``width``, padded with random tokens."""
     windows = tokens_of(len(places), width + 1, seed)
     columns = torch.arange(width)
     mask = torch.stack([(columns >= start) & (columns < stop) for start, stop in places])

@@ -71,7 +71,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm_place", ["pre", "post"])
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("gelu", F.gelu), ("gelu_tanh", gelu_tanh)])
 @torch.no_grad()
-def test_a_network_with_layer_norm_is_that_of_torch(activation, function, norm_place, biases, causal) -> None:
+def test_a_network_with_layer_norm_matches_torch(activation, function, norm_place, biases, causal) -> None:
     """As GPT-2, OPT and BERT are built: learned positions, a norm of the embedding, an output of its own."""
     backbone = Backbone(
         WIDTH // HEADS, activation, "layer", norm_place, 1e-5, embedding_norm=norm_place == "post",
@@ -111,7 +111,7 @@ GATES = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": nn.GELU(approximate="t
     ids=["Llama", "part of a head", "Qwen2", "no positions"],
 )
 @torch.no_grad()
-def test_a_gated_network_is_that_of_its_formulas(activation: str, changes: dict) -> None:
+def test_a_gated_network_matches_its_formulas(activation: str, changes: dict) -> None:
     """Pre-RMSNorm, grouped heads whose size does not follow from the width, gated units."""
     backbone = Backbone(head_size=20, activation=activation, **changes)
     layer = Layer(Attention(4, 2), FeedForward((NEURONS,)))
@@ -183,7 +183,7 @@ def test_a_slice_on_another_backbone_is_refused(one: Backbone, other: Backbone) 
 
 
 @pytest.mark.parametrize("name", [key.name for key in fields(Backbone)])
-def test_every_choice_of_a_backbone_is_told_apart(name: str) -> None:
+def test_every_choice_of_a_backbone_is_distinguished(name: str) -> None:
     others = {
         "head_size": 64, "activation": "geglu", "norm": "layer", "norm_place": "post", "norm_eps": 1e-5,
         "embedding_norm": True, "positions": "none", "rotary_base": 20.0, "rotary_fraction": 0.5, "max_positions": 9,

@@ -53,7 +53,7 @@ def test_a_slice_decodes_as_its_extracted_model(preset_space, sharing, make_mode
 
 
 @torch.no_grad()
-def test_a_cache_set_back_forgets_what_came_after(tiny_space, make_model, make_tokens):
+def test_a_shortened_cache_forgets_later_positions(tiny_space, make_model, make_tokens):
     model, tokens = make_model(tiny_space.largest), make_tokens(2, 6)
     cache = KeyValueCache(tiny_space.largest, 2, 6)
     model.run(tokens[:, :4], cache=cache)

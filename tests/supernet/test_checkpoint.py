@@ -71,7 +71,7 @@ def test_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MoesaicError, match="no such file"):
         load_tensors(tmp_path / "a.safetensors")
     with pytest.raises(MoesaicError):

@@ -1,6 +1,6 @@
-"""Two processes train as one: gradients, figures, checkpoints of any number of workers, and that all end alike.
+"""Two processes train as one: gradients, metrics, checkpoints for any number of workers, and a common end.
 
-Both are started once and do every scenario in turn; each test looks at what one of them left.
+Both are started once and run every scenario in turn; each test checks the result of one scenario.
 """
 
 from __future__ import annotations
@@ -198,12 +198,12 @@ def test_two_processes_have_the_gradients_of_one(folder: Path, alone: Path) -> N
     assert_same_figures(folder / "plain", alone, STEPS)
 
 
-def test_two_processes_with_a_part_of_the_model_each_have_the_gradients_of_one(folder: Path, alone: Path) -> None:
+def test_two_processes_with_a_sharded_model_have_the_gradients_of_one(folder: Path, alone: Path) -> None:
     assert_same_training(folder / "sharded", alone / "five")
     assert_same_figures(folder / "sharded", alone, 5)
 
 
-def test_a_token_counts_alike_in_whichever_process_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_token_has_the_same_weight_in_every_process(folder: Path, tmp_path: Path) -> None:
     assert ends(folder, _padded) == ["done", "done"]
     run(tmp_path, data=TrainData(padded, SLICES))
     assert_same_training(folder / "padded", tmp_path)
@@ -218,7 +218,7 @@ def test_one_two_and_one_process_continue_each_other(folder: Path, alone: Path) 
     assert_same_figures(folder / "continued", alone, STEPS)
 
 
-def test_all_stop_at_the_step_at_which_one_is_asked_to(folder: Path) -> None:
+def test_all_stop_at_the_same_step_when_one_is_asked_to(folder: Path) -> None:
     first, second = ends(folder, _stopped_by_the_second)
     assert first == second
     assert first.startswith(f"Interrupted stopped at step 3 of {STEPS}")
@@ -233,14 +233,14 @@ def test_all_fail_when_one_diverges(folder: Path) -> None:
     assert not (folder / "diverged" / CHECKPOINT).exists()
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(folder: Path) -> None:
+def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
     first, second = ends(folder, _uneven)
     assert first == second
     assert first.startswith("MoesaicError train.workers: a batch cannot be dealt evenly")
     assert "2 for 3 rows" in first
 
 
-def test_a_gradient_that_one_process_lacks_counts_as_zero(folder: Path) -> None:
+def test_a_gradient_missing_in_one_process_counts_as_zero(folder: Path) -> None:
     assert ends(folder, _missing_gradient) == ["done", "done"]
 
 
@@ -265,7 +265,7 @@ def test_one_process_alone_leaves_everything_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("sharing", ["nested", "packed"])
-def test_architectures_say_which_parameters_get_gradients(preset_space: SearchSpace, sharing) -> None:
+def test_architectures_determine_which_parameters_get_gradients(preset_space: SearchSpace, sharing) -> None:
     from random import Random
 
     model = Transformer(preset_space.envelope, VOCABULARY, sharing)

@@ -73,11 +73,11 @@ def test_a_slice_is_evaluated_as_its_extracted_model(tiny_space: SearchSpace, ma
     assert evaluate(model, batch, tiny_space.largest) == evaluate(model.extract(tiny_space.largest), batch)
 
 
-def test_one_sequence_says_nothing_of_its_error(make_model, make_tokens) -> None:
+def test_one_sequence_has_an_infinite_error(make_model, make_tokens) -> None:
     assert evaluate(make_model(mixed_layers()), shifted(make_tokens(1, 9))).standard_error == math.inf
 
 
-def test_every_batch_is_told(make_model, make_tokens) -> None:
+def test_every_batch_is_reported(make_model, make_tokens) -> None:
     told = []
     evaluate(make_model(mixed_layers()), shifted(make_tokens(7, 5)), rows=3, on_rows=lambda: told.append(1))
     assert len(told) == 3
@@ -107,7 +107,7 @@ def padded(make_tokens, lengths: list[int], width: int) -> tuple[Batch, list[tor
 
 
 @torch.no_grad()
-def test_padding_counts_in_no_figure(make_model, make_tokens) -> None:
+def test_padding_is_not_counted(make_model, make_tokens) -> None:
     model, (batch, alone) = make_model(mixed_layers()), padded(make_tokens, [9, 4, 1, 7], 9)
     found = evaluate(model, batch, rows=3)
     single = [evaluate(model, shifted(row[None])) for row in alone]
@@ -122,7 +122,7 @@ def test_padding_counts_in_no_figure(make_model, make_tokens) -> None:
         assert load.pairs_per_token == pytest.approx(expected.tolist())
 
 
-def test_sequences_of_padding_alone_count_in_no_figure(make_model, make_tokens) -> None:
+def test_sequences_of_only_padding_are_not_counted(make_model, make_tokens) -> None:
     model, (batch, _) = make_model(mixed_layers()), padded(make_tokens, [9, 0, 4, 0, 7, 0], 9)
     there = torch.tensor([0, 2, 4])
     assert batch.mask is not None
@@ -166,7 +166,7 @@ def test_mean_and_error_are_those_of_the_sequences_with_tokens(found: list[tuple
     assert error == pytest.approx(ratio_error(*zip(*there, strict=True)), abs=1e-9)
 
 
-def test_the_error_is_what_the_mean_varies_by() -> None:
+def test_the_error_is_the_standard_deviation_of_the_mean() -> None:
     """Over many draws of sequences whose lengths and losses go together, as those of short ones are higher."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(1, 30, (3000, 60), generator=generator).double()
@@ -185,7 +185,7 @@ def elsewhere(judge: Judge) -> tuple[Judge, dict[str, np.ndarray]]:
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_judge_made_elsewhere_judges_alike(tiny_space: SearchSpace, make_model, make_tokens) -> None:
+def test_a_judge_made_elsewhere_gives_the_same_evaluations(tiny_space: SearchSpace, make_model, make_tokens) -> None:
     model, (batch, _) = make_model(tiny_space.envelope, "packed"), padded(make_tokens, [9, 4], 9)
     judgements = set()
     for held_out in (batch, shifted(make_tokens(4, 9))):

@@ -36,7 +36,7 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square_of_the_features_it_gets
     torch.testing.assert_close(norm(x), torch.tensor(expected))
 
 
-def test_rms_norm_does_not_see_the_scale_of_its_input() -> None:
+def test_rms_norm_does_not_depend_on_the_scale_of_its_input() -> None:
     x = randn(3, 8)
     torch.testing.assert_close(Norm(8, Backbone())(x * 1000), Norm(8, Backbone())(x), rtol=1e-4, atol=1e-4)
 
@@ -54,7 +54,7 @@ def turned(vector: list[float], position: int) -> list[float]:
     return [n.real for n in numbers] + [n.imag for n in numbers]
 
 
-def test_rotation_turns_pairs_by_their_positions_angles() -> None:
+def test_rotation_rotates_pairs_by_the_angles_of_their_position() -> None:
     x = randn(2, 3, 6, 8)
     expected = [[[turned(v, m) for m, v in enumerate(head)] for head in row] for row in x.tolist()]
     torch.testing.assert_close(
@@ -62,7 +62,7 @@ def test_rotation_turns_pairs_by_their_positions_angles() -> None:
     )
 
 
-def test_scores_depend_on_the_distance_of_two_positions_alone() -> None:
+def test_scores_depend_only_on_the_distance_of_two_positions() -> None:
     q, k = randn(8, seed=1).expand(1, 1, 20, 8), randn(8, seed=2).expand(1, 1, 20, 8)
     angles = _angles(20, 8, 10_000.0, q.device)
     scores = (_rotate(q, angles) @ _rotate(k, angles).transpose(-1, -2))[0, 0]
@@ -102,7 +102,7 @@ def test_grouped_query_attention_is_that_of_repeated_heads(heads: int, kv_heads:
 
 
 @torch.no_grad()
-def test_attention_over_repeated_tokens_does_not_see_where_they_stand() -> None:
+def test_attention_does_not_depend_on_absolute_positions() -> None:
     """The layer has no absolute positions: a sequence that begins later gives the same outputs, later."""
     module = filled(SelfAttention(16, Attention(2, 1), Backbone(head_size=8)), 0.3)
     x = randn(1, 1, 16).expand(1, 9, 16)

@@ -6,7 +6,7 @@ from moesaic.search_spaces import MoesaicError
 from moesaic.supernet.metrics import MetricLog, read_metrics
 
 
-def test_records_survive_a_torn_last_line_and_a_resumed_log_continues_at_its_step(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped_and_a_resumed_log_continues_at_its_step(tmp_path: Path) -> None:
     log = MetricLog(tmp_path, 0)
     for step in (10, 20, 30):
         log.write({"step": step, "loss": 1.0 / step})

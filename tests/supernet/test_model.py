@@ -61,7 +61,7 @@ def test_the_envelope_runs_as_itself(preset_space: SearchSpace, sharing: str, ma
 
 
 @torch.no_grad()
-def test_sharing_policies_are_one_on_the_whole_and_two_on_slices(tiny_space, make_model, make_tokens) -> None:
+def test_sharing_policies_agree_on_the_envelope_and_differ_on_slices(tiny_space, make_model, make_tokens) -> None:
     nested, packed = (make_model(tiny_space.envelope, sharing) for sharing in ("nested", "packed"))
     tokens = make_tokens()
     assert torch.equal(nested(tokens), packed(tokens))
@@ -246,7 +246,7 @@ def test_more_key_value_heads_do_not_fit_where_the_query_heads_do() -> None:
             model.where(heads(*attention))
 
 
-def test_a_network_of_other_stacks_is_no_slice() -> None:
+def test_a_network_of_other_stacks_is_not_a_slice() -> None:
     space = two_stack_space()
     lone = Architecture(space.decoder.smallest, space.backbone)
     with torch.device("meta"):
@@ -335,7 +335,7 @@ def test_embedding_is_tied(tiny_space: SearchSpace, make_model) -> None:
     }
 
 
-def test_run_tells_the_routing_of_every_sparse_layer(make_model, make_tokens) -> None:
+def test_run_returns_the_routing_of_every_sparse_layer(make_model, make_tokens) -> None:
     sparse = Layer(Attention(1, 1), FeedForward((32, 16, 16), Router("top_k", k=2)))
     dense = Layer(Attention(1, 1), FeedForward((32,)))
     model = make_model(Architecture(Stack(32, (sparse, dense, sparse)), Backbone(16)))

@@ -1,4 +1,4 @@
-"""Padding changes nothing: sequences in a padded batch compute, learn and decode as each does alone."""
+"""Padding changes nothing: sequences of a padded batch compute, train and decode as each does alone."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_slice_computes_padded_sequences_as_each_alone(backbone, seed: int, ca
 
 @pytest.mark.parametrize("backbone", PADDED.values(), ids=PADDED)
 @torch.no_grad()
-def test_what_pads_does_not_matter(backbone: Backbone) -> None:
+def test_the_content_of_padding_does_not_matter(backbone: Backbone) -> None:
     model = randomised(Transformer(network(backbone, SPARSE, DENSE), 23))
     batch = padded_batch([(2, 9), (0, 5), (4, 6)], 9)
     other = torch.where(batch.mask, batch.tokens, (batch.tokens + 1) % 23)
@@ -126,9 +126,7 @@ def test_a_mask_without_padding_is_no_mask() -> None:
     length=st.integers(1, 6),
     causal=st.booleans(),
 )
-def test_a_token_sees_tokens_alone_and_padding_sees_something(
-    mask: list[list[bool]], length: int, causal: bool
-) -> None:
+def test_tokens_see_only_tokens_and_padding_sees_something(mask: list[list[bool]], length: int, causal: bool) -> None:
     """A softmax over nothing is NaN in some of torch's implementations."""
     seen = _seen(Inputs(causal, torch.tensor(mask)), length, 6, torch.device("cpu"))
     assert seen.shape == (len(mask), 1, length, 6)
@@ -179,7 +177,7 @@ def test_the_balance_loss_is_that_of_the_tokens() -> None:
     torch.testing.assert_close(output.balance_loss(), expected)
 
 
-def test_rows_of_padding_alone_have_no_balance_loss_and_finite_gradients() -> None:
+def test_rows_of_only_padding_have_no_balance_loss_and_finite_gradients() -> None:
     """As one process of several may get them."""
     model = randomised(Transformer(network(PADDED["rotary"], SPARSE, DENSE), 23))
     batch = padded_batch([(0, 0), (0, 0)], 5)
@@ -266,7 +264,7 @@ def test_the_first_pass_through_a_cache_is_that_without_one(backbone: Backbone, 
 
 
 @torch.no_grad()
-def test_a_cache_that_is_set_back_forgets_padding_too() -> None:
+def test_a_shortened_cache_forgets_padding_too() -> None:
     architecture = network(PADDED["learned"], SPARSE, DENSE)
     model, tokens = randomised(Transformer(architecture, 23)), tokens_of(2, 6)
     cache = KeyValueCache(architecture, 2, 6)

@@ -136,7 +136,7 @@ def reference(model: Transformer, tokens: Tensor) -> Tensor:
 @settings(max_examples=150)
 @given(architecture=networks(), seed=st.integers(0, 10**6))
 @torch.no_grad()
-def test_a_network_is_that_of_its_formulas(architecture: Architecture, seed: int) -> None:
+def test_a_network_matches_its_formulas(architecture: Architecture, seed: int) -> None:
     model, tokens = randomised(Transformer(architecture, 23), seed), tokens_of(2, 5, seed)
     found = model(tokens)
     assert found.std() > 0.05  # the logits say something

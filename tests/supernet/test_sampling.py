@@ -26,7 +26,7 @@ def test_slices_are_a_function_of_seed_and_step(preset_space: SearchSpace) -> No
     assert len({tuple(found) for found in forward}) > 5
 
 
-def test_the_largest_trains_alone_for_as_long_as_asked_and_no_card_is_lost(tiny_space) -> None:
+def test_the_largest_trains_alone_at_first_and_no_card_is_lost(tiny_space) -> None:
     plain, patient = SliceSampler(tiny_space, 0), SliceSampler(tiny_space, 0, largest_first=5)
     assert [patient.slices(step) for step in range(5)] == [[tiny_space.largest]] * 5
     assert [patient.slices(step + 5) for step in range(8)] == [plain.slices(step) for step in range(8)]

@@ -41,7 +41,7 @@ def test_nested_experts_use_the_first_rows_of_fixed_regions() -> None:
     assert expert_layout(BANK, part, "nested").segments == ((32, 48), (96, 32), (144, 16))
 
 
-def test_packed_experts_stand_one_after_the_other() -> None:
+def test_packed_experts_follow_one_another() -> None:
     part = FeedForward((48, 32, 16), Router("top_k", k=1))
     assert expert_layout(BANK, part, "packed").segments == ((32, 48), (80, 32), (112, 16))
 

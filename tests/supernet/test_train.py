@@ -169,7 +169,7 @@ def test_a_place_that_cannot_be_written_is_named(run, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- divergence
 
 
-def test_an_absurd_learning_rate_is_told_and_the_last_good_checkpoint_kept(run, tmp_path: Path) -> None:
+def test_divergence_is_reported_and_the_last_good_checkpoint_kept(run, tmp_path: Path) -> None:
     run(tmp_path, replace(SETTINGS, steps=4))
     kept = (tmp_path / CHECKPOINT).read_bytes()
     with pytest.raises(StageFailed, match="diverged at step 5") as caught:
@@ -180,7 +180,7 @@ def test_an_absurd_learning_rate_is_told_and_the_last_good_checkpoint_kept(run, 
     assert all(math.isfinite(value) for record in figures(tmp_path) for value in record.values())
 
 
-def test_a_nan_among_the_weights_is_told_before_anything_is_written(
+def test_a_nan_among_the_weights_is_reported_before_anything_is_written(
     run, tmp_path: Path, tiny_space, make_model
 ) -> None:
     model = make_model(tiny_space.envelope)
@@ -258,7 +258,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth_along_a_cosine(run, tmp_pat
     assert [r["learning_rate"] for r in figures(tmp_path)] == [SETTINGS.learning_rate_at(step) for step in range(12)]
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told(run, tmp_path: Path) -> None:
+def test_gradients_are_clipped_and_the_norm_before_clipping_is_logged(run, tmp_path: Path) -> None:
     for name, limit in (("tight", 1e-3), ("loose", 1e3)):
         model = run(tmp_path / name, replace(SETTINGS, steps=1, clip_norm=limit))
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
@@ -267,7 +267,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told(run, tmp_
         assert norm == pytest.approx(min(told, limit), rel=1e-3)
 
 
-def test_weight_decay_is_on_matrices_alone(run, tmp_path: Path, tiny_space, make_model) -> None:
+def test_weight_decay_is_on_matrices_only(run, tmp_path: Path, tiny_space, make_model) -> None:
     models = []
     for decay in (0.0, 0.5):
         model = make_model(tiny_space.envelope)
