@@ -333,7 +333,7 @@ def test_sentences_on_what_losses_tell_apart():
     assert "exact" in flops_sentence(None)
     text = front_sentence(trust)
     assert "2 levels apart among the 3 members" in text
-    assert "1 of 2 others differ from the best one, and 1 of 2 pairs" in text
+    assert "1 of the 2 others differ from the best one, and 1 of 2 pairs" in text
     assert "better than uniform (difference +0.0200 ± 0.0040)" in rivals_sentence(trust)
     assert "not distinguishable from dense" in rivals_sentence(trust)
     worse = replace(uniform, above_best=replace(above, mean=-0.02))
