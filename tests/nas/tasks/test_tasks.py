@@ -15,7 +15,7 @@ from tests.contracts.tasks import TaskContract
 
 
 class TestLanguageModelling(TaskContract):
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def task(self, corpus_folder: Path) -> LanguageModelling:
         config = DataConfig(kind="text", files=[str(corpus_folder)], vocab_size=300, sequence_length=32)
         return LanguageModelling(load_corpus(config, "test"))
