@@ -91,13 +91,18 @@ def test_one_lane_of_ray_searches_exactly_as_this_process_does(own_ray, judge, t
 
 
 class Faulty(Lane):
-    """A lane in which the n-th evaluation of all lanes goes wrong as ``faults.json`` in the folder FAULTS says."""
+    """A lane in which the n-th architecture of all lanes goes wrong as ``faults.json`` in the folder FAULTS says.
+
+    A retry succeeds whenever it comes, unless its architecture is doomed.
+    """
 
     def evaluate(self, architecture):
         folder = Path(os.environ["FAULTS"])
-        number = next_number(folder)
-        doomed = folder / f"doomed-{architecture.fingerprint}"
-        fault = "doom" if doomed.exists() else json.loads((folder / "faults.json").read_text()).get(str(number))
+        doomed, seen = (folder / f"{what}-{architecture.fingerprint}" for what in ("doomed", "seen"))
+        fault = "doom" if doomed.exists() else None
+        if not seen.exists():
+            seen.touch()
+            fault = json.loads((folder / "faults.json").read_text()).get(str(next_number(folder)))
         if fault == "doom":
             doomed.touch()
         if fault in ("kill", "doom"):
