@@ -1,11 +1,13 @@
 """Moesaic designs sparse Transformers under a compute budget.
 
 The public interface: the names below, and those of ``moesaic.search_spaces``, ``moesaic.supernet`` and
-``moesaic.kernels``. Each is loaded when it is first used.
+``moesaic.kernels``. Each is loaded when it is first used. Import moesaic before torch: it bounds the time that torch's
+threads spin, which is read when torch is loaded.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +187,12 @@ __all__ = [
     "worst_status",
     "write_value",
 ]
+
+# A thread of GNU OpenMP that waits for the others spins ten times as long by default, on a processor that they may
+# need: beside a busy program a training is many times slower. The figure is from experiments/spin. Lanes and workers
+# inherit it.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "30000"
 
 
 def __getattr__(name: str) -> Any:

@@ -186,10 +186,17 @@ def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: s
         loaded = load_config(config, overrides or ())
         path = out or Path("runs") / loaded.config.name
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
+        from moesaic.nas.device import usable_processors, used_by_others
         from moesaic.nas.pipeline import run_stages
         from moesaic.nas.stages.run import Run
         from moesaic.nas.terminal.tables import output_console
 
+        others, processors = used_by_others(), usable_processors()
+        if others > processors / 4:
+            reporter.say(
+                f"other programs keep {others:.1f} of {processors} processors busy: this run takes longer, and its "
+                "measured latency is less certain"
+            )
         run_stages(Run(loaded, path, reporter, should_stop), output_console(), only, fresh)
 
 
@@ -212,10 +219,20 @@ def _told() -> Iterator[None]:
     except Exception as error:
         from moesaic.search_spaces.errors import MoesaicError
 
+        if _out_of_memory(error):
+            error = MoesaicError(
+                "out of memory", found=str(error).splitlines()[0], allowed="smaller batches, sequences or models"
+            )
         if not isinstance(error, MoesaicError):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """numpy raises a MemoryError, torch an OutOfMemoryError on a GPU and a plain RuntimeError on a CPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
 
 
 def main() -> None:

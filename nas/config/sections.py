@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import MoesaicError
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FEWEST_MEMBERS = 4
 """Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -66,15 +68,15 @@ class DeviceConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Optimiser settings shared by the supernet and single models."""
+    """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off."""
 
     steps: Count = 1000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: Positive = 1.0
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.1
+    clip_norm: Annotated[Positive | None, BeforeValidator(lambda norm: None if norm == math.inf else norm)] = 1.0
+    balance_weight: NotNegative = 0.01
     checkpoint_every: Count = 100
 
 
@@ -141,7 +143,7 @@ class LaneResources(_Section):
     """Resources of one lane on its node; with a fraction of a GPU, several lanes share one."""
 
     cpu: Positive = 1.0
-    gpu: Annotated[float, Field(ge=0)] = 0.0
+    gpu: NotNegative = 0.0
 
 
 class ExecutorConfig(_Section):

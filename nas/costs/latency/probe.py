@@ -13,6 +13,7 @@ from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture
 from moesaic.supernet import KeyValueCache, Transformer
 from moesaic.supernet.model import Output
+from moesaic.supernet.weights import torch_seed
 
 
 class Pass:
@@ -58,7 +59,7 @@ def random_passes(architectures: Sequence[Architecture], context: Context, devic
     All models are views of one buffer as large as the largest model, so many fit in the memory of one. Router weights
     have a large enough scale to tell tokens apart, so that a threshold keeps about as many experts as when trained.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(torch_seed(seed))
     with torch.device("meta"):
         models = [Transformer(architecture, context.vocab_size) for architecture in architectures]
     size = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
