@@ -23,7 +23,6 @@ from moesaic import (
     Context,
     Device,
     DeviceConfig,
-    Pricer,
     Transformer,
     activation_memory,
     choose_device,

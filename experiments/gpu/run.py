@@ -45,7 +45,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Step:
-    """``command``: arguments of Python, with OUT and WORK for the two folders. ``small``: what is added for a small run;
+    """``command``: arguments of Python, with OUT and WORK for the folders. ``small``: what is added for a small run;
     ``changes``: whether KEY=VALUE settings are added. ``keeps``: files in WORK, and their names as copies in OUT."""
 
     name: str
