@@ -32,7 +32,7 @@ class Pass:
                 model.architecture, len(tokens), context.sequence_length + 1, device.torch_device, dtype
             )
             with torch.inference_mode(), device.autocast():
-                model.run(self.tokens, cache=self.cache)
+                model.states(self.tokens, cache=self.cache)
             self.tokens = tokens[:, -1:]
 
     def __call__(self) -> Output:
