@@ -165,4 +165,5 @@ def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> Anchore
 
 def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:
     architectures = [anchor.architecture for anchor in predictor.anchors]
-    return random_passes(architectures, predictor.context, device, predictor.anchor_seed)
+    vocab_sizes = [anchor.vocab_size for anchor in predictor.anchors]
+    return random_passes(architectures, predictor.context, device, predictor.anchor_seed, vocab_sizes)
