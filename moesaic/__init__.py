@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
     from moesaic.nas.costs.latency.probe import random_passes
     from moesaic.nas.costs.latency.timing import Series, Timer
-    from moesaic.nas.costs.measure import measure_costs
+    from moesaic.nas.costs.measure import measure_costs, peak_activation_bytes
+    from moesaic.nas.costs.memory import activation_memory
     from moesaic.nas.costs.price import Pricer
     from moesaic.nas.costs.use import LayerUse, Occupancy, OccupancyRow
     from moesaic.nas.device import Device, choose_device, versions
@@ -67,7 +68,8 @@ _WHERE = {
     "nas.costs.latency.predictor": ["TERMS", "LatencyPredictor", "model_terms"],
     "nas.costs.latency.probe": ["random_passes"],
     "nas.costs.latency.timing": ["Series", "Timer"],
-    "nas.costs.measure": ["measure_costs"],
+    "nas.costs.measure": ["measure_costs", "peak_activation_bytes"],
+    "nas.costs.memory": ["activation_memory"],
     "nas.costs.price": ["Pricer"],
     "nas.costs.use": ["LayerUse", "Occupancy", "OccupancyRow"],
     "nas.device": ["Device", "choose_device", "versions"],
@@ -148,6 +150,7 @@ __all__ = [
     "Trial",
     "TrialLog",
     "__version__",
+    "activation_memory",
     "agreement",
     "bootstrap",
     "calibrate",
@@ -172,6 +175,7 @@ __all__ = [
     "model_terms",
     "non_dominated",
     "open_run",
+    "peak_activation_bytes",
     "plan",
     "random_passes",
     "read_trials",

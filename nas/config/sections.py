@@ -107,7 +107,8 @@ class LatencyConfig(_Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
-    that many positions in a key/value cache. The default length is that of the data.
+    that many positions in a key/value cache. The default length is that of the data. Where whole models would take
+    longer than ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
     """
 
     phase: Phase = "prefill"
@@ -115,6 +116,7 @@ class LatencyConfig(_Section):
     sequence_length: Count | None = None
     models: Annotated[int, Field(ge=8)] = 80
     repeats: Annotated[int, Field(ge=3)] = 5
+    time_limit: Positive = 180.0
 
 
 class SearchConfig(_Section):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
 from moesaic.nas.costs.compliance import MeasuredLine, most_tolerated, status_of
@@ -81,7 +82,7 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        """The pass whose costs count, as ``latency`` describes it. On a GPU, the row tile is that of the kernels."""
+        """The pass whose costs count, as ``latency`` describes it."""
         latency = self.config.latency
         return Context(
             self.task.vocab_size,
@@ -89,7 +90,7 @@ class Run:
             latency.batch_size,
             self.device.bytes_per_value,
             latency.phase,
-            row_tile=64 if self.device.kind == "cuda" else 16,
+            implementation_on(self.device.torch_device),
         )
 
     def folder(self, name: str) -> StageDirectory:
