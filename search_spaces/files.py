@@ -4,36 +4,127 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from moesaic.search_spaces.errors import MoesaicError
+from moesaic.search_spaces.errors import Damaged, MoesaicError
 from moesaic.search_spaces.yaml_source import adapter
 
 T = TypeVar("T")
+_TEMPORARY = re.compile(r"\.moesaic-(\d{1,9})-[0-9a-f]{8}\.tmp")
+_OLD_SECONDS = 24 * 3600
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
+    A file that is replaced keeps its permissions, and a symbolic link its place: its target is replaced.
+
     Raises
     ------
     MoesaicError : the place cannot be written (read-only, full); ``path`` is unchanged.
+    OSError : ``write`` failed on another file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = path.resolve() if path.is_symlink() else path
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        if path.exists():
+            with suppress(PermissionError):  # on a disk without permissions
+                temporary.chmod(path.stat().st_mode & 0o7777)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
+        if error.filename is not None and Path(os.fsdecode(error.filename)) not in (temporary, path, *path.parents):
+            raise
         raise unwritable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the folder of ``path``, for what will be renamed to it. ``sweep`` removes it if the process dies."""
+    return path.with_name(f".moesaic-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` survive a power failure, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this program left half-written below ``folder``; the process of a temporary file
+    has ended, or the file is more than a day old."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            match = _TEMPORARY.fullmatch(name)
+            path = Path(parent, name)
+            with suppress(OSError):
+                if match is None or (_alive(int(match[1])) and time.time() - path.lstat().st_mtime < _OLD_SECONDS):
+                    continue
+                shutil.rmtree(path) if name in folders and not path.is_symlink() else path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class LineFile:
+    """A file that grows by whole lines: an ``append`` is in it completely or, where the disk is full, not at all.
+
+    Opening keeps the first ``size`` bytes. Raises OSError.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.path, self._size = path, size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.ftruncate(self._handle, size)
+
+    def append(self, text: str, sync: bool = False) -> None:
+        """Write lines at once; ``sync`` returns when they are on the disk. Raises MoesaicError where it is full."""
+        data = memoryview(text.encode())
+        size = self._size + len(data)
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+            if sync:
+                os.fsync(self._handle)
+            self._size = size
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        finally:
+            if self._size != size:
+                with suppress(OSError):  # whoever reads the file ignores an incomplete last line
+                    os.ftruncate(self._handle, self._size)
+
+    def close(self) -> None:
+        with suppress(OSError):  # append has told of a full disk
+            os.fsync(self._handle)
+        os.close(self._handle)
 
 
 def unwritable(path: Path, error: OSError) -> MoesaicError:
@@ -56,27 +147,24 @@ def write_value(path: Path, value: Any, kind: Any = None) -> None:
 
 
 def read_value(path: Path, kind: type[T]) -> T:
-    """A value that ``write_value`` wrote. Raises MoesaicError for a missing or damaged file, or one of another kind."""
+    """A value that ``write_value`` wrote. Raises Damaged for a missing or damaged file, or one of another kind."""
     data = read_json(path)
     try:
         return adapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise MoesaicError(
-            f"is damaged or of another version: {place}: {first['msg']}",
-            where=str(path),
-            allowed="a file that this version of the program wrote",
-        ) from None
+        problem = f"is damaged or of another version: {place}: {first['msg']}"
+        raise Damaged(problem, path, allowed="a file that this version of the program wrote") from None
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON. Raises MoesaicError for a missing or damaged file."""
+    """Parsed JSON. Raises Damaged for a missing or damaged file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MoesaicError("no such file", where=str(path)) from None
+        raise Damaged("no such file", path) from None
     except OSError as error:
         raise MoesaicError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except ValueError:
-        raise MoesaicError("is damaged: not valid JSON", where=str(path), allowed="a file this program wrote") from None
+        raise Damaged("is damaged: not valid JSON", path, allowed="a file this program wrote") from None
