@@ -55,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the folder of ``path``, for what will be renamed to it. ``sweep`` removes it if the process dies."""
+    """A new name in the folder of ``path``, for what will be renamed to it. ``sweep`` removes leftovers."""
     return path.with_name(f".moesaic-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 

@@ -120,7 +120,7 @@ def first_trials(trials: Sequence[Trial], evaluations: int) -> list[Trial]:
 
 
 class TrialLog:
-    """Appends trials; opening removes what an interrupted process left incomplete. Raises Damaged as ``read_trials``."""
+    """Appends trials; opening removes what an interrupted process left incomplete, and raises as ``read_trials``."""
 
     def __init__(self, path: Path):
         self.path = path

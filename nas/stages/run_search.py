@@ -6,6 +6,7 @@ import math
 import secrets
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +23,7 @@ from moesaic.nas.search.loop import (
     run_search,
     trials_for_budget,
 )
-from moesaic.nas.search.mirror import Mirror, database, journal
+from moesaic.nas.search.mirror import Mirror, check_database, database, journal
 from moesaic.nas.search.rivals import Rival, judge_rivals
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.samplers.genome import Genome
@@ -66,9 +67,9 @@ def work(run: Run, directory: StageDirectory) -> str:
 
 
 def check_mirror(run: Run) -> None:
-    """Raises MoesaicError when the database at ``mirror`` cannot be opened, before hours are spent on training."""
+    """Raises as ``check_database`` when there is a ``mirror``, before hours are spent on training."""
     if run.config.mirror:
-        database(run.config.mirror)
+        check_database(run.config.mirror, run.should_stop)
 
 
 @dataclass
@@ -96,9 +97,12 @@ def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
     names = folder / "study.json"
     if not names.exists():
         write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
-    storage = database(run.config.mirror) if run.config.mirror else journal(folder / "journal.log")
-    objectives = run.config.search.objectives
-    return Mirror(storage, read_json(names), objectives, Genome(run.space), trials, run.reporter.say)
+    url, file = run.config.mirror, folder / "journal.log"
+    if url:
+        file.unlink(missing_ok=True)  # of a search without a database, which would end here
+    objectives, genome = run.config.search.objectives, Genome(run.space)
+    opened = partial(database, url) if url else partial(journal, file)
+    return Mirror(opened, read_json(names), objectives, genome, trials, run.reporter.say, run.should_stop)
 
 
 def _acceptance(part: BudgetRun) -> float:
