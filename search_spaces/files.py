@@ -59,6 +59,49 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".moesaic-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def replace_folder(folder: Path, new: Path) -> None:
+    """Rename the folder ``new``, a sibling, to ``folder``. Files in ``folder`` that ``new`` does not have stay
+    there.
+
+    A kill at any moment leaves the old folder, the new one, or what ``complete_replacement`` makes the old one again.
+    Raises OSError.
+    """
+    old = _replaced(folder)
+    if folder.exists():
+        _keep_others(folder, new)
+        sync_folder(new)
+        folder.rename(old)
+    new.rename(folder)
+    sync_folder(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def complete_replacement(folder: Path) -> None:
+    """End a replacement of ``folder`` in which the process was killed. Raises OSError."""
+    old = _replaced(folder)
+    if old.exists():
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.moesaic-replaced")
+
+
+def _keep_others(folder: Path, new: Path) -> None:
+    for top, folders, names in os.walk(folder):
+        for name in (*names, *(name for name in folders if Path(top, name).is_symlink())):
+            path = Path(top, name)
+            copy = new / path.relative_to(folder)
+            if os.path.lexists(copy):
+                continue
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy, follow_symlinks=False)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, copy, follow_symlinks=False)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` survive a power failure, where the file system can."""
     with suppress(OSError):
@@ -69,9 +112,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes of this program left half-written below ``folder``; the process of a temporary file
-    has ended, or the file is more than a day old."""
+def sweep(folder: Path, below: bool = True) -> None:
+    """Remove what killed processes of this program left half-written in ``folder``, and ``below`` it.
+
+    The process of a temporary file has ended, or the file is more than a day old.
+    """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             match = _TEMPORARY.fullmatch(name)
@@ -80,6 +125,8 @@ def sweep(folder: Path) -> None:
                 if match is None or (_alive(int(match[1])) and time.time() - path.lstat().st_mtime < _OLD_SECONDS):
                     continue
                 shutil.rmtree(path) if name in folders and not path.is_symlink() else path.unlink()
+        if not below:
+            break
 
 
 def _alive(process: int) -> bool:
@@ -138,12 +185,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write_text(path, _json(data))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def write_value(path: Path, value: Any, kind: Any = None) -> None:
     """Write a dataclass, or a ``kind`` such as ``list[Row]``, as JSON that ``read_value`` turns into an equal one."""
-    write_json(path, adapter(kind or type(value)).dump_python(value, mode="json"))
+    write_text(path, value_text(value, kind))
+
+
+def value_text(value: Any, kind: Any = None) -> str:
+    """The text of ``write_value``."""
+    return _json(adapter(kind or type(value)).dump_python(value, mode="json"))
 
 
 def read_value(path: Path, kind: type[T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +92,9 @@ class Trial:
         numbers = {f"costs.{name}": value for name, value in self.costs.items()}
         numbers |= {f"excess.{name}": value for name, value in self.excess.items()}
         numbers |= {f"values.{index}": value for index, value in enumerate(self.values)}
-        numbers |= {"seconds": self.seconds} | ({"loss": self.loss} if self.state == "evaluated" else {})
-        for name, value in numbers.items():
+        facts: dict[str, Any] = numbers | {"seconds": self.seconds}
+        facts |= {"loss": self.loss} if self.state == "evaluated" else {}
+        for name, value in facts.items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value}")
 
@@ -109,13 +110,14 @@ def read_trials(path: Path) -> list[Trial]:
 
 
 def first_trials(trials: Sequence[Trial], evaluations: int) -> list[Trial]:
-    """The log as it was after the first ``evaluations`` evaluations for each budget."""
-    ended: Counter[str] = Counter()
+    """The log of the first ``evaluations`` architectures that were evaluated for each budget."""
+    ended: defaultdict[str, set[str]] = defaultdict(set)
     kept = []
     for trial in trials:
-        if ended[trial.budget] < evaluations:
+        known, fingerprint = ended[trial.budget], trial.architecture.fingerprint
+        if len(known) < evaluations or (trial.ended and fingerprint in known):
             kept.append(trial)
-            ended[trial.budget] += trial.ended
+            known |= {fingerprint} if trial.ended else set()
     return kept
 
 
