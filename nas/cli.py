@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
         template = Path(__file__).parent / "templates" / "config.yaml"
         write_text(path, template.read_text(encoding="utf-8").format(name=name))
-        typer.echo(f"wrote {path}; next: moesaic plan {path}")
+        typer.echo(f"wrote {path}; next: {shlex.join(['moesaic', 'plan', str(path)])}")
 
 
 @app.command(rich_help_panel="Main")
@@ -219,14 +220,16 @@ def _told() -> Iterator[None]:
     except Exception as error:
         from moesaic.search_spaces.errors import MoesaicError
 
-        if _out_of_memory(error):
-            error = MoesaicError(
-                "out of memory", found=str(error).splitlines()[0], allowed="smaller batches, sequences or models"
-            )
-        if not isinstance(error, MoesaicError):
+        if isinstance(error, MoesaicError):
+            text, status = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.filename is not None:  # of the file system, not of a bug
+            text, status = f"{error.filename}: {error.strerror}", 2
+        elif _out_of_memory(error):
+            text, status = f"out of memory: {error}; use smaller batches, sequences or models", 2
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        print(f"error: {text}", file=sys.stderr)
+        raise typer.Exit(status) from None
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,6 +67,11 @@ class Run:
     def source_name(self) -> str:
         """The file that the configuration was read from."""
         return self.loaded.source.name
+
+    def command(self, name: str, *settings: str) -> str:
+        """The command line that does ``name`` in this run's folder, with further ``settings``, quoted to be pasted."""
+        words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
+        return shlex.join(words)
 
     @cached_property
     def device(self) -> Device:
@@ -159,9 +165,8 @@ class BudgetRun:
     def spent_ahead(self) -> dict[str, float]:
         return self.run.spent_ahead
 
-    @property
-    def source_name(self) -> str:
-        return self.run.source_name
+    def command(self, name: str) -> str:
+        return self.run.command(name)
 
     def folder(self, name: str) -> StageDirectory:
         """The folder of any stage; shared stages have theirs in the run's folder."""
@@ -204,4 +209,4 @@ class BudgetRun:
 def _folder(stage: Stage, run: Run | BudgetRun) -> StageDirectory:
     inputs: dict[str, Any] = stage.inputs(run)
     inputs |= {needed: run.folder(needed).result_id() for needed in stage.needs}
-    return RunDirectory(run.path).stage(stage.folder or stage.name, inputs)
+    return RunDirectory(run.path).stage(stage.folder_name, inputs, stage.private)

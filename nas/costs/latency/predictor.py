@@ -20,7 +20,7 @@ from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.latency.fitting import Accuracy, Interval
 from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.device import Device
-from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
+from moesaic.search_spaces import Architecture, Backbone, Damaged, Layer, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import read_json, write_json
 from moesaic.search_spaces.yaml_source import adapter
@@ -193,9 +193,8 @@ class LatencyPredictor:
                 raise ValueError
             predictor.interval()
         except (KeyError, TypeError, ValueError):  # pydantic's errors are ValueErrors
-            raise MoesaicError(
-                "is not a latency predictor of this version", where=str(path), allowed="the output of `moesaic latency`"
-            ) from None
+            problem = "is not a latency predictor of this version"
+            raise Damaged(problem, path, allowed="the output of `moesaic latency`") from None
         if predictor.device_fingerprint != device.fingerprint:
             raise MoesaicError(
                 "was calibrated on another device", where=str(path), found=predictor.device, allowed=str(device)
