@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.nas.config import DeviceConfig
-from moesaic.nas.data.corpus import cache_directory
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.device import choose_device, usable_processors, versions
 
 

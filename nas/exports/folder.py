@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.nas import __version__
 from moesaic.nas.config import Config
+from moesaic.nas.data.files import absolute_files
 from moesaic.nas.exports.card import model_card
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
@@ -114,13 +115,6 @@ def load_exported(directory: str | os.PathLike[str]) -> Transformer:
 def _retrain_yaml(config: Config) -> str:
     """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
-    data = config.model_dump(mode="json", include=keep)
-    data["data"]["files"] = [
-        str(Path(name).expanduser().resolve()) if not _is_glob(name) else name for name in data["data"]["files"]
-    ]
+    data = config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
     head = "# How this model is retrained: `moesaic retrain DIRECTORY`, with KEY=VALUE to change a setting.\n"
     return head + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
-
-
-def _is_glob(name: str) -> bool:
-    return any(character in name for character in "*?[")

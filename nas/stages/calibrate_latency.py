@@ -8,7 +8,7 @@ from typing import Any
 
 from moesaic.nas.costs.latency.calibrate import NOISY, calibrate, calibration_key
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
-from moesaic.nas.data.corpus import cache_directory
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import Run
 from moesaic.nas.terminal.tables import write_csv
