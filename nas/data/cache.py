@@ -20,22 +20,25 @@ def cache_directory() -> Path:
     MoesaicError : there is no home directory, and none of the variables is set.
     """
     if directory := os.environ.get("MOESAIC_CACHE"):
-        return expanded(directory, "MOESAIC_CACHE")
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache") / "moesaic"
+        return expanded(directory, "MOESAIC_CACHE").absolute()
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache").absolute() / "moesaic"
 
 
 def expanded(path: str, where: str) -> Path:
-    """``path`` as an absolute one; ``~`` at its start is the home directory.
+    """``path``, with the home directory for ``~`` at its start.
 
     Raises
     ------
     MoesaicError : that home directory is not known.
     """
     try:
-        return Path(path).expanduser().absolute()
+        return Path(path).expanduser()
     except RuntimeError:
         raise MoesaicError(
-            "the home directory is not known", where=where, found=path, allowed="a path without ~, or HOME set"
+            "the home directory is not known",
+            where=where,
+            found=path,
+            allowed="HOME set to a folder, or for the cache MOESAIC_CACHE; elsewhere a path without ~",
         ) from None
 
 

@@ -20,7 +20,7 @@ class FileSearch:
     A path that exists is taken as it is, whatever its characters; otherwise ``*``, ``?``, ``[...]`` and ``**`` match
     names. Links are followed, each folder is entered once. Left out are hidden files and folders, backup copies of
     editors, the ``own`` files and folders of this program, runs of it, and the file that its output goes to.
-    What is named literally is never left out. Folders called as in ``outside`` are not searched at all.
+    What is named literally is never left out. Folders named in ``outside`` are not searched at all.
     """
 
     def __init__(self, own: Iterable[Path] = (), outside: Iterable[str] = ()):
@@ -29,6 +29,7 @@ class FileSearch:
         self._outputs = _outputs()
         self._left_out: dict[str, dict[Path, None]] = {}
         self._named: set[Path] = set()
+        self._roots: list[Path] = []
 
     def find(self, pattern: Path) -> dict[Path, str]:
         """Files that match, or are in a folder that matches, by their names below the literal part of ``pattern``."""
@@ -37,7 +38,8 @@ class FileSearch:
             root, parts = root / parts[0], parts[1:]
         if not parts and os.path.isfile(root):
             self._named.add(root)
-            return {root: root.name}
+            root, parts = root.parent, (root.name,)
+        self._roots.append(root)
         visited: set[tuple[str, tuple[str, ...]]] = set()
         files: dict[Path, str] = {}
         for match in self._matches(root, parts, visited):
@@ -46,7 +48,7 @@ class FileSearch:
                 if os.path.isfile(path):
                     files[path] = path.relative_to(root).as_posix()
                 elif not os.path.isdir(path) and os.path.lexists(path):
-                    self.leave_out("a broken link" if path.is_symlink() else "not a regular file", path)
+                    self.leave_out("broken link" if path.is_symlink() else "not a regular file", path)
         return files
 
     def named_directly(self, path: Path) -> bool:
@@ -59,9 +61,12 @@ class FileSearch:
         """What was left out, in one line: how many for each reason, and the names of the first."""
         parts = []
         for reason, paths in self._left_out.items():
-            names = ", ".join(sorted(shown(Path(path.name)) for path in paths)[:_SHOWN])
+            names = ", ".join(sorted(shown(self._name(path)) for path in paths)[:_SHOWN])
             parts.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > _SHOWN else ''})")
         return f"left out: {', '.join(parts)}" if parts else ""
+
+    def _name(self, path: Path) -> Path:
+        return next((path.relative_to(root) for root in reversed(self._roots) if path.is_relative_to(root)), path)
 
     def _matches(self, root: Path, parts: tuple[str, ...], visited: set[tuple[str, tuple[str, ...]]]) -> Iterator[Path]:
         """Paths below ``root`` that match the names ``parts``. ``visited`` ends loops of links."""
@@ -105,7 +110,7 @@ class FileSearch:
         if path.name.startswith(".") and not pattern.startswith("."):
             return "hidden"
         if _BACKUP.fullmatch(path.name):
-            return "a backup copy"
+            return "backup"
         if os.path.realpath(path) in self._own or _is_run(path) or self._is_output(path):
             return "of this program"
         return None

@@ -90,9 +90,11 @@ def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Foun
         files, notes = _own_splits(files, names)
     files = _each_once(files, search)
     left_out = search.summary()
-    if empty := [split for split, patterns in wanted.items() if patterns and not any(f.split == split for f in files)]:
-        what = f"the files for {empty[0]} hold" if empty[0] else "its files hold"
-        raise MoesaicError(f"the corpus is empty: {what} no text", where=where, found=left_out or None)
+    if not files:
+        raise MoesaicError("the corpus is empty: its files hold no text", where=where, found=left_out or None)
+    for split, patterns in wanted.items():
+        if split and patterns and not any(file.split == split for file in files):
+            raise MoesaicError(f"the files for {split} hold no text of their own", where=where, found=left_out or None)
     size = sum(file.size for file in files)
     amount = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
     notes.append(f"{len(files)} text {'file' if len(files) == 1 else 'files'}, {amount}{left_out and '; ' + left_out}")
@@ -103,7 +105,7 @@ def absolute_files(config: DataConfig) -> DataConfig:
     """``config`` with absolute paths and globs, which mean the same in every working directory."""
 
     def absolute(patterns: Sequence[str]) -> list[str]:
-        return [str(expanded(pattern, "data.files")) for pattern in patterns]
+        return [str(expanded(pattern, "data.files").absolute()) for pattern in patterns]
 
     if isinstance(config.files, list):
         return config.model_copy(update={"files": absolute(config.files)})
@@ -117,7 +119,7 @@ def _patterns(config: DataConfig) -> dict[Split | None, list[Path]]:
         return {None: [Path(sysconfig.get_paths()["stdlib"], "**", "*.py")]}
     if isinstance(config.files, list):
         return {None: [expanded(pattern, "data.files") for pattern in config.files]}
-    return {split: [expanded(p, f"data.files.{split}") for p in getattr(config.files, split)] for split in SPLITS}
+    return {split: [expanded(p, "data.files") for p in getattr(config.files, split)] for split in SPLITS}
 
 
 def _read(path: Path, split: Split | None, search: FileSearch, where: str) -> TextFile | None:
@@ -160,7 +162,7 @@ def _own_splits(files: list[TextFile], names: dict[Path, str]) -> tuple[list[Tex
     if len(clear) < 2:
         return files, []
     if (doubtful := [file for file, splits in told.items() if len(splits) != 1]) or "train" not in clear:
-        reason = f"{shown(names[doubtful[0].path])} does not name one" if doubtful else "none is for training"
+        reason = f"{shown(Path(names[doubtful[0].path]))} does not name one" if doubtful else "none is for training"
         return files, [
             f"some files are named after splits, but {reason}: all are divided by content "
             "(data.files: {train: ..., validation: ..., test: ...} says which is which)"
@@ -197,5 +199,5 @@ def _missing(path: Path, where: str) -> MoesaicError:
         where=where,
         found=shown(path),
         allowed="a text file, a folder or a glob; a relative one starts at the current folder",
-        nearest=nearest_name(path.name, map(shown, map(Path, siblings))),
+        nearest=nearest_name(path.name, [shown(Path(name)) for name in siblings]),
     )

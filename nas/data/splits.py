@@ -42,7 +42,7 @@ def divide(files: Sequence[TextFile]) -> dict[Split, list[Piece]]:
     validation or test less than a hundredth of the text, the files with the nearest hashes are taken.
     """
     found: dict[Split, list[Piece]] = {split: [Piece(f) for f in files if f.split == split] for split in SPLITS}
-    missing = [split for split in SPLITS[1:] if not found[split]]
+    missing: list[Split] = [split for split in SPLITS[1:] if not found[split]]
     training = [file for file in files if file.split in (None, "train")]
     total = sum(file.size for file in training)
     large = [file for file in training if missing and file.size > _SHARE * total]

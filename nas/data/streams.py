@@ -56,7 +56,7 @@ def stream_path(folder: Path, split: str) -> Path:
 
 def write_streams(folder: Path, tokenizer: Tokenizer, texts: Mapping[Split, Iterable[str]]) -> StreamFacts:
     """Encode the ``texts`` of each split. Raises OSError."""
-    tokenizer.save(str(folder / TOKENIZER))
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     vocab_size = tokenizer.get_vocab_size()
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     streams = {split: _encode(tokenizer, found, stream_path(folder, split), dtype) for split, found in texts.items()}

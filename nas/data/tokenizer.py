@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a ``tokenizer.json``. Raises MoesaicError where that is none, or has no ``END_OF_TEXT``."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))  # from_file takes no path in other bytes
     except Exception as error:  # the library raises no narrower one
         raise MoesaicError(f"is not a tokenizer: {error}", where=str(path), allowed="a tokenizer.json") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
