@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -181,11 +182,12 @@ def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: s
     """Run one stage, or run all of them and print the result."""
     with _told(), _stopping() as should_stop:
         from moesaic.nas.config import load_config
+        from moesaic.nas.data.cache import expanded
         from moesaic.nas.terminal.progress import Reporter
 
         reporter = Reporter()
         loaded = load_config(config, overrides or ())
-        path = out or Path("runs") / loaded.config.name
+        path = expanded(str(out), "--out") if out else Path("runs") / loaded.config.name
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
         from moesaic.nas.device import usable_processors, used_by_others
         from moesaic.nas.pipeline import run_stages
@@ -239,4 +241,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # signs and file names that its encoding lacks become escapes
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -42,6 +42,9 @@ class MetricLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step)
         except OSError as error:
             raise unwritable(self.path, error) from None
+        except UnicodeEncodeError:
+            problem = "TensorBoard cannot write there: the folder's name is not UTF-8"
+            raise MoesaicError(problem, where=str(directory), allowed="another folder, for a run: --out") from None
 
     def write(self, record: dict[str, float]) -> None:
         self._file.append(json.dumps(record) + "\n")

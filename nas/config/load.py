@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -16,6 +17,8 @@ from moesaic.nas.units import DIMENSIONS, parse_limit
 from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
+
+_SURROGATE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
             raise MoesaicError(
                 "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
             )
-        value = parse_yaml(text, f"command line: {key}").data
+        # A path whose bytes are no UTF-8 is no YAML either, and is taken as it is.
+        value = text if _SURROGATE.search(text) else parse_yaml(text, f"command line: {key}").data
         *parents, last = path = tuple(key.split("."))
         target: dict[str, Any] = data
         for depth, parent in enumerate(parents):

@@ -25,18 +25,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class SplitFiles(_Section):
+    """Text whose splits are known. For validation and test, without files of their own, training text is divided."""
+
+    train: Annotated[Paths, Field(min_length=1)]
+    validation: Paths = []
+    test: Paths = []
+
+
 class DataConfig(_Section):
-    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs."""
+    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
+    each of ``train``, ``validation`` and ``test``."""
 
     kind: Literal["stdlib", "text"] = "stdlib"
-    files: list[str] = []
+    files: Paths | SplitFiles = []
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moesaic.nas import __version__
 from moesaic.nas.config import Config
+from moesaic.nas.data.files import absolute_files
 from moesaic.nas.exports.card import model_card
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
@@ -126,11 +127,7 @@ def load_exported(directory: str | os.PathLike[str]) -> Transformer:
 def retrain_settings(config: Config) -> dict[str, Any]:
     """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
-    data = config.model_dump(mode="json", include=keep)
-    data["data"]["files"] = [
-        str(Path(name).expanduser().resolve()) if not _is_glob(name) else name for name in data["data"]["files"]
-    ]
-    return data
+    return config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
 
 
 def write_retrain_file(directory: Path, config: Config) -> None:
@@ -144,7 +141,3 @@ def _is_export(directory: Path) -> bool:
     path = directory / "config.json"
     plain = read_json(path) if path.is_file() else None
     return isinstance(plain, dict) and plain.get("model_type") == MODEL_TYPE
-
-
-def _is_glob(name: str) -> bool:
-    return any(character in name for character in "*?[")

@@ -47,6 +47,7 @@ def retrain_export(
         str(directory / "retrain.yaml"),
         lambda text: reporter.say(f"data: {text}"),
         tokenizer=directory / "tokenizer.json",
+        own=[directory],
     )
     task = LanguageModelling(corpus)
     if task.vocab_size != model.vocab_size:

@@ -24,7 +24,7 @@ from moesaic.nas.data import load_corpus
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
-from moesaic.nas.stages.stage import BY_NAME, Stage
+from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.tasks import LanguageModelling, Task
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
@@ -73,6 +73,13 @@ class Run:
         words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
         return shlex.join(words)
 
+    @property
+    def own_files(self) -> list[Path]:
+        """What this run reads and writes itself: never part of its corpus, even where that is all around it."""
+        stages = (stage.folder or stage.name for stage in STAGES)
+        written = (*stages, "previous", "budgets", "config.yaml", "env.json", "summary.json")
+        return [Path(self.loaded.source.name), self.path, *(self.path / name for name in written)]
+
     @cached_property
     def device(self) -> Device:
         return choose_device(self.config.device)
@@ -80,7 +87,10 @@ class Run:
     @cached_property
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
-        return LanguageModelling(load_corpus(self.config.data, where, lambda text: self.reporter.say(f"data: {text}")))
+        corpus = load_corpus(
+            self.config.data, where, lambda text: self.reporter.say(f"data: {text}"), own=self.own_files
+        )
+        return LanguageModelling(corpus)
 
     @cached_property
     def trainer(self) -> Trainer:
