@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.trials import TrialLog, read_trials
 from moesaic.search_spaces import Architecture, StageFailed
 from moesaic.supernet import Judge
+from tests.listeners import is_loopback, listening
 from tests.nas.search_tools import budget_of, tiny_space
 
 
@@ -76,6 +78,11 @@ class ExecutorContract:
         assert sorted(a.fingerprint for a in work.told) == sorted(a.fingerprint for a in members(7))
         assert work.most <= executor.lanes + 1  # one may be ready before a lane is
         assert not work.running
+
+    def test_nobody_outside_this_machine_can_reach_it(self, executor: Executor):
+        executor.run(Recorded(members(2)))
+        open_to_all = {address for address, _ in listening(os.getpid()) if not is_loopback(address)}
+        assert open_to_all == set()
 
     def test_what_the_work_raises_ends_the_run(self, executor: Executor):
         with pytest.raises(StageFailed, match="the disk is full"):

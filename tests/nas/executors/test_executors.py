@@ -5,7 +5,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,6 +256,41 @@ def test_settings_of_another_executor_are_refused():
         ExecutorConfig(kind="tune", loggers=["csv"])
     written = ExecutorConfig().model_dump(mode="json")
     assert ExecutorConfig.model_validate(written) == ExecutorConfig()
+
+
+def nodes_seen_at(address: str, environment: Mapping[str, str]) -> str | None:
+    """How many nodes another process sees there; None where Ray refuses to answer."""
+    asked = f"from ray._raylet import GcsClient; print(len(GcsClient(address={address!r}).get_all_node_info()))"
+    command = [sys.executable, "-c", asked]
+    answer = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def test_the_token_of_a_ray_of_ours_is_this_user_s_alone_and_ends_with_it(own_ray):
+    before = dict(os.environ)
+    with cluster.connected(lanes("ray", 1), DEVICE):
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        assert len(token.read_text()) == 64
+        assert token.parent.stat().st_mode & 0o077 == 0
+        here = ray.get_runtime_context().gcs_address
+        assert here.rpartition(":")[0] == "127.0.0.1"
+        assert nodes_seen_at(here, os.environ) == "1"
+        stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        assert nodes_seen_at(here, {**stranger, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}) is None
+        assert nodes_seen_at(here, {**stranger, "RAY_AUTH_MODE": "disabled"}) is None
+    assert not token.exists()
+    assert not [name for name in os.environ if name.startswith("RAY_AUTH") and name not in before]
+
+
+def test_a_cluster_of_the_user_s_keeps_its_own_token(own_ray, monkeypatch, tmp_path):
+    (tmp_path / "mine").write_text("0123456789abcdef0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "mine"))
+    with cluster.connected(lanes("ray", 1), DEVICE):
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "mine")
+    assert (tmp_path / "mine").exists()
 
 
 class TestLocal(ExecutorContract):
