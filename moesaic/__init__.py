@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moesaic.nas.device import Device, choose_device, versions
     from moesaic.nas.executors import Executor, LocalExecutor
     from moesaic.nas.executors.ray_lanes import RayExecutor
+    from moesaic.nas.executors.tune_trials import TuneExecutor
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
     from moesaic.nas.search.budget import Budget, find_feasible, resolve_budget
@@ -75,6 +76,7 @@ _WHERE = {
     "nas.device": ["Device", "choose_device", "versions"],
     "nas.executors": ["Executor", "LocalExecutor"],
     "nas.executors.ray_lanes": ["RayExecutor"],
+    "nas.executors.tune_trials": ["TuneExecutor"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
     "nas.search.budget": ["Budget", "find_feasible", "resolve_budget"],
@@ -149,6 +151,7 @@ __all__ = [
     "Transformer",
     "Trial",
     "TrialLog",
+    "TuneExecutor",
     "__version__",
     "activation_memory",
     "agreement",

@@ -15,7 +15,7 @@ from moesaic.nas.stages.directory import RunDirectory, stopwatch
 from moesaic.nas.stages.engine import do, remedied
 from moesaic.nas.stages.provenance import SUMMARY, check_places
 from moesaic.nas.stages.run import BudgetRun, Run
-from moesaic.nas.stages.run_search import check_mirror
+from moesaic.nas.stages.run_search import check_executor, check_mirror
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.stages.train_supernet import routers
 from moesaic.nas.stages.write_report import build_summary, load_summary, write_summary
@@ -57,6 +57,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
             forget(run)
         if only in (None, "supernet", "search") and not run.folder("search").complete:
             check_mirror(run)
+            check_executor(run)
             check_budget(run)
         chosen = [BY_NAME[only]] if only else STAGES
         for stage in chosen:

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from moesaic.search_spaces import Damaged
+from moesaic.search_spaces import Damaged, MoesaicError
 from moesaic.search_spaces.files import LineFile, unwritable, write_text
 
 

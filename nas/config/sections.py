@@ -160,29 +160,40 @@ class LaneResources(_Section):
 
 
 class ExecutorConfig(_Section):
-    """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster.
+    """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster, as
+    trials of Ray Tune (``tune``) or in plain actors (``ray``), for evaluations of milliseconds in many lanes.
 
     ``address`` is that of a cluster, or ``auto`` for the one this machine belongs to; without it, Ray starts on this
     machine only. An evaluation is retried ``retries`` times when its lane dies, and fails after ``time_limit`` seconds.
+    Tune writes what ``loggers`` record to ``storage``, a folder or the URL of an object store, or else to a temporary
+    folder.
     """
 
-    kind: Literal["local", "ray"] = "local"
+    kind: Literal["local", "ray", "tune"] = "local"
     address: str | None = None
     lanes: Count = 1
     resources: LaneResources = LaneResources()
     retries: Annotated[int, Field(ge=0)] = 2
     time_limit: Positive = 600.0
+    storage: str | None = None
+    loggers: list[Literal["json", "csv", "tensorboard"]] = []
 
     @model_validator(mode="after")
     def _only_ray_has_lanes(self) -> ExecutorConfig:
         fields = type(self).model_fields
-        ignored = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
-        if self.kind == "local" and ignored:
+        changed = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
+        if self.kind == "local" and changed:
             raise MoesaicError(
-                f"{ignored[0]} is a setting of the ray executor; the local executor has no lanes",
+                f"{changed[0]} is a setting of the ray and tune executors; the local executor has no lanes",
                 found="kind: local",
-                nearest="kind: ray",
+                nearest="kind: tune",
             )
+        if self.kind == "ray" and {"storage", "loggers"} & set(changed):
+            raise MoesaicError(
+                f"{changed[-1]} is a setting of the tune executor", found="kind: ray", nearest="kind: tune"
+            )
+        if self.loggers and self.storage is None:
+            raise MoesaicError("loggers need a storage to write to", allowed="storage: a folder, or the URL of a store")
         return self
 
 

@@ -24,7 +24,8 @@ class Trial:
     """One proposal and its outcome.
 
     ``refused``: over budget by its predicted costs, never evaluated. ``duplicate``: its architecture was evaluated
-    before, and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why. ``excess`` is
+    before, and the values are that trial's. ``failed``: it has no finite loss, and ``reason`` says why; a ``transient``
+    failure is evaluated again, as another trial, when the search is started again. ``excess`` is
     relative to each budget line, negative if inside, and under the measured load once there is one. ``seconds``,
     ``lane`` and ``attempts`` describe the evaluation; ``seed`` is the search's. Where there are several budgets,
     ``budget`` names the one that the trial was proposed for and that ``excess`` refers to. ``engine`` is what the
@@ -46,6 +47,7 @@ class Trial:
     lane: int | None = None
     attempts: int = 1
     reason: str | None = None
+    transient: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -44,6 +44,8 @@ class Run:
     path: Path
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
+    tune_callbacks: Sequence[Any] = ()
+    """Objects of ``ray.tune.Callback`` for a search under Ray Tune."""
     calibration: Path | None = None
     """Folder of the latency calibration that this process uses, once known."""
     spent_ahead: dict[str, float] = field(default_factory=dict)

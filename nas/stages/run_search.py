@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -63,7 +63,7 @@ def work(run: Run, directory: StageDirectory) -> str:
                     tally.add(finished)
                     bar.update(tally.ended, config.trials * len(searches), str(tally))
 
-                run_search(config, searches, executor, log, seed, on_trial, run.should_stop)
+                run_search(config, searches, executor, log, seed, on_trial, run.should_stop, run.reporter.say)
             with run.reporter.progress("rivals"):
                 for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
                     _write_result(part, search, acceptance, executor)
@@ -77,17 +77,32 @@ def check_mirror(run: Run) -> None:
         check_database(run.config.mirror, run.should_stop)
 
 
+def check_executor(run: Run) -> None:
+    """Raises MoesaicError when the packages of ``executor.kind`` are not installed, or ``executor.storage`` cannot be
+    made, before hours are spent on training."""
+    if run.config.executor.kind == "ray":
+        _ray_executor()
+    elif run.config.executor.kind == "tune":
+        _tune_executor().storage_of(run.config.executor)
+
+
 @dataclass
 class _Tally:
     """Figures of the trials so far for the progress line."""
 
-    ended: int = 0
+    seen: set[tuple[str, str]] = field(default_factory=set)
     refused: int = 0
     best: float = math.inf
 
+    @property
+    def ended(self) -> int:
+        """Architectures evaluated; one that failed may have been evaluated again."""
+        return len(self.seen)
+
     def add(self, trials: list[Trial]) -> None:
         for trial in trials:
-            self.ended += trial.ended
+            if trial.ended:
+                self.seen.add((trial.budget, trial.architecture.fingerprint))
             self.refused += trial.state == "refused"
             if trial.feasible and trial.loss is not None:
                 self.best = min(self.best, trial.loss)
@@ -172,13 +187,34 @@ def open_executor(run: Run) -> Executor:
     config, judge = run.config.executor, run.judge("validation", run.config.search.evaluation_windows)
     if config.kind == "local":
         return LocalExecutor(judge)
+    if config.kind == "ray":
+        return _ray_executor().RayExecutor(config, judge, run.config.device, run.reporter.say)
+    return _tune_executor().TuneExecutor(config, judge, run.config.device, run.reporter.say, run.tune_callbacks)
+
+
+def _ray_executor() -> Any:
     try:
-        from moesaic.nas.executors.ray_lanes import RayExecutor
-    except ImportError:
-        raise MoesaicError(
-            "Ray is not installed", where="executor.kind", found="ray", nearest="pip install 'moesaic[cluster]'"
-        ) from None
-    return RayExecutor(config, judge, run.config.device, run.reporter.say)
+        from moesaic.nas.executors import ray_lanes
+    except ImportError as error:
+        raise _missing("Ray", "ray", "cluster", error) from None
+    return ray_lanes
+
+
+def _tune_executor() -> Any:
+    try:
+        from moesaic.nas.executors import tune_trials
+    except ImportError as error:
+        raise _missing("Ray Tune", "tune", "tune", error) from None
+    return tune_trials
+
+
+def _missing(what: str, kind: str, extra: str, error: ImportError) -> MoesaicError:
+    return MoesaicError(
+        f"{what} is not installed",
+        where="executor.kind",
+        found=f"{kind} ({str(error).partition('.')[0]})",
+        nearest=f"pip install 'moesaic[{extra}]'",
+    )
 
 
 def load_search(part: BudgetRun) -> tuple[list[Trial], SearchResult]:
