@@ -48,8 +48,13 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> Non
 
 
 @app.command(rich_help_panel="Main")
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check before training: size of the space, range of costs, whether the budget can be met, estimated time."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time this machine: latency, and stages.")] = False,
+) -> None:
+    """Check before training: size of the space, range of costs, whether the budget can be met."""
     with _told():
         from moesaic.nas.config import load_config
         from moesaic.nas.plan import build_plan, print_plan
@@ -57,7 +62,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from moesaic.nas.terminal.tables import output_console
 
         run = Run(load_config(config, overrides or ()), Path("runs"))
-        results = {part.name: build_plan(part) for part in run.budgets}
+        results = {part.name: build_plan(part, latency) for part in run.budgets}
         if as_json:
             plain = {name: asdict(result) for name, result in results.items()}
             print(json.dumps(plain if len(plain) > 1 else next(iter(plain.values())), indent=2))
