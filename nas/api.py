@@ -67,9 +67,9 @@ def run(
     return {part.name: load_summary(part) for part in opened.budgets}
 
 
-def plan(config: PathLike, overrides: Sequence[str] = ()) -> dict[str, Plan]:
-    """The plan of each budget by name, without training, as ``moesaic plan``."""
-    return {part.name: build_plan(part) for part in open_run(config, overrides).budgets}
+def plan(config: PathLike, overrides: Sequence[str] = (), latency: bool = False) -> dict[str, Plan]:
+    """The plan of each budget by name, without training, as ``moesaic plan``; ``latency`` times this machine."""
+    return {part.name: build_plan(part, latency) for part in open_run(config, overrides).budgets}
 
 
 def load(folder: PathLike) -> Transformer:

@@ -53,6 +53,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
     """
     with RunDirectory(run.path).locked(), remedied(run):
         check_places(run)
+        run.latency_asked |= only == "latency"
         if fresh:
             forget(run)
         if only in (None, "supernet", "search") and not run.folder("search").complete:

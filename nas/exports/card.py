@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moesaic.nas import __version__
 from moesaic.nas.costs.compliance import MeasuredLine, over_text, refused_text
+from moesaic.nas.costs.measure import latency_text
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Metric
 from moesaic.nas.units import DIMENSIONS
@@ -44,11 +45,10 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
             *costs,
             "",
             "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
-            "expected load of each expert, measured from the load on the test text. Latency is that of a pass over",
-            f"{figures.context} on {figures.device}.",
-            "Memory is the weights in float32 and the peak of activations of such a pass.",
+            "expected load of each expert, measured from the load on the test text. Memory is the weights in float32",
+            f"and the peak of activations of a pass over {figures.context} on {figures.device}.",
             "",
-            str(figures.latency),
+            latency_text(figures.latency),
             "",
             "Slice of the supernet against this model: largest logit difference "
             f"{figures.slice_max_logit_difference:.2g}; "

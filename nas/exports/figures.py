@@ -24,7 +24,7 @@ class ExportFigures(Scores):
     validation_loss: float | None
     predicted: dict[str, float]
     measured: dict[str, float]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     budget: tuple[MeasuredLine, ...]
     refused: tuple[Refused, ...]
     device: str
@@ -47,7 +47,7 @@ class RetrainedModel(MeanScores):
     above_searched: Difference
     predicted: dict[str, float]
     measured: dict[str, float]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     budget: tuple[MeasuredLine, ...]
     steps: int
     init: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from moesaic.nas.costs.compliance import margin_text, predicted_text, refused_text, worst_status
+from moesaic.nas.costs.measure import latency_text
 from moesaic.nas.exports.figures import RetrainedModel
 from moesaic.nas.report.data import Model, batch_text, budget_text, cost_name, per_text
 from moesaic.nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
@@ -58,6 +59,15 @@ def build_page(findings: Findings) -> str:
     )
 
 
+_RESULT_COSTS = {
+    "flops": "FLOPs per token",
+    "latency": "latency",
+    "active_parameters": "active parameters",
+    "parameters": "parameters",
+}
+"""Costs of a retrained model in the table, and their titles."""
+
+
 def _result(findings: Findings) -> Iterator[str]:
     summary, context = findings.summary, findings.context
     chosen = summary.chosen
@@ -67,7 +77,7 @@ def _result(findings: Findings) -> Iterator[str]:
     yield "<h3>Costs of the chosen architecture</h3>"
     yield table(
         ("cost", "limit", "predicted", "measured", "budget"),
-        [_cost_row(findings, cost, chosen) for cost in DIMENSIONS],
+        [_cost_row(findings, cost, chosen) for cost in chosen.measured],
     )
     yield paragraph(
         f"Predicted without running the model; measured on the exported model, with routing on the test split. "
@@ -76,8 +86,9 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     if refused := refused_text(chosen.refused):
         yield paragraph(refused, "warn")
-    yield paragraph(str(chosen.latency), "muted")
+    yield paragraph(latency_text(chosen.latency), "muted")
     results = [chosen.retrained, *summary.rivals]
+    costs = [cost for cost in _RESULT_COSTS if cost in chosen.measured]
     start = "scratch" if results[0].init == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, evaluated on the test split</h3>"
     yield table(
@@ -85,20 +96,14 @@ def _result(findings: Findings) -> Iterator[str]:
             "model",
             "loss, nats per token",
             *(metric.title for metric in summary.metrics),
-            "FLOPs per token",
-            "latency",
-            "active parameters",
-            "parameters",
+            *(_RESULT_COSTS[cost] for cost in costs),
             "budget",
         ),
-        [_result_row(result, summary.metrics) for result in results],
+        [_result_row(result, summary.metrics, costs) for result in results],
         chosen=0,
     )
-    yield paragraph(
-        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}, latency "
-        f"{per_text('latency', context)}.",
-        "muted",
-    )
+    per = f", latency {per_text('latency', context)}" if "latency" in costs else ""
+    yield paragraph(f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}{per}.", "muted")
 
 
 def _about_seeds(result: RetrainedModel) -> str:
@@ -132,15 +137,12 @@ def _cost_row(findings: Findings, cost: str, chosen: Chosen) -> tuple:
     )
 
 
-def _result_row(result: RetrainedModel, metrics: Sequence[Metric]) -> tuple:
+def _result_row(result: RetrainedModel, metrics: Sequence[Metric], costs: Sequence[str]) -> tuple:
     return (
         result.name,
         f"{result.loss:.4f} ± {result.error:.4f}",
         *(metric.format(result.metrics[metric.name]) for metric in metrics),
-        *(
-            DIMENSIONS[cost].format(result.measured[cost])
-            for cost in ("flops", "latency", "active_parameters", "parameters")
-        ),
+        *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
         flag(budget_text(result.budget), worst_status(result.budget)),
     )
 
@@ -233,8 +235,11 @@ def _training(findings: Findings) -> Iterator[str]:
 
 
 def _predictions(findings: Findings) -> Iterator[str]:
-    yield paragraph(f"Latency: {findings.summary.latency_predictor.text}.")
-    yield plot("latency", latency_figure(findings.measurements, findings.context))
+    if predictor := findings.summary.latency_predictor:
+        yield paragraph(f"Latency: {predictor.text}.")
+        yield plot("latency", latency_figure(findings.measurements, findings.context))
+    else:
+        yield paragraph("Latency was not calibrated: no budget line and no objective needs it.")
     yield paragraph(flops_sentence(findings.summary.trust.flops))
 
 

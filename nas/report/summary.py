@@ -27,7 +27,7 @@ class Chosen:
     predicted: dict[str, float]
     measured: dict[str, float]
     refused: tuple[Refused, ...]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     retrained: RetrainedModel
 
 
@@ -55,7 +55,7 @@ class Summary:
     rivals: tuple[RetrainedModel, ...]
     search: SearchFigures
     supernet: dict[str, float]
-    latency_predictor: PredictorFigures
+    latency_predictor: PredictorFigures | None
     trust: Trust
     exports: tuple[str, ...]
     stage_seconds: dict[str, float]

@@ -48,6 +48,8 @@ class Run:
     """Objects of ``ray.tune.Callback`` for a search under Ray Tune."""
     calibration: Path | None = None
     """Folder of the latency calibration that this process uses, once known."""
+    latency_asked: bool = False
+    """Calibrate latency even where no budget line and no objective needs it."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
     """Seconds of a stage's work that were already spent before its turn."""
     _folders: dict[str, StageDirectory] = field(default_factory=dict, repr=False)
@@ -111,6 +113,12 @@ class Run:
             implementation_on(self.device.torch_device),
         )
 
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a budget line, an objective or the command is of latency."""
+        lines = [name for limits in self.config.budgets_by_name.values() for name in limits]
+        return self.latency_asked or "latency" in (*lines, *self.config.search.objectives)
+
     def folder(self, name: str) -> StageDirectory:
         """The folder of a shared stage, with the inputs that decide its result, including the results it needs."""
         if name not in self._folders:
@@ -139,13 +147,15 @@ class Run:
 
     @cached_property
     def pricer(self) -> Pricer:
-        """Costs with the measured occupancy and the calibrated latency."""
+        """Costs with the measured occupancy and, where it is needed, the calibrated latency."""
         rows = read_value(self.folder("supernet").path / "occupancy.json", list[OccupancyRow])
         return Pricer(self.context, Occupancy.of(rows), self.predictor)
 
     @cached_property
-    def predictor(self) -> LatencyPredictor:
-        return LatencyPredictor.load(self.folder("latency").path / "predictor.json", self.device)
+    def predictor(self) -> LatencyPredictor | None:
+        """None where nothing needs latency."""
+        folder = self.folder("latency")
+        return LatencyPredictor.load(folder.path / "predictor.json", self.device) if folder.inputs["needed"] else None
 
 
 @dataclass

@@ -66,6 +66,7 @@ def build_summary(part: BudgetRun) -> Summary:
     best = exports[0]
     architecture = Architecture.from_yaml(part.folder("export").path / BEST / "architecture.yaml")
     folders = {stage.name: part.folder(stage.name) for stage in STAGES}
+    predictor = run.predictor
     return Summary(
         name=run.config.name,
         date=datetime.date.today().isoformat(),
@@ -90,7 +91,7 @@ def build_summary(part: BudgetRun) -> Summary:
         rivals=tuple(results[1:]),
         search=read_value(search_folder(part) / "search.json", SearchFigures),
         supernet=read_json(part.folder("supernet").path / "evaluation.json"),
-        latency_predictor=PredictorFigures(run.predictor.accuracy, run.predictor.describe()),
+        latency_predictor=predictor and PredictorFigures(predictor.accuracy, predictor.describe()),
         trust=load_trust(part),
         exports=tuple(figures.name for figures in exports),
         stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
@@ -126,7 +127,7 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
         exported=[_model(part, name, by_number[number].architecture) for number, name in names.items() if name != BEST],
         exports=exports,
         curves=training_curves(part.folder("supernet").path, first_seeds),
-        measurements=read_measurements(part.folder("latency").path / "measurements.csv"),
+        measurements=read_measurements(part.folder("latency").path / "measurements.csv") if run.predictor else [],
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moesaic.nas.costs.compliance import STATUSES, TOLERANCE, MeasuredLine, lines_text, status_of, worst_status
+from moesaic.nas.costs.latency.calibrate import calibrate
 from moesaic.nas.costs.latency.timing import AnchoredTiming
 from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
 from moesaic.nas.exports.figures import ExportFigures
@@ -179,6 +180,12 @@ def test_another_choice_is_another_input_of_what_comes_after(quick_run, micro_co
 # ---------------------------------------------------------------- latency is measured again
 
 
+@pytest.fixture(scope="module")
+def predictor(quick_run, micro_config):
+    run = open_run(micro_config, quick_run)
+    return calibrate(run.space, run.context, run.config.latency, run.device, seed=0).predictor
+
+
 @pytest.mark.parametrize(
     ("timed", "held", "status"),
     [
@@ -188,9 +195,12 @@ def test_another_choice_is_another_input_of_what_comes_after(quick_run, micro_co
         ([11.0, 10.9, 8.0], 10.9, "over"),
     ],
 )
-def test_a_latency_over_its_budget_is_measured_twice_more(quick_run, micro_config, monkeypatch, timed, held, status):
+def test_a_latency_over_its_budget_is_measured_twice_more(
+    quick_run, micro_config, predictor, monkeypatch, timed, held, status
+):
     run = open_run(micro_config, quick_run)
     part = only(run)
+    run.__dict__["pricer"] = replace(run.pricer, predictor=predictor)
     part.__dict__["budget"] = Budget((BudgetLine("latency", 10.0, "expected", confidence=0.9),), run.pricer)
     left = list(timed)
     monkeypatch.setattr("moesaic.nas.costs.measure.time_pass", lambda *_: AnchoredTiming(7.0, left.pop(0), 0.7, 0.01))

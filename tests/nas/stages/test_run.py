@@ -64,6 +64,16 @@ def test_the_exported_model_is_the_searched_one(finished):
     assert model.architecture.fingerprint in card
 
 
+def test_latency_is_not_calibrated_where_nothing_needs_it_and_the_report_says_so(finished):
+    assert not (finished / "latency" / "predictor.json").exists()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["latency_predictor"] is summary["chosen"]["latency"] is None
+    assert set(summary["chosen"]["measured"]) == {"flops", "parameters", "active_parameters", "memory"}
+    said = "no budget line and no objective needs it"
+    assert said in (finished / "exports" / "best" / "README.md").read_text()
+    assert said in (finished / "report" / "index.html").read_text()
+
+
 def test_a_second_run_skips_what_is_complete(finished, micro_config):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     result = moesaic("run", micro_config, "--out", finished)
