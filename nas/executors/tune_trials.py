@@ -46,7 +46,7 @@ _SNAPSHOT_SECONDS = 600
 class TuneLane(tune.Trainable):
     """A lane as an actor of Tune: the supernet stays, and each trial brings an architecture."""
 
-    def setup(
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `with_parameters` adds the rest
         self,
         config: dict[str, Any],
         make: type[Lane],
@@ -271,7 +271,8 @@ class _Trials:
                 continue
             assert job.trial is not None
             job.late, job.trial.max_failures = True, 0
-            ray.kill(job.trial.temporary_state.ray_actor)
+            if (actor := job.trial.temporary_state.ray_actor) is not None:
+                ray.kill(actor)
 
     def _tell(self, outcome: Outcome) -> None:
         with self._kept():

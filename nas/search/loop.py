@@ -196,6 +196,12 @@ def to_repeat(trials: Sequence[Trial]) -> list[Trial]:
     return [t for t in last.values() if t.state == "failed" and (t.transient or t.number in hopeless)]
 
 
+def without_repeated(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials without failures that were evaluated again later."""
+    last = {trial.architecture.fingerprint: trial.number for trial in trials if trial.ended}
+    return [t for t in trials if t.state != "failed" or last[t.architecture.fingerprint] == t.number]
+
+
 def run_search(
     config: SearchConfig,
     searches: Sequence[BudgetSearch],

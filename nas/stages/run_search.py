@@ -21,6 +21,7 @@ from moesaic.nas.search.loop import (
     result_of,
     run_search,
     trials_for_budget,
+    without_repeated,
 )
 from moesaic.nas.search.mirror import Mirror, database, journal
 from moesaic.nas.search.rivals import Rival, judge_rivals
@@ -140,7 +141,7 @@ def _feasible(part: BudgetRun) -> FeasibleSampler:
 
 def _write_result(part: BudgetRun, search: BudgetSearch, acceptance: float, executor: Executor) -> None:
     """Front, rivals and figures of one budget."""
-    folder, trials, config = search_folder(part), search.trials, part.run.config.search
+    folder, trials, config = search_folder(part), without_repeated(search.trials), part.run.config.search
     result = result_of(trials)
     if result is None:
         raise StageFailed(
@@ -211,7 +212,7 @@ def _missing(what: str, kind: str, extra: str, error: ImportError) -> MoesaicErr
 def load_search(part: BudgetRun) -> tuple[list[Trial], SearchResult]:
     """This budget's view of the trials, and the front of the finished search."""
     log = read_trials(part.folder("search").path / "trials.jsonl")
-    trials = trials_for_budget(part.name, part.budget, log)
+    trials = without_repeated(trials_for_budget(part.name, part.budget, log))
     result = result_of(trials)
     assert result is not None, "a finished search has a front"
     return trials, result
