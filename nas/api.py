@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from moesaic.nas.config import load_config
+from moesaic.nas.data.cache import expanded
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.pipeline import run_stages
 from moesaic.nas.plan import Plan, build_plan
@@ -47,7 +48,7 @@ def open_run(
     MoesaicError : the configuration is wrong, with file, line and key.
     """
     loaded = load_config(config, overrides)
-    path = Path(out) if out is not None else Path("runs") / loaded.config.name
+    path = expanded(os.fspath(out), "out") if out is not None else Path("runs") / loaded.config.name
     return Run(loaded, path, reporter or Reporter(), should_stop, tune_callbacks)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import MoesaicError
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FEWEST_MEMBERS = 4
 """Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -23,18 +25,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class SplitFiles(_Section):
+    """Text whose splits are known. For validation and test, without files of their own, training text is divided."""
+
+    train: Annotated[Paths, Field(min_length=1)]
+    validation: Paths = []
+    test: Paths = []
+
+
 class DataConfig(_Section):
-    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs."""
+    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
+    each of ``train``, ``validation`` and ``test``."""
 
     kind: Literal["stdlib", "text"] = "stdlib"
-    files: list[str] = []
+    files: Paths | SplitFiles = []
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:
@@ -66,15 +79,15 @@ class DeviceConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Optimiser settings shared by the supernet and single models."""
+    """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off."""
 
     steps: Count = 1000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: Positive = 1.0
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.1
+    clip_norm: Annotated[Positive | None, BeforeValidator(lambda norm: None if norm == math.inf else norm)] = 1.0
+    balance_weight: NotNegative = 0.01
     checkpoint_every: Count = 100
 
 
@@ -105,7 +118,8 @@ class LatencyConfig(_Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
-    that many positions in a key/value cache. The default length is that of the data.
+    that many positions in a key/value cache. The default length is that of the data. Where whole models would take
+    longer than ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
     """
 
     phase: Phase = "prefill"
@@ -113,6 +127,7 @@ class LatencyConfig(_Section):
     sequence_length: Count | None = None
     models: Annotated[int, Field(ge=8)] = 80
     repeats: Annotated[int, Field(ge=3)] = 5
+    time_limit: Positive = 180.0
 
 
 class SearchConfig(_Section):
@@ -141,7 +156,7 @@ class LaneResources(_Section):
     """Resources of one lane on its node; with a fraction of a GPU, several lanes share one."""
 
     cpu: Positive = 1.0
-    gpu: Annotated[float, Field(ge=0)] = 0.0
+    gpu: NotNegative = 0.0
 
 
 class ExecutorConfig(_Section):

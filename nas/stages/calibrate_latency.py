@@ -8,10 +8,11 @@ from typing import Any
 
 from moesaic.nas.costs.latency.calibrate import NOISY, calibrate, calibration_key
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
-from moesaic.nas.data.corpus import cache_directory
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import Run
 from moesaic.nas.terminal.tables import write_csv
+from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import write_atomically
 
 _FILES = ("predictor.json", "measurements.csv")
@@ -40,7 +41,7 @@ def work(run: Run, directory: StageDirectory) -> str:
     if measured.noise > NOISY:
         run.reporter.say(
             f"latency: repeats spread by {measured.noise:.0%} (more than {NOISY:.0%}): this machine was busy and the "
-            "calibration is not kept; when it is quiet, run `moesaic latency --fresh`"
+            f"calibration is not kept; when it is quiet: {run.command('latency', '--fresh')}"
         )
     return fingerprint({"coefficients": predictor.coefficients, "residuals": predictor.log_residuals})
 
@@ -59,9 +60,8 @@ def calibrated(run: Run) -> Path:
         return run.calibration
     stage = run.folder("latency")
     run.calibration = directory = stage.path if stage.complete else _cached(run)
-    known = directory / "predictor.json"
-    # A measurement on a busy machine is used by this run only, not cached for others.
-    if known.exists() and (stage.complete or LatencyPredictor.load(known, run.device).measured.noise <= NOISY):
+    whole = all((directory / name).exists() for name in _FILES)
+    if whole and (stage.complete or _reusable(directory, run)):
         return directory
     with run.reporter.progress("latency") as bar:
         calibration = calibrate(
@@ -75,6 +75,15 @@ def calibrated(run: Run) -> Path:
     write_csv(directory / "measurements.csv", calibration.rows)
     calibration.predictor.save(directory / "predictor.json")
     return directory
+
+
+def _reusable(directory: Path, run: Run) -> bool:
+    """Whether a cached calibration is intact, and was measured on a quiet machine: another is for its own run only."""
+    try:
+        return LatencyPredictor.load(directory / "predictor.json", run.device).measured.noise <= NOISY
+    except MoesaicError as error:
+        run.reporter.say(f"latency: the cached calibration is measured again: {error.where}: {error.problem}")
+        return False
 
 
 def _cached(run: Run) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
 from moesaic.nas.costs.compliance import MeasuredLine, most_tolerated, status_of
@@ -22,7 +24,7 @@ from moesaic.nas.data import load_corpus
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
-from moesaic.nas.stages.stage import BY_NAME, Stage
+from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.tasks import LanguageModelling, Task
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
@@ -68,6 +70,18 @@ class Run:
         """The file that the configuration was read from."""
         return self.loaded.source.name
 
+    def command(self, name: str, *settings: str) -> str:
+        """The command line that does ``name`` in this run's folder, with further ``settings``, quoted to be pasted."""
+        words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
+        return shlex.join(words)
+
+    @property
+    def own_files(self) -> list[Path]:
+        """What this run reads and writes itself: never part of its corpus, even where that is all around it."""
+        stages = (stage.folder or stage.name for stage in STAGES)
+        written = (*stages, "previous", "budgets", "config.yaml", "env.json", "summary.json")
+        return [Path(self.loaded.source.name), self.path, *(self.path / name for name in written)]
+
     @cached_property
     def device(self) -> Device:
         return choose_device(self.config.device)
@@ -75,7 +89,10 @@ class Run:
     @cached_property
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
-        return LanguageModelling(load_corpus(self.config.data, where, lambda text: self.reporter.say(f"data: {text}")))
+        corpus = load_corpus(
+            self.config.data, where, lambda text: self.reporter.say(f"data: {text}"), own=self.own_files
+        )
+        return LanguageModelling(corpus)
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -83,7 +100,7 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        """The pass whose costs count, as ``latency`` describes it. On a GPU, the row tile is that of the kernels."""
+        """The pass whose costs count, as ``latency`` describes it."""
         latency = self.config.latency
         return Context(
             self.task.vocab_size,
@@ -91,7 +108,7 @@ class Run:
             latency.batch_size,
             self.device.bytes_per_value,
             latency.phase,
-            row_tile=64 if self.device.kind == "cuda" else 16,
+            implementation_on(self.device.torch_device),
         )
 
     def folder(self, name: str) -> StageDirectory:
@@ -160,9 +177,8 @@ class BudgetRun:
     def spent_ahead(self) -> dict[str, float]:
         return self.run.spent_ahead
 
-    @property
-    def source_name(self) -> str:
-        return self.run.source_name
+    def command(self, name: str) -> str:
+        return self.run.command(name)
 
     def folder(self, name: str) -> StageDirectory:
         """The folder of any stage; shared stages have theirs in the run's folder."""
@@ -205,4 +221,4 @@ class BudgetRun:
 def _folder(stage: Stage, run: Run | BudgetRun) -> StageDirectory:
     inputs: dict[str, Any] = stage.inputs(run)
     inputs |= {needed: run.folder(needed).result_id() for needed in stage.needs}
-    return RunDirectory(run.path).stage(stage.folder or stage.name, inputs)
+    return RunDirectory(run.path).stage(stage.folder_name, inputs, stage.private)

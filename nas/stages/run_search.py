@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,12 +24,12 @@ from moesaic.nas.search.loop import (
     trials_for_budget,
     without_repeated,
 )
-from moesaic.nas.search.mirror import Mirror, database, journal
+from moesaic.nas.search.mirror import Mirror, check_database, database, journal
 from moesaic.nas.search.rivals import Rival, judge_rivals
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.samplers.genome import Genome
 from moesaic.nas.search.samplers.puzzle import additivity
-from moesaic.nas.search.trials import Trial, TrialLog, read_trials
+from moesaic.nas.search.trials import Trial, TrialLog, first_trials, read_trials
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import BudgetRun, Run
 from moesaic.nas.terminal.tables import write_csv
@@ -39,7 +40,10 @@ _ACCEPTANCE_DRAWS = 2000
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    return run.config.model_dump(mode="json", include={"seed", "budget", "budgets", "search"})
+    """The executor is not among them: it decides where, and so in which order, architectures are evaluated."""
+    config = run.config.model_dump(mode="json", include={"seed", "budget", "search", "mirror"})
+    budgets = {name: [f"{cost} {line}" for cost, line in lines.items()] for name, lines in run.config.budgets.items()}
+    return config | {"budgets": budgets, "context": asdict(run.context)}
 
 
 def work(run: Run, directory: StageDirectory) -> str:
@@ -48,11 +52,12 @@ def work(run: Run, directory: StageDirectory) -> str:
     config, seed = run.config.search, run.config.seed
     with closing(TrialLog(directory.path / "trials.jsonl")) as log:
         acceptances = [_acceptance(part) for part in run.budgets]
-        searches = [_budget_search(part, log.trials) for part in run.budgets]
+        known = first_trials(log.trials, config.trials)  # a log may have more than are asked for now
+        searches = [_budget_search(part, known) for part in run.budgets]
         with _mirror(run, directory.path, log.trials) as mirror, closing(open_executor(run)) as executor:
             with run.reporter.progress("search") as bar:
                 tally = _Tally()
-                tally.add(log.trials)
+                tally.add(known)
 
                 def on_trial(finished: list[Trial]) -> None:
                     mirror.append(finished)
@@ -63,13 +68,14 @@ def work(run: Run, directory: StageDirectory) -> str:
             with run.reporter.progress("rivals"):
                 for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
                     _write_result(part, search, acceptance, executor)
-    return fingerprint({"trials": [trial.architecture.fingerprint for trial in log.trials]})
+        trials = first_trials(log.trials, config.trials)
+    return fingerprint({"trials": [trial.architecture.fingerprint for trial in trials]})
 
 
 def check_mirror(run: Run) -> None:
-    """Raises MoesaicError when the database at ``mirror`` cannot be opened, before hours are spent on training."""
+    """Raises as ``check_database`` when there is a ``mirror``, before hours are spent on training."""
     if run.config.mirror:
-        database(run.config.mirror)
+        check_database(run.config.mirror, run.should_stop)
 
 
 def check_executor(run: Run) -> None:
@@ -112,9 +118,12 @@ def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
     names = folder / "study.json"
     if not names.exists():
         write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
-    storage = database(run.config.mirror) if run.config.mirror else journal(folder / "journal.log")
-    objectives = run.config.search.objectives
-    return Mirror(storage, read_json(names), objectives, Genome(run.space), trials, run.reporter.say)
+    url, file = run.config.mirror, folder / "journal.log"
+    if url:
+        file.unlink(missing_ok=True)  # of a search without a database, which would end here
+    objectives, genome = run.config.search.objectives, Genome(run.space)
+    opened = partial(database, url) if url else partial(journal, file)
+    return Mirror(opened, read_json(names), objectives, genome, trials, run.reporter.say, run.should_stop)
 
 
 def _acceptance(part: BudgetRun) -> float:
@@ -212,6 +221,7 @@ def _missing(what: str, kind: str, extra: str, error: ImportError) -> MoesaicErr
 def load_search(part: BudgetRun) -> tuple[list[Trial], SearchResult]:
     """This budget's view of the trials, and the front of the finished search."""
     log = read_trials(part.folder("search").path / "trials.jsonl")
+    log = first_trials(log, part.run.config.search.trials)
     trials = without_repeated(trials_for_budget(part.name, part.budget, log))
     result = result_of(trials)
     assert result is not None, "a finished search has a front"
