@@ -115,7 +115,7 @@ class Search:
         self._again = deque(
             (by_name[trial.budget], Proposal(trial.architecture, engine=trial.engine))
             for trial in to_repeat(log.trials)
-            if trial.budget in by_name
+            if trial.budget in by_name and trial.architecture.fingerprint in by_name[trial.budget].seen
         )
         self._running: dict[str, tuple[BudgetSearch, Proposal]] = {}
         self._failures = 0
