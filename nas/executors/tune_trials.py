@@ -96,9 +96,9 @@ class TuneExecutor:
     ):
         self.lanes, self.config, self._say = config.lanes, config, say
         self._callbacks = [*(_LOGGERS[name]() for name in config.loggers), *callbacks]
+        storage = storage_of(config)
         self._exits = ExitStack()
         self._exits.enter_context(connected(config, device))
-        storage = storage_of(config)
         self._storage = storage or self._exits.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-tune-"))
         facts, arrays = judge.plain()
         lane = tune.with_parameters(TuneLane, make=Lane, version=__version__, facts=facts, device=device, arrays=arrays)
@@ -256,6 +256,7 @@ class _Trials:
             self._again.append(job.architecture)
             self._did_not_start(trial)
             return
+        trial.run_metadata.pickled_error_filename = None  # Tune would load it, from a storage that others may write to
         attempts, seconds = job.attempts + 1, time.monotonic() - job.since
         reason = f"its lane died {attempts} times: {_reason(trial)}"
         if job.late:
