@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moesaic.nas.costs.price import Pricer
     from moesaic.nas.costs.use import LayerUse, Occupancy, OccupancyRow
     from moesaic.nas.device import Device, choose_device, versions
-    from moesaic.nas.executors import Executor, LocalExecutor
+    from moesaic.nas.executors import Executor, LocalExecutor, Outcome, Work, evaluate_all
     from moesaic.nas.executors.ray_lanes import RayExecutor
     from moesaic.nas.executors.tune_trials import TuneExecutor
     from moesaic.nas.pipeline import run_stages
@@ -74,7 +74,7 @@ _WHERE = {
     "nas.costs.price": ["Pricer"],
     "nas.costs.use": ["LayerUse", "Occupancy", "OccupancyRow"],
     "nas.device": ["Device", "choose_device", "versions"],
-    "nas.executors": ["Executor", "LocalExecutor"],
+    "nas.executors": ["Executor", "LocalExecutor", "Outcome", "Work", "evaluate_all"],
     "nas.executors.ray_lanes": ["RayExecutor"],
     "nas.executors.tune_trials": ["TuneExecutor"],
     "nas.pipeline": ["run_stages"],
@@ -137,6 +137,7 @@ __all__ = [
     "MoesaicError",
     "Occupancy",
     "OccupancyRow",
+    "Outcome",
     "Pricer",
     "RayExecutor",
     "Recipe",
@@ -152,6 +153,7 @@ __all__ = [
     "Trial",
     "TrialLog",
     "TuneExecutor",
+    "Work",
     "__version__",
     "activation_memory",
     "agreement",
@@ -161,6 +163,7 @@ __all__ = [
     "correction_features",
     "correction_of",
     "difference_over_seeds",
+    "evaluate_all",
     "find_feasible",
     "fit",
     "flops",

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
 from moesaic.nas.config import DeviceConfig, ExecutorConfig
 from moesaic.nas.device import usable_processors

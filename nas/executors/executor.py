@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,9 +55,12 @@ class Executor(Protocol):
         ...
 
 
-def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> list[Outcome]:
-    """The outcome of each architecture (all different), in their order, using all lanes."""
-    work = _List(architectures)
+def evaluate_all(
+    executor: Executor, architectures: Sequence[Architecture], on_outcome: Callable[[int], None] = lambda done: None
+) -> list[Outcome]:
+    """The outcome of each architecture (all different), in their order, using all lanes. ``on_outcome`` gets how many
+    have ended; what it raises ends the rest."""
+    work = _List(architectures, on_outcome)
     executor.run(work)
     return [work.outcomes[architecture] for architecture in architectures]
 
@@ -65,8 +68,8 @@ def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> l
 class _List:
     """Given architectures as work."""
 
-    def __init__(self, architectures: Sequence[Architecture]):
-        self._left = iter(architectures)
+    def __init__(self, architectures: Sequence[Architecture], on_outcome: Callable[[int], None]):
+        self._left, self._on_outcome = iter(architectures), on_outcome
         self.outcomes: dict[Architecture, Outcome] = {}
 
     def ask(self) -> Architecture | None:
@@ -74,3 +77,4 @@ class _List:
 
     def tell(self, outcome: Outcome) -> None:
         self.outcomes[outcome.architecture] = outcome
+        self._on_outcome(len(self.outcomes))

@@ -46,7 +46,7 @@ _SNAPSHOT_SECONDS = 600
 class TuneLane(tune.Trainable):
     """A lane as an actor of Tune: the supernet stays, and each trial brings an architecture."""
 
-    def setup(
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `with_parameters` adds the rest
         self,
         config: dict[str, Any],
         make: type[Lane],
@@ -96,9 +96,9 @@ class TuneExecutor:
     ):
         self.lanes, self.config, self._say = config.lanes, config, say
         self._callbacks = [*(_LOGGERS[name]() for name in config.loggers), *callbacks]
+        storage = storage_of(config)
         self._exits = ExitStack()
         self._exits.enter_context(connected(config, device))
-        storage = storage_of(config)
         self._storage = storage or self._exits.enter_context(tempfile.TemporaryDirectory(prefix="moesaic-tune-"))
         facts, arrays = judge.plain()
         lane = tune.with_parameters(TuneLane, make=Lane, version=__version__, facts=facts, device=device, arrays=arrays)
@@ -256,6 +256,7 @@ class _Trials:
             self._again.append(job.architecture)
             self._did_not_start(trial)
             return
+        trial.run_metadata.pickled_error_filename = None  # Tune would load it, from a storage that others may write to
         attempts, seconds = job.attempts + 1, time.monotonic() - job.since
         reason = f"its lane died {attempts} times: {_reason(trial)}"
         if job.late:
@@ -271,7 +272,8 @@ class _Trials:
                 continue
             assert job.trial is not None
             job.late, job.trial.max_failures = True, 0
-            ray.kill(job.trial.temporary_state.ray_actor)
+            if (actor := job.trial.temporary_state.ray_actor) is not None:
+                ray.kill(actor)
 
     def _tell(self, outcome: Outcome) -> None:
         with self._kept():

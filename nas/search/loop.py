@@ -115,7 +115,7 @@ class Search:
         self._again = deque(
             (by_name[trial.budget], Proposal(trial.architecture, engine=trial.engine))
             for trial in to_repeat(log.trials)
-            if trial.budget in by_name
+            if trial.budget in by_name and trial.architecture.fingerprint in by_name[trial.budget].seen
         )
         self._running: dict[str, tuple[BudgetSearch, Proposal]] = {}
         self._failures = 0
@@ -194,6 +194,12 @@ def to_repeat(trials: Sequence[Trial]) -> list[Trial]:
     hopeless = {trial.number for trial in tail} if len(tail) >= _HOPELESS else set()
     last = {trial.architecture.fingerprint: trial for trial in ended}
     return [t for t in last.values() if t.state == "failed" and (t.transient or t.number in hopeless)]
+
+
+def without_repeated(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials without failures that were evaluated again later."""
+    last = {trial.architecture.fingerprint: trial.number for trial in trials if trial.ended}
+    return [t for t in trials if t.state != "failed" or last[t.architecture.fingerprint] == t.number]
 
 
 def run_search(

@@ -22,6 +22,7 @@ from moesaic.nas.search.loop import (
     result_of,
     run_search,
     trials_for_budget,
+    without_repeated,
 )
 from moesaic.nas.search.mirror import Mirror, check_database, database, journal
 from moesaic.nas.search.rivals import Rival, judge_rivals
@@ -149,7 +150,7 @@ def _feasible(part: BudgetRun) -> FeasibleSampler:
 
 def _write_result(part: BudgetRun, search: BudgetSearch, acceptance: float, executor: Executor) -> None:
     """Front, rivals and figures of one budget."""
-    folder, trials, config = search_folder(part), search.trials, part.run.config.search
+    folder, trials, config = search_folder(part), without_repeated(search.trials), part.run.config.search
     result = result_of(trials)
     if result is None:
         raise StageFailed(
@@ -221,7 +222,7 @@ def load_search(part: BudgetRun) -> tuple[list[Trial], SearchResult]:
     """This budget's view of the trials, and the front of the finished search."""
     log = read_trials(part.folder("search").path / "trials.jsonl")
     log = first_trials(log, part.run.config.search.trials)
-    trials = trials_for_budget(part.name, part.budget, log)
+    trials = without_repeated(trials_for_budget(part.name, part.budget, log))
     result = result_of(trials)
     assert result is not None, "a finished search has a front"
     return trials, result

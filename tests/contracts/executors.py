@@ -65,7 +65,9 @@ class ExecutorContract:
 
     def test_a_list_comes_back_in_its_order_with_the_judge_s_evaluations(self, executor: Executor, judge: Judge):
         architectures = members(8)
-        outcomes = evaluate_all(executor, architectures)
+        counted: list[int] = []
+        outcomes = evaluate_all(executor, architectures, counted.append)
+        assert counted == list(range(1, 9))
         assert [outcome.architecture for outcome in outcomes] == architectures
         assert [outcome.evaluation for outcome in outcomes] == [judge(a) for a in architectures]
         assert {outcome.lane for outcome in outcomes} <= set(range(executor.lanes))

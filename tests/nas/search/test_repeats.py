@@ -10,7 +10,7 @@ import pytest
 
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.executors import Outcome, local
-from moesaic.nas.search.loop import to_repeat
+from moesaic.nas.search.loop import to_repeat, without_repeated
 from moesaic.nas.search.trials import Trial, read_trials
 from moesaic.search_spaces import Architecture, Interrupted, StageFailed
 from moesaic.supernet import Evaluation
@@ -86,6 +86,9 @@ def test_failures_that_may_pass_are_repeated_and_others_are_final(tmp_path):
     final = {first.seen[4], first.seen[7]}
     assert evaluated(trials) == {*first.seen, *second.seen} - final
     assert [t.state for t in trials].count("failed") == 4
+    counted = without_repeated(trials)
+    assert len(counted) == len({t.architecture for t in counted}) == 60
+    assert {t.architecture for t in counted if t.state == "failed"} == final
 
 
 def test_a_stop_before_the_repeats_leaves_the_search_unfinished(tmp_path):
