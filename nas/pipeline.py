@@ -10,7 +10,7 @@ from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, even
 from moesaic.nas.device import versions
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import BEST
 from moesaic.nas.report.terminal_summary import print_summary
 from moesaic.nas.search.budget import find_feasible, resolve_budget
 from moesaic.nas.stages.calibrate_latency import calibrated, forget

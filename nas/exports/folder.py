@@ -18,13 +18,11 @@ from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, read_value, unwritable, write_text, write_value
+from moesaic.search_spaces.files import read_json, read_value, unwritable, write_atomically, write_text, write_value
 from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
-BEST = "best"
-"""Name of the export that is retrained and reported as the chosen model."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,6 @@ def export_model(
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
     architecture = model.architecture
-    facts = ModelFacts(
-        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
-    )
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -63,9 +58,7 @@ def export_model(
             dict(model.named_parameters()),
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
-        write_value(temporary / "config.json", facts)
-        write_text(temporary / "architecture.yaml", architecture.to_yaml())
-        shutil.copyfile(task.tokenizer, temporary / "tokenizer.json")
+        write_facts(temporary, model, task)
         write_text(temporary / "retrain.yaml", _retrain_yaml(config))
         reloaded = load_exported(temporary)
         with torch.inference_mode():
@@ -81,8 +74,21 @@ def export_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_facts(directory: Path, model: Transformer, task: Task) -> None:
+    """Write what ``load_exported`` and a user of ``model`` need beside its weights: ``config.json``,
+    ``architecture.yaml`` and ``tokenizer.json``."""
+    architecture = model.architecture
+    facts = ModelFacts(
+        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
+    )
+    write_value(directory / "config.json", facts)
+    write_text(directory / "architecture.yaml", architecture.to_yaml())
+    write_atomically(directory / "tokenizer.json", lambda path: shutil.copyfile(task.tokenizer, path))
+
+
 def load_exported(directory: str | os.PathLike[str]) -> Transformer:
-    """The model of an export, on the CPU, in evaluation mode. No code from the folder is executed.
+    """The model of an export, or of a training's folder, on the CPU, in evaluation mode. No code from the folder is
+    executed.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moesaic.nas.costs.compliance import MeasuredLine, Status, predicted_text, refused_text, worst_status
-from moesaic.nas.exports.figures import RetrainedModel
+from moesaic.nas.exports.figures import BEST, RetrainedModel
 from moesaic.nas.report.summary import Chosen, Summary, over_sentence, verdict
 from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
@@ -36,7 +36,8 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
         console.print(Text(refused, style=_STYLES["within tolerance"]))
     console.print(_costs_table(chosen))
     console.print(Text(what_costs_are_per(summary.context)))
-    console.print(Text(str(chosen.latency)))
+    if chosen.latency is not None:
+        console.print(Text(str(chosen.latency)))
     console.print()
     console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics))
     console.print(Text(verdict(summary)))
@@ -53,7 +54,7 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
 
 
 def _budget_table(lines: Sequence[MeasuredLine]) -> Table:
-    table = plain_table("Budget of the chosen architecture", "line|limit|predicted|re-measured|", "line|")
+    table = plain_table(f"Budget of the retrained model (exports/{BEST})", "line|limit|predicted|re-measured|", "line|")
     for line in lines:
         form = DIMENSIONS[line.name].format
         name = line.name if line.bind == "expected" else f"{line.name} (worst case)"
@@ -69,7 +70,8 @@ def _status_text(status: Status, lines: str = "") -> Text:
 def _costs_table(chosen: Chosen) -> Table:
     table = plain_table("Its costs", "cost|predicted|measured", "cost")
     for name, dimension in DIMENSIONS.items():
-        table.add_row(name, dimension.format(chosen.predicted[name]), dimension.format(chosen.measured[name]))
+        if name in chosen.measured:
+            table.add_row(name, dimension.format(chosen.predicted[name]), dimension.format(chosen.measured[name]))
     return table
 
 
@@ -78,7 +80,9 @@ def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) 
     start = "scratch" if first.init == "scratch" else "inherited weights"
     seeds = len(first.runs)
     alike = f"{first.steps} steps from {start}" + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
-    columns = ["model", "loss", *(metric.title for metric in metrics), "FLOPs", "latency", "active", "budget"]
+    costs = {"flops": "FLOPs", "latency": "latency", "active_parameters": "active", "parameters": "parameters"}
+    costs = {cost: title for cost, title in costs.items() if cost in first.measured}
+    columns = ["model", "loss", *(metric.title for metric in metrics), *costs.values(), "budget"]
     title = f"Retrained alike ({alike}), evaluated on the test split"
     table = plain_table(title, "|".join(columns), "model|budget")
     best = min(result.loss for result in results)
@@ -90,7 +94,7 @@ def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) 
             result.name,
             Text(loss, style="bold" if result.loss == best else ""),
             *(metric.format(result.metrics[metric.name]) for metric in metrics),
-            *(DIMENSIONS[name].format(result.measured[name]) for name in ("flops", "latency", "active_parameters")),
+            *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
             _status_text(status, ", ".join(lines)),
         )
     return table

@@ -22,12 +22,11 @@ from moesaic.nas.trust.findings import Check, CheckedMember, Errors, FlopsErrors
 from moesaic.nas.trust.judges import compare_judges, correction_of, judged_rival, judged_trial
 from moesaic.nas.trust.scores import paired_difference
 from moesaic.nas.trust.sentences import corrects
-from moesaic.nas.trust.significance import adjusted_p_values, levels
+from moesaic.nas.trust.significance import LEVEL, adjusted_p_values, levels
 from moesaic.search_spaces import Architecture, StageFailed
 from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Evaluation
 
-_LEVEL = 0.05
 _FLOPS_MODELS = 16
 
 
@@ -96,7 +95,7 @@ def _tell_apart(
         bar.update(len(models), len(models))
     p_values = adjusted_p_values(np.array([evaluation.sequence_losses for evaluation in evaluations]))
     size = len(result.front)
-    differ = p_values[:size, :size] < _LEVEL
+    differ = p_values[:size, :size] < LEVEL
     steps = [*levels(differ), *[None] * len(best)]
     standings = [
         Standing(
@@ -106,7 +105,7 @@ def _tell_apart(
             evaluation.standard_error,
             paired_difference(evaluation, evaluations[0]),
             float(p_value),
-            bool(p_value < _LEVEL),
+            bool(p_value < LEVEL),
             level,
         )
         for (name, architecture), evaluation, p_value, level in zip(

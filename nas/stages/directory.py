@@ -149,11 +149,8 @@ class RunDirectory:
         changes = stage.changes()
         existing = (stage.path / "inputs.json").exists()
         moves = not all(change.under(extendable) for change in changes)
-        aside = self._aside(stage.path.name) if moves else None
+        aside = self.set_aside(stage.path, stage.path.name) if moves else None
         try:
-            if aside is not None:
-                aside.parent.mkdir(exist_ok=True)
-                stage.path.rename(aside)
             stage.path.mkdir(parents=True, exist_ok=True)
             (stage.path / "artifact.json").unlink(missing_ok=True)
         except OSError as error:
@@ -161,9 +158,16 @@ class RunDirectory:
         write_json(stage.path / "inputs.json", stage.inputs)
         return Preparation(existing and not moves, changes, aside)
 
-    def _aside(self, name: str) -> Path:
+    def set_aside(self, path: Path, name: str) -> Path:
+        """Move outdated work to a new folder ``previous/NAME-N``. Raises MoesaicError where that cannot be written."""
         numbered = (self.path / "previous" / f"{name}-{attempt}" for attempt in count(1))
-        return next(path for path in numbered if not path.exists())
+        aside = next(path for path in numbered if not path.exists())
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+        except OSError as error:
+            raise unwritable(path, error) from None
+        return aside
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +66,11 @@ class Run:
     def source_name(self) -> str:
         """The file that the configuration was read from."""
         return self.loaded.source.name
+
+    def command(self, name: str, *settings: str) -> str:
+        """The command line that does ``name`` in this run's folder, with further ``settings``, quoted to be pasted."""
+        words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
+        return shlex.join(words)
 
     @cached_property
     def device(self) -> Device:
