@@ -161,14 +161,14 @@ for _stage in STAGES:
 def doctor() -> None:
     """Show versions, device, threads, triton, and what is missing."""
     with _told():
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from moesaic.nas.doctor import examine
         from moesaic.nas.terminal.tables import output_console
 
         checks = examine()
-        table = Table(show_header=False)
+        table = Table("", Column(overflow="fold"), show_header=False)
         for check in checks:
             table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
         output_console().print(table)

@@ -21,6 +21,7 @@ from moesaic.nas.stages.run_search import check_mirror
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.stages.train_supernet import routers
 from moesaic.nas.stages.write_report import build_summary, load_summary
+from moesaic.nas.terminal.progress import Stages
 from moesaic.search_spaces import Interrupted
 from moesaic.search_spaces.files import write_json, write_text, write_value
 
@@ -62,6 +63,9 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
             check_mirror(run)
             check_budget(run)
         chosen = [BY_NAME[only]] if only else STAGES
+        shared = [(stage, stage.passes(run)) for stage in chosen if stage.shared]
+        owned = [(stage, stage.passes(part)) for part in run.budgets for stage in chosen if not stage.shared]
+        run.reporter.stages = Stages([(stage.name, passes) for stage, passes in shared + owned])
         for stage in chosen:
             if stage.shared:
                 _do(stage, run, run)
@@ -93,4 +97,7 @@ def describe(run: Run, part: BudgetRun | None = None) -> None:
 def _do(stage: Stage, run: Run | BudgetRun, whole: Run) -> None:
     if whole.should_stop():
         raise Interrupted(f"stopped before stage {stage.name}; the same command continues there")
+    stages = whole.reporter.stages
+    stages.enter()
     do(stage, run)
+    stages.leave(run.folder(stage.name).artifact().seconds)

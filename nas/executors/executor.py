@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +49,11 @@ class Executor(Protocol):
         ...
 
 
-def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> list[Outcome]:
-    """The outcome of each architecture (all different), in their order, using all lanes."""
+def evaluate_all(
+    executor: Executor, architectures: Sequence[Architecture], on_outcome: Callable[[int], None] = lambda done: None
+) -> list[Outcome]:
+    """The outcome of each architecture (all different), in their order, using all lanes. ``on_outcome`` gets how many
+    have ended."""
     waiting = list(reversed(architectures))
     outcomes: dict[Architecture, Outcome] = {}
     while len(outcomes) < len(architectures):
@@ -58,4 +61,5 @@ def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> l
             executor.submit(waiting.pop())
         outcome = executor.next()
         outcomes[outcome.architecture] = outcome
+        on_outcome(len(outcomes))
     return [outcomes[architecture] for architecture in architectures]

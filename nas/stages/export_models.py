@@ -118,6 +118,7 @@ def _spread_front(result: SearchResult, known: set[int], count: int) -> list[Tri
 
 def _measure(part: BudgetRun, trial: Trial) -> Candidate:
     run = part.run
+    run.check_stop("export")
     model = run.supernet.extract(trial.architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(trial.architecture)

@@ -37,6 +37,12 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
     return part.run.config.model_dump(mode="json", include={"seed", "retrain"})
 
 
+def passes(part: BudgetRun) -> float:
+    config = part.run.config.retrain
+    models = 3 if config.rivals else 1
+    return 3.0 * models * config.seeds * config.steps * config.batch_size
+
+
 def work(part: BudgetRun, directory: StageDirectory) -> None:
     """Writes a folder per model and seed (a model that loads, and metrics) and ``results.json``, the searched model
     first; exports the searched model of the first seed as ``best``.
