@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from moesaic.nas.report.summary import Summary
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import load_summary
 from moesaic.nas.terminal.progress import Reporter
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet import Transformer
-
-PathLike = str | os.PathLike[str]
 
 
 def open_run(

@@ -14,15 +14,17 @@ from moesaic.search_spaces.errors import MoesaicError
 from moesaic.search_spaces.yaml_source import adapter
 
 T = TypeVar("T")
+PathLike = str | os.PathLike[str]
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
     Raises
     ------
     MoesaicError : the place cannot be written (read-only, full); ``path`` is unchanged.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,26 +38,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
-def unwritable(path: Path, error: OSError) -> MoesaicError:
+def unwritable(path: PathLike, error: OSError) -> MoesaicError:
     return MoesaicError(
         f"cannot be written: {error.strerror or error}", where=str(path), allowed="a writable place with free space"
     )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: PathLike, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: PathLike, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-def write_value(path: Path, value: Any, kind: Any = None) -> None:
+def write_value(path: PathLike, value: Any, kind: Any = None) -> None:
     """Write a dataclass, or a ``kind`` such as ``list[Row]``, as JSON that ``read_value`` turns into an equal one."""
     write_json(path, adapter(kind or type(value)).dump_python(value, mode="json"))
 
 
-def read_value(path: Path, kind: type[T]) -> T:
+def read_value(path: PathLike, kind: type[T]) -> T:
     """A value that ``write_value`` wrote. Raises MoesaicError for a missing or damaged file, or one of another kind."""
     data = read_json(path)
     try:
@@ -70,10 +72,10 @@ def read_value(path: Path, kind: type[T]) -> T:
         ) from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: PathLike) -> Any:
     """Parsed JSON. Raises MoesaicError for a missing or damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MoesaicError("no such file", where=str(path)) from None
     except OSError as error:

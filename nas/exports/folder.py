@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,15 @@ from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, read_value, unwritable, write_atomically, write_text, write_value
+from moesaic.search_spaces.files import (
+    PathLike,
+    read_json,
+    read_value,
+    unwritable,
+    write_atomically,
+    write_text,
+    write_value,
+)
 from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
@@ -39,10 +46,11 @@ class ModelFacts:
 
 def export_model(
     directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, tokens: Tensor
-) -> None:
+) -> ExportFigures:
     """Write ``model`` to ``directory`` (replaced as a whole, or not at all), and check it by reading it back.
 
-    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S].
+    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S]. Returns the
+    figures with that comparison.
 
     Raises
     ------
@@ -72,6 +80,7 @@ def export_model(
         raise unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return figures
 
 
 def write_facts(directory: Path, model: Transformer, task: Task) -> None:
@@ -86,7 +95,7 @@ def write_facts(directory: Path, model: Transformer, task: Task) -> None:
     write_atomically(directory / "tokenizer.json", lambda path: shutil.copyfile(task.tokenizer, path))
 
 
-def load_exported(directory: str | os.PathLike[str]) -> Transformer:
+def load_exported(directory: PathLike) -> Transformer:
     """The model of an export, or of a training's folder, on the CPU, in evaluation mode. No code from the folder is
     executed.
 

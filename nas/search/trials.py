@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.search_spaces import Architecture, MoesaicError
-from moesaic.search_spaces.files import unwritable
+from moesaic.search_spaces.files import PathLike, unwritable
 from moesaic.supernet.evaluate import LayerLoad
 
 State = Literal["evaluated", "refused", "duplicate", "failed"]
@@ -80,16 +80,16 @@ class Trial:
         return trial
 
 
-def read_trials(path: Path) -> list[Trial]:
+def read_trials(path: PathLike) -> list[Trial]:
     """All complete trials of a log. An incomplete last line, and refusals whose trial never finished, do not count."""
-    return _read(path)[0]
+    return _read(Path(path))[0]
 
 
 class TrialLog:
     """Appends trials; opening removes what an interrupted process left incomplete."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: PathLike):
+        self.path = path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.trials, good = _read(path)

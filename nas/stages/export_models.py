@@ -148,5 +148,4 @@ def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tup
         context=run.context,
         slice_max_logit_difference=difference,
     )
-    export_model(directory, model.cpu(), run.config, run.task, figures, tokens)
-    return figures
+    return export_model(directory, model.cpu(), run.config, run.task, figures, tokens)

@@ -51,6 +51,9 @@ class Run:
     """Seconds of a stage's work that were already spent before its turn."""
     _folders: dict[str, StageDirectory] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)  # programs give a str
+
     @cached_property
     def budgets(self) -> tuple[BudgetRun, ...]:
         """What belongs to each budget."""

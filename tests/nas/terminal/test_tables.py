@@ -27,10 +27,10 @@ def printed(width: int, *rows: tuple[str | Text, ...], columns: str = "cost|smal
 @given(st.integers(8, 200), st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=4))
 @example(80, [("active_parameters", "239.7K per token", "1.204 MFLOPs and more", "within tolerance of 3 %")])
 def test_no_cell_is_cut_whatever_the_width(width, rows):
-    text = "".join(printed(width, *rows).replace("\x1b[1m", "").replace("\x1b[0m", "").split())
+    text = "".join(Text.from_ansi(printed(width, *rows)).plain.split())
     for row in rows:
         for cell in row:
-            assert cell in text
+            assert cell.replace(" ", "") in text
 
 
 def test_a_table_that_fits_has_a_line_per_row_and_a_narrow_one_a_line_per_cell():
