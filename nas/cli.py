@@ -133,10 +133,11 @@ def retrain(
         if out is not None:
             raise MoesaicError("--out is only for runs; exports are retrained in place", where="--out", found=out)
         result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
-        over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
+        seeds = len(result.runs)
+        over = f"95 % interval over {seeds} seeds" if seeds > 1 else "standard error over sequences, one seed"
         figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
         typer.echo(
-            f"test loss {result.loss:.4f} ± {result.error:.4f}{over}, {figures}; weights in {config / 'retrained'}, "
+            f"test loss {result.loss:.4f} ± {result.error:.4f} ({over}), {figures}; weights in {config / 'retrained'}, "
             "a folder per seed"
         )
 

@@ -32,7 +32,8 @@ CHECKPOINT = "checkpoint.safetensors"
 class TrainSettings:
     """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping.
 
-    ``balance_weight`` scales the load-balance loss; ``bfloat16`` computes products in bfloat16.
+    ``balance_weight`` scales the load-balance loss, a mean over sparse layers; ``bfloat16`` computes products in
+    bfloat16.
     """
 
     steps: int

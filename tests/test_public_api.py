@@ -61,13 +61,13 @@ def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
         for name in names:
             value = getattr(import_module(module), name)
             methods = vars(value).items() if inspect.isclass(value) else [("", value)]
-            for method, function in methods:
-                function = getattr(function, "__func__", function)
+            for method, found in methods:
+                function = getattr(found, "__func__", found)
                 if inspect.isfunction(function) and (method == "__init__" or not method.startswith("_")):
                     yield f"{name}.{method}".strip("."), function
 
 
-@pytest.mark.parametrize(("name", "function"), public_functions())
+@pytest.mark.parametrize(("name", "function"), list(public_functions()))
 def test_a_path_may_be_a_str(name: str, function: Callable[..., Any]) -> None:
     if name == "Run.__init__":
         return  # written by its dataclass; it converts its path, see below
