@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from moesaic.nas.training.trainer import Trainer
     from moesaic.nas.trust.correction import Correction, Judged, correction_features
     from moesaic.nas.trust.judges import correction_of
-    from moesaic.nas.trust.ranking import agreement, bootstrap, kendall_tau, mean_interval
+    from moesaic.nas.trust.ranking import agreement, kendall_tau, mean_interval
     from moesaic.nas.trust.scores import Difference, difference_over_seeds
+    from moesaic.nas.trust.significance import holm
     from moesaic.nas.units import DIMENSIONS
     from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
     from moesaic.search_spaces.files import read_value, write_value
@@ -96,8 +97,9 @@ _WHERE = {
     "nas.training.trainer": ["Trainer"],
     "nas.trust.correction": ["Correction", "Judged", "correction_features"],
     "nas.trust.judges": ["correction_of"],
-    "nas.trust.ranking": ["agreement", "bootstrap", "kendall_tau", "mean_interval"],
+    "nas.trust.ranking": ["agreement", "kendall_tau", "mean_interval"],
     "nas.trust.scores": ["Difference", "difference_over_seeds"],
+    "nas.trust.significance": ["holm"],
     "nas.units": ["DIMENSIONS"],
     "search_spaces": ["Architecture", "MoesaicError", "SearchSpace"],
     "search_spaces.files": ["read_value", "write_value"],
@@ -157,7 +159,6 @@ __all__ = [
     "__version__",
     "activation_memory",
     "agreement",
-    "bootstrap",
     "calibrate",
     "choose_device",
     "correction_features",
@@ -167,6 +168,7 @@ __all__ = [
     "find_feasible",
     "fit",
     "flops",
+    "holm",
     "hypervolume",
     "kendall_tau",
     "leave_one_out",

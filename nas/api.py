@@ -19,9 +19,8 @@ from moesaic.nas.report.summary import Summary
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import load_summary
 from moesaic.nas.terminal.progress import Reporter
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet import Transformer
-
-PathLike = str | os.PathLike[str]
 
 
 def open_run(

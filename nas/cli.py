@@ -155,10 +155,11 @@ def retrain(
         if out is not None:
             raise MoesaicError("--out is only for runs; exports are retrained in place", where="--out", found=out)
         result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
-        over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
+        seeds = len(result.runs)
+        over = f"95 % interval over {seeds} seeds" if seeds > 1 else "standard error over sequences, one seed"
         figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
         typer.echo(
-            f"test loss {result.loss:.4f} ± {result.error:.4f}{over}, {figures}; weights in {config / 'retrained'}, "
+            f"test loss {result.loss:.4f} ± {result.error:.4f} ({over}), {figures}; weights in {config / 'retrained'}, "
             "a folder per seed"
         )
 
@@ -183,14 +184,14 @@ for _stage in STAGES:
 def doctor() -> None:
     """Show versions, device, threads, triton, and what is missing."""
     with _told():
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from moesaic.nas.doctor import examine
         from moesaic.nas.terminal.tables import output_console
 
         checks = examine()
-        table = Table(show_header=False)
+        table = Table("", Column(overflow="fold"), show_header=False)
         for check in checks:
             table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
         output_console().print(table)

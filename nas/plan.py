@@ -16,9 +16,9 @@ from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.search.budget import Budget, CostRange, cheapest, cost_ranges, find_feasible, resolve_budget
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.rivals import JUDGED
 from moesaic.nas.stages.calibrate_latency import calibrated, known_calibration
 from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.stage import BY_NAME
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
 from moesaic.nas.training.recipe import supernet_recipe
@@ -125,13 +125,10 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     step = alone * forward_seconds([space.largest]) + (1 - alone) * slices
     rng = Random(0)
     typical = forward_seconds([space.sample_balanced(rng) for _ in range(50)]) / 50
-    models = 3 if config.retrain.rivals else 1
-    evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
     return {
         "supernet": 3 * step * config.supernet.batch_size * config.supernet.steps,
-        "search": evaluations * config.search.evaluation_windows * typical,
-        "fidelity": 3 * config.fidelity.check * config.fidelity.steps * config.retrain.batch_size * typical,
-        "retrain": 3 * models * config.retrain.seeds * config.retrain.steps * config.retrain.batch_size * typical,
+        "search": BY_NAME["search"].passes(run) / len(run.budgets) * typical,
+        **{name: BY_NAME[name].passes(run.budgets[0]) * typical for name in ("fidelity", "retrain")},
     }
 
 

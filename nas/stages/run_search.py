@@ -25,7 +25,7 @@ from moesaic.nas.search.loop import (
     without_repeated,
 )
 from moesaic.nas.search.mirror import Mirror, check_database, database, journal
-from moesaic.nas.search.rivals import Rival, judge_rivals
+from moesaic.nas.search.rivals import JUDGED, Rival, judge_rivals
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.samplers.genome import Genome
 from moesaic.nas.search.samplers.puzzle import additivity
@@ -44,6 +44,12 @@ def inputs(run: Run) -> dict[str, Any]:
     config = run.config.model_dump(mode="json", include={"seed", "budget", "search", "mirror"})
     budgets = {name: [f"{cost} {line}" for cost, line in lines.items()] for name, lines in run.config.budgets.items()}
     return config | {"budgets": budgets, "context": asdict(run.context)}
+
+
+def passes(run: Run) -> float:
+    config = run.config
+    evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
+    return float(evaluations * len(config.budgets_by_name) * config.search.evaluation_windows)
 
 
 def work(run: Run, directory: StageDirectory) -> str:
@@ -65,9 +71,8 @@ def work(run: Run, directory: StageDirectory) -> str:
                     bar.update(tally.ended, config.trials * len(searches), str(tally))
 
                 run_search(config, searches, executor, log, seed, on_trial, run.should_stop, run.reporter.say)
-            with run.reporter.progress("rivals"):
-                for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
-                    _write_result(part, search, acceptance, executor)
+            for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
+                _write_result(part, search, acceptance, executor)
         trials = first_trials(log.trials, config.trials)
     return fingerprint({"trials": [trial.architecture.fingerprint for trial in trials]})
 
@@ -159,7 +164,13 @@ def _write_result(part: BudgetRun, search: BudgetSearch, acceptance: float, exec
             found=part.name or None,
             allowed="a larger budget, or more trials",
         )
-    rivals = judge_rivals(part.run.space, search.budget, executor)
+    with part.reporter.progress("rivals") as bar:
+
+        def on_judged(done: int, total: int) -> None:
+            bar.update(done, total)
+            part.run.check_stop("rivals")
+
+        rivals = judge_rivals(part.run.space, search.budget, executor, on_judged)
     folder.mkdir(exist_ok=True)
     write_value(folder / "rivals.json", [rival for kind in rivals.values() for rival in kind], list[Rival])
     write_front(folder / "pareto.csv", result)
