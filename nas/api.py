@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,6 +30,7 @@ def open_run(
     out: PathLike | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    tune_callbacks: Sequence[Any] = (),
 ) -> Run:
     """A run: call its stages one by one, read its artifacts as properties.
 
@@ -39,6 +41,7 @@ def open_run(
     out : directory of the run; by default ``runs/NAME``.
     reporter : receives messages and progress; by default they go to standard error.
     should_stop : polled regularly; True saves the work done so far and raises Interrupted.
+    tune_callbacks : objects of ``ray.tune.Callback`` for ``executor.kind=tune``.
 
     Raises
     ------
@@ -46,18 +49,20 @@ def open_run(
     """
     loaded = load_config(config, overrides)
     path = expanded(os.fspath(out), "out") if out is not None else Path("runs") / loaded.config.name
-    return Run(loaded, path, reporter or Reporter(), should_stop)
+    return Run(loaded, path, reporter or Reporter(), should_stop, tune_callbacks)
 
 
-def run(config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None) -> dict[str, Summary]:
+def run(
+    config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None, tune_callbacks: Sequence[Any] = ()
+) -> dict[str, Summary]:
     """Run all stages, as ``moesaic run``; continues where it stopped. Returns the findings by budget name (a single
-    budget has an empty name).
+    budget has an empty name). ``tune_callbacks`` as in ``open_run``.
 
     Raises
     ------
     MoesaicError : as ``open_run``, and where a stage fails.
     """
-    opened = open_run(config, overrides, out)
+    opened = open_run(config, overrides, out, tune_callbacks=tune_callbacks)
     run_stages(opened, Console(file=io.StringIO()))
     return {part.name: load_summary(part) for part in opened.budgets}
 

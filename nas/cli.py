@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
         template = Path(__file__).parent / "templates" / "config.yaml"
         write_text(path, template.read_text(encoding="utf-8").format(name=name))
-        typer.echo(f"wrote {path}; next: moesaic plan {path}")
+        typer.echo(f"wrote {path}; next: {shlex.join(['moesaic', 'plan', str(path)])}")
 
 
 @app.command(rich_help_panel="Main")
@@ -188,10 +189,17 @@ def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: s
         loaded = load_config(config, overrides or ())
         path = expanded(str(out), "--out") if out else Path("runs") / loaded.config.name
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
+        from moesaic.nas.device import usable_processors, used_by_others
         from moesaic.nas.pipeline import run_stages
         from moesaic.nas.stages.run import Run
         from moesaic.nas.terminal.tables import output_console
 
+        others, processors = used_by_others(), usable_processors()
+        if others > processors / 4:
+            reporter.say(
+                f"other programs keep {others:.1f} of {processors} processors busy: this run takes longer, and its "
+                "measured latency is less certain"
+            )
         run_stages(Run(loaded, path, reporter, should_stop), output_console(), only, fresh)
 
 
@@ -214,10 +222,22 @@ def _told() -> Iterator[None]:
     except Exception as error:
         from moesaic.search_spaces.errors import MoesaicError
 
-        if not isinstance(error, MoesaicError):
+        if isinstance(error, MoesaicError):
+            text, status = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.filename is not None:  # of the file system, not of a bug
+            text, status = f"{error.filename}: {error.strerror}", 2
+        elif _out_of_memory(error):
+            text, status = f"out of memory: {error}; use smaller batches, sequences or models", 2
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        print(f"error: {text}", file=sys.stderr)
+        raise typer.Exit(status) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """numpy raises a MemoryError, torch an OutOfMemoryError on a GPU and a plain RuntimeError on a CPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
 
 
 def main() -> None:

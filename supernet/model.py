@@ -210,6 +210,17 @@ class Transformer(nn.Module):
         ------
         MoesaicError : the architecture does not fit into this model, or the tokens not into the cache.
         """
+        states, routings = self.states(tokens, architecture, cache, mask)
+        return Output(self.logits(states), routings)
+
+    def states(
+        self,
+        tokens: Tensor,
+        architecture: Architecture | None = None,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing | None, ...]]:
+        """What ``logits`` reads, [B, S, D], and the routing; see ``run``."""
         architecture = self.architecture if architecture is None else architecture
         if architecture is not self.architecture:
             self.where(architecture)
@@ -220,12 +231,16 @@ class Transformer(nn.Module):
             raise MoesaicError(
                 "cannot run a network of several stacks", found=list(architecture.stacks), allowed="one stack"
             )
-        module = self._stack(name)
-        x, routings = module(name, tokens, stack, mask, cache)
+        x, routings = self._stack(name)(name, tokens, stack, mask, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        weight = module.embedding.weight if self.output is None else self.output
-        return Output(F.linear(x, weight[:, : stack.width]), tuple(routings))
+        return x, tuple(routings)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, V]."""
+        (name,) = self.stacks
+        weight = self._stack(name).embedding.weight if self.output is None else self.output
+        return F.linear(states, weight[:, : states.shape[-1]])
 
     @torch.no_grad()
     def extract(self, architecture: Architecture) -> Transformer:

@@ -29,7 +29,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping.
+    """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping (None clips nothing).
 
     ``balance_weight`` scales the load-balance loss; ``bfloat16`` computes products in bfloat16.
     """
@@ -38,7 +38,7 @@ class TrainSettings:
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     balance_weight: float = 0.01
     bfloat16: bool = False
     checkpoint_every: int = 200
@@ -154,7 +154,8 @@ def _train_step(
     ranks.average_gradients(model, slices)
     figures = ranks.mean([*losses, *balances])
     losses, balances = figures[: len(slices)], figures[len(slices) :]
-    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)).item()
+    longest = math.inf if settings.clip_norm is None else settings.clip_norm
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), longest)).item()
     if not all(map(math.isfinite, (*losses, norm))):
         kept = f"the last good one is {checkpoint}" if checkpoint.exists() else "none was written yet"
         raise StageFailed(

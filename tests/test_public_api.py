@@ -23,7 +23,7 @@ PUBLIC = {
 
 
 def test_the_lists_agree() -> None:
-    (block,) = (node for node in TREE.body if isinstance(node, ast.If))
+    block = next(node for node in TREE.body if isinstance(node, ast.If))  # of TYPE_CHECKING
     typed = {
         (f"{node.module}", alias.name)
         for node in ast.walk(block)

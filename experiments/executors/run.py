@@ -79,8 +79,9 @@ def search(
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
         own = BudgetSearch("", budget, partial(make_sampler, config, feasible, SEED))
         started = time.perf_counter()
-        storage = JournalStorage(JournalFileBackend(str(Path(folder) / "journal.log")))
-        with Mirror(storage, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
+        file = str(Path(folder) / "journal.log")
+        opened = partial(JournalStorage, JournalFileBackend(file))
+        with Mirror(opened, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
 
             def mirrored(finished: list[Trial]) -> None:
                 mirror.append(finished)

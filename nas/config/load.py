@@ -23,11 +23,12 @@ _SURROGATE = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration with the space it names and the YAML it came from."""
+    """A configuration with the space it names, the YAML it came from and the settings that changed it."""
 
     config: Config
     space: SearchSpace
     source: YamlSource
+    overrides: tuple[str, ...] = ()
 
     def resolved_yaml(self, budget: str = "") -> str:
         """The configuration with its defaults as YAML; with several budgets, ``budget`` alone."""
@@ -53,7 +54,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             _check_budget((*keys, name), line, source)
     space = load_space(source.at("space", data=config.space))
     _check_positions(config, space, source)
-    return Loaded(config, space, source)
+    return Loaded(config, space, source, tuple(overrides))
 
 
 def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RetrainFile:

@@ -52,12 +52,27 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_activation_bytes(one: Pass) -> int:
-    """Peak bytes of activations in a pass, with its cache; weights do not count."""
-    kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
-    with PeakMemory() as memory:
-        memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)  # so that a view does not count as new
+    """Peak bytes of activations in a pass, with its cache; weights do not count.
+
+    On a GPU it is the peak of torch's allocator, which sees what operators allocate inside; on a CPU, the peak of the
+    tensors that operators return.
+    """
+    one()  # the first pass also fills caches that outlive it
+    if one.device.kind == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         one()
-    return memory.peak + (0 if one.cache is None else one.cache.bytes)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
+        with PeakMemory() as memory:
+            # So that a view of one does not count as new.
+            memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)
+            one()
+        peak = memory.peak
+    return peak + (0 if one.cache is None else one.cache.bytes)
 
 
 @dataclass(frozen=True)
@@ -150,4 +165,5 @@ def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> Anchore
 
 def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:
     architectures = [anchor.architecture for anchor in predictor.anchors]
-    return random_passes(architectures, predictor.context, device, predictor.anchor_seed)
+    vocab_sizes = [anchor.vocab_size for anchor in predictor.anchors]
+    return random_passes(architectures, predictor.context, device, predictor.anchor_seed, vocab_sizes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moesaic.kernels.workspace import product_rows
 from moesaic.nas.context import Extent
 from moesaic.search_spaces import FeedForward, Router, Slot
 from moesaic.supernet.evaluate import LayerLoad
@@ -20,14 +21,15 @@ class LayerUse:
     """How the tokens of one pass use a layer's routed experts.
 
     Per token: ``pairs`` (experts it is sent to), their ``neurons``, ``tiled_neurons`` (the same with each expert's
-    rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most). Per
-    pass: ``live_experts`` that have a token.
+    rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most),
+    ``largest_pairs`` (the part of ``pairs`` of the most loaded expert). Per pass: ``live_experts`` that have a token.
     """
 
     pairs: float
     neurons: float
     tiled_neurons: float
     largest_neurons: float
+    largest_pairs: float
     live_experts: float
 
 
@@ -86,19 +88,20 @@ def worst_use(part: FeedForward, extent: Extent) -> LayerUse:
         return dense_use(part)
     neurons = part.worst_active_neurons - part.shared_size
     live = min(part.experts, extent.tokens * part.router.max_experts)
-    waste = (extent.row_tile - 1) / extent.tokens * sum(part.expert_sizes[:live])
-    return LayerUse(part.router.max_experts, neurons, neurons + waste, part.expert_sizes[0], live)
+    waste = (_row_tile(part, extent) - 1) / extent.tokens * sum(part.expert_sizes[:live])
+    return LayerUse(part.router.max_experts, neurons, neurons + waste, part.expert_sizes[0], 1, live)
 
 
 def measured_use(part: FeedForward, load: LayerLoad, extent: Extent) -> LayerUse:
     """Use in a pass over text like that of ``load``."""
     loads = load.pairs_per_token
-    return _use(part, loads, _expected_live(loads, extent), _expected_rows(loads, extent), extent)
+    rows = _expected_rows(loads, extent, _row_tile(part, extent))
+    return _use(part, loads, _expected_live(loads, extent), rows, extent)
 
 
 def counted_use(part: FeedForward, rows: Sequence[int], extent: Extent) -> LayerUse:
     """Use in one pass that sent ``rows[e]`` tokens to expert e."""
-    tile, tokens = extent.row_tile, extent.tokens
+    tile, tokens = _row_tile(part, extent), extent.tokens
     live = [float(count > 0) for count in rows]
     return _use(part, [count / tokens for count in rows], live, [-(-count // tile) * tile for count in rows], extent)
 
@@ -108,13 +111,13 @@ def _use(
 ) -> LayerUse:
     neurons = [load * size for load, size in zip(loads, part.expert_sizes, strict=True)]
     tiled = sum(count * size for count, size in zip(rows, part.expert_sizes, strict=True))
-    return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), sum(live))
+    return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), max(loads), sum(live))
 
 
 def dense_use(part: FeedForward) -> LayerUse:
     """A layer of one expert that every token uses."""
     neurons = part.neurons - part.shared_size
-    return LayerUse(1, neurons, neurons, neurons, 1)
+    return LayerUse(1, neurons, neurons, neurons, 1, 1)
 
 
 def _expected_live(loads: Sequence[float], extent: Extent) -> list[float]:
@@ -123,10 +126,15 @@ def _expected_live(loads: Sequence[float], extent: Extent) -> list[float]:
     return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
 
 
-def _expected_rows(loads: Sequence[float], extent: Extent) -> list[float]:
+def _row_tile(part: FeedForward, extent: Extent) -> int:
+    assert part.router is not None
+    return product_rows(extent.implementation, extent.tokens, part.experts, part.router.max_experts)
+
+
+def _expected_rows(loads: Sequence[float], extent: Extent, tile: int) -> list[float]:
     """Rows of each expert rounded up to whole tiles, approximately: at least one tile for a live expert, and half a
     tile of waste for an expert with many rows."""
-    tokens, tile = extent.tokens, extent.row_tile
+    tokens = extent.tokens
     return [
         max(tokens * load + share * (tile - 1) / 2, tile * share)
         for load, share in zip(loads, _expected_live(loads, extent), strict=True)

@@ -41,7 +41,7 @@ def work(run: Run, directory: StageDirectory) -> str:
     if measured.noise > NOISY:
         run.reporter.say(
             f"latency: repeats spread by {measured.noise:.0%} (more than {NOISY:.0%}): this machine was busy and the "
-            "calibration is not kept; when it is quiet, run `moesaic latency --fresh`"
+            f"calibration is not kept; when it is quiet: {run.command('latency', '--fresh')}"
         )
     return fingerprint({"coefficients": predictor.coefficients, "residuals": predictor.log_residuals})
 

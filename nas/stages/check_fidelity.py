@@ -18,6 +18,7 @@ from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder
 from moesaic.nas.terminal.tables import write_csv
 from moesaic.nas.training.recipe import single_recipe
+from moesaic.nas.training.trainer import WEIGHTS
 from moesaic.nas.trust.findings import Check, CheckedMember, Errors, FlopsErrors, Standing, Trust
 from moesaic.nas.trust.judges import compare_judges, correction_of, judged_rival, judged_trial
 from moesaic.nas.trust.scores import paired_difference
@@ -70,8 +71,8 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
         chosen_rivals=tuple(_best_of_kind(rivals, marks)),
     )
     write_value(directory.path / "fidelity.json", trust)
-    for weights in directory.path.glob("*/*.safetensors"):  # of models trained too briefly to be useful
-        weights.unlink()
+    for member in check.members if check else ():  # trained too briefly to be useful
+        (directory.path / member.fingerprint / WEIGHTS).unlink(missing_ok=True)
     return fingerprint({str(number): loss for number, loss in corrected.items()})
 
 

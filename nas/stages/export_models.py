@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, lines_text, over_text, worst_excess
 from moesaic.nas.costs.measure import MeasuredCosts
 from moesaic.nas.exports.figures import ExportFigures
-from moesaic.nas.exports.folder import BEST, export_model
+from moesaic.nas.exports.folder import BEST, export_model, retrain_settings, write_retrain_file
 from moesaic.nas.search.loop import SearchResult
 from moesaic.nas.search.pareto import evenly_spread
 from moesaic.nas.search.trials import Trial
@@ -45,7 +45,14 @@ class Candidate:
 
 
 def inputs(part: BudgetRun) -> dict[str, Any]:
-    return part.run.config.model_dump(mode="json", include={"export"})
+    config = part.run.config
+    return {
+        "export": config.export.model_dump(mode="json"),
+        "evaluation_windows": config.retrain.evaluation_windows,
+        "device": asdict(part.run.device),
+        "context": asdict(part.run.context),
+        "retrain_file": retrain_settings(config),
+    }
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
@@ -54,6 +61,13 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
     ``best`` is the best-ranked trial that is inside the budget when measured. Members of the front that are over it
     are exported and flagged.
     """
+    known = directory.path / "exports.json"
+    if known.exists():  # the models stand; only retrain.yaml is of other settings
+        exports = read_value(known, list[ExportFigures])
+        for name in {BEST, *(figures.name for figures in exports)}:
+            if (directory.path / name / "retrain.yaml").exists():
+                write_retrain_file(directory.path / name, part.run.config)
+        return _digest(exports)
     trials, result = load_search(part)
     count = part.run.config.export.front
     with part.reporter.progress("export") as bar:
@@ -71,7 +85,11 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
                 part.reporter.say(f"export: {name} (trial {trial.number}) is {over}")
         bar.update(len(exports), len(exports))
     write_value(directory.path / "exports.json", exports, list[ExportFigures])
-    # Measurements decide which trials are exported, so later stages depend on more than the inputs.
+    return _digest(exports)
+
+
+def _digest(exports: list[ExportFigures]) -> str:
+    """Measurements decide which trials are exported, so later stages depend on more than the inputs."""
     return fingerprint({figures.name: figures.fingerprint for figures in exports})
 
 

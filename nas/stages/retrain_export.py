@@ -10,7 +10,7 @@ from moesaic.nas.config import load_retrain_file
 from moesaic.nas.data import load_corpus
 from moesaic.nas.device import choose_device
 from moesaic.nas.exports.folder import load_exported
-from moesaic.nas.stages.directory import RunDirectory, fingerprint
+from moesaic.nas.stages.directory import LOCK, RunDirectory, check_place, fingerprint
 from moesaic.nas.stages.retrain_models import seed_directory
 from moesaic.nas.tasks import LanguageModelling, Metric
 from moesaic.nas.terminal.progress import Reporter
@@ -66,6 +66,7 @@ def retrain_export(
         "architecture": model.architecture.fingerprint,
     }
     target, runs, steps = RunDirectory(directory / "retrained"), [], file.retrain.steps
+    check_place(target.path, LOCK)
     with target.locked(), reporter.progress("retrain") as bar:
         for seed in range(file.seed, file.seed + file.retrain.seeds):
             trained = trainer.finish(

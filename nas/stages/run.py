@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
 from moesaic.nas.costs.compliance import MeasuredLine, most_tolerated, status_of
@@ -42,6 +44,8 @@ class Run:
     path: Path
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
+    tune_callbacks: Sequence[Any] = ()
+    """Objects of ``ray.tune.Callback`` for a search under Ray Tune."""
     calibration: Path | None = None
     """Folder of the latency calibration that this process uses, once known."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
@@ -65,6 +69,11 @@ class Run:
     def source_name(self) -> str:
         """The file that the configuration was read from."""
         return self.loaded.source.name
+
+    def command(self, name: str, *settings: str) -> str:
+        """The command line that does ``name`` in this run's folder, with further ``settings``, quoted to be pasted."""
+        words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
+        return shlex.join(words)
 
     @property
     def own_files(self) -> list[Path]:
@@ -91,7 +100,7 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        """The pass whose costs count, as ``latency`` describes it. On a GPU, the row tile is that of the kernels."""
+        """The pass whose costs count, as ``latency`` describes it."""
         latency = self.config.latency
         return Context(
             self.task.vocab_size,
@@ -99,7 +108,7 @@ class Run:
             latency.batch_size,
             self.device.bytes_per_value,
             latency.phase,
-            row_tile=64 if self.device.kind == "cuda" else 16,
+            implementation_on(self.device.torch_device),
         )
 
     def folder(self, name: str) -> StageDirectory:
@@ -168,9 +177,8 @@ class BudgetRun:
     def spent_ahead(self) -> dict[str, float]:
         return self.run.spent_ahead
 
-    @property
-    def source_name(self) -> str:
-        return self.run.source_name
+    def command(self, name: str) -> str:
+        return self.run.command(name)
 
     def folder(self, name: str) -> StageDirectory:
         """The folder of any stage; shared stages have theirs in the run's folder."""
@@ -213,4 +221,4 @@ class BudgetRun:
 def _folder(stage: Stage, run: Run | BudgetRun) -> StageDirectory:
     inputs: dict[str, Any] = stage.inputs(run)
     inputs |= {needed: run.folder(needed).result_id() for needed in stage.needs}
-    return RunDirectory(run.path).stage(stage.folder or stage.name, inputs)
+    return RunDirectory(run.path).stage(stage.folder_name, inputs, stage.private)

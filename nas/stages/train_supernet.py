@@ -18,7 +18,7 @@ from moesaic.supernet import Judge, Transformer
 from moesaic.supernet.checkpoint import save_tensors
 from moesaic.supernet.train import CHECKPOINT
 
-_OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS = 16, 96
+_OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS, _EVALUATION_WINDOWS = 16, 96, 128
 
 
 def inputs(run: Run) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def work(run: Run, directory: StageDirectory) -> None:
         model = run.trainer.train(recipe, directory.path, directory.fingerprint, on_step)
     occupancy = measure_occupancy(run, model)
     write_value(directory.path / "occupancy.json", occupancy.rows(), list[OccupancyRow])
-    judge = run.judge("validation", run.config.search.evaluation_windows, model)
+    judge = run.judge("validation", _EVALUATION_WINDOWS, model)
     ends = {"largest": run.space.largest, "smallest": run.space.smallest}
     write_json(directory.path / "evaluation.json", {name: judge(member).loss for name, member in ends.items()})
     weights = directory.path / "model.safetensors"

@@ -21,17 +21,21 @@ from moesaic.nas.search.loop import SearchFigures
 from moesaic.nas.stages.check_fidelity import load_trust
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.export_models import load_exports
+from moesaic.nas.stages.provenance import SUMMARY, OwnFiles
 from moesaic.nas.stages.retrain_models import SEARCHED, load_results, seed_directory
 from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder, write_front
 from moesaic.nas.stages.stage import STAGES
 from moesaic.nas.trust.scores import Scores
 from moesaic.search_spaces import Architecture, draw
-from moesaic.search_spaces.files import read_json, read_value, write_text, write_value
+from moesaic.search_spaces.files import read_json, read_value, value_text, write_text
 
 
 def inputs(part: BudgetRun) -> dict[str, Any]:
-    return part.run.config.model_dump(mode="json", include={"name"})
+    run, settings = part.run, part.run.config.model_dump(mode="json")  # the page shows all of them
+    if part.name:
+        settings |= {"budget": settings["budgets"][part.name], "budgets": {}}
+    return settings | {"device_name": str(run.device), "versions": versions()}
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
@@ -41,15 +45,19 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
     from moesaic.nas.report.paper import write_paper_figures
 
     summary = build_summary(part)
-    write_value(part.path / "summary.json", summary)
+    write_summary(part, summary)
     findings = gather(part, summary)
     write_front(directory.path / "pareto.csv", findings.result)
     write_paper_figures(directory.path, findings.points, findings.budget, findings.context, findings.default_cost)
     write_text(directory.path / "index.html", build_page(findings))
 
 
+def write_summary(part: BudgetRun, summary: Summary) -> None:
+    OwnFiles(part.path).write(SUMMARY, value_text(summary))
+
+
 def load_summary(part: BudgetRun) -> Summary:
-    return read_value(part.path / "summary.json", Summary)
+    return read_value(part.path / SUMMARY, Summary)
 
 
 def build_summary(part: BudgetRun) -> Summary:
@@ -104,7 +112,7 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
     first_seeds = {model.name: seed_directory(folder / model.name, model.runs[0].seed) for model in retrained}
     return Findings(
         summary=summary,
-        configuration=(part.path / "config.yaml").read_text(encoding="utf-8"),
+        configuration=run.loaded.resolved_yaml(part.name),
         context=run.context,
         objectives=tuple(run.config.search.objectives),
         budget=part.budget.lines,

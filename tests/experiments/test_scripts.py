@@ -58,11 +58,18 @@ def test_rows_are_read_as_they_were_appended(tmp_path):
 
 def test_architectures_are_priced(tmp_path, monkeypatch):
     monkeypatch.setattr(pricing, "COUNT", 50)
+    monkeypatch.setattr(pricing, "MEASURED", 3)
     monkeypatch.setattr(sys, "argv", ["pricing", "--out", str(tmp_path / "result.json")])
     pricing.main()
     result = read_value(tmp_path / "result.json", dict)
     assert result["priced_per_second"] > 100
-    assert set(result) == {"date", "device", "versions", "seed", "architectures", "priced_per_second"}
+    assert [row["dtype"] for row in result["measured_over_priced_memory"]] == ["float32", "bfloat16"] * 2
+
+
+def test_the_committed_memory_is_within_its_worst_case_and_near_its_price():
+    for row in read_value(pricing.HERE / "result.json", dict)["measured_over_priced_memory"]:
+        assert row["worst_case"]["most"] <= 1
+        assert 0.85 <= row["counted_load"]["least"] <= row["counted_load"]["most"] <= 1
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

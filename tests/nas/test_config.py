@@ -1,8 +1,12 @@
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from moesaic.nas.config import load_config
+from moesaic.nas.config import Config, load_config
 from moesaic.search_spaces import MoesaicError
 
 GOOD = """\
@@ -146,3 +150,44 @@ def test_a_password_is_refused_and_not_repeated(tmp_path, url):
     error = refusal(tmp_path, GOOD, f"mirror={url}")
     assert "secret" not in str(error)
     assert "PGPASSWORD" in str(error)
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and annotation of every setting that is no section itself."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, inner
+
+
+FLOATS = [key for key, kind in leaves(Config) if "float" in str(kind)]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", [*FLOATS, "budget.flops", "budgets.a.flops.limit"])
+def test_a_number_that_is_not_finite_is_refused_or_kept_as_data(tmp_path: Path, key: str, value: str):
+    text = GOOD + "executor: {kind: ray}\n"
+    if key.startswith("budgets"):
+        text = text.replace("budget:\n  flops: 60%\n  latency: 12 ms\n", "")
+    try:
+        config = load_config(write(tmp_path, text), [f"{key}={value}"]).config
+    except MoesaicError as error:
+        assert key.removesuffix(".limit") in str(error.where)
+    else:
+        json.dumps(config.model_dump(mode="json"), allow_nan=False)
+
+
+def test_an_infinite_clip_norm_turns_clipping_off(tmp_path: Path):
+    for value in (".inf", "null"):
+        loaded = load_config(write(tmp_path, GOOD), [f"retrain.clip_norm={value}"])
+        assert loaded.config.retrain.clip_norm is None
+        assert load_config(write(tmp_path, loaded.resolved_yaml())).config == loaded.config
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path: Path):
+    config = load_config(write(tmp_path, GOOD), ["search.trials=010", "seed=0777"]).config
+    assert (config.search.trials, config.seed) == (10, 777)
+    error = refusal(tmp_path, GOOD, "search.trials=1e3")
+    assert (error.problem, error.nearest) == ("not a whole number", 1000)
