@@ -61,9 +61,7 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
     ``best-inherited`` is the best-ranked trial that is inside the budget when measured. Members of the front that are
     over it are exported and flagged.
     """
-    known = directory.path / "exports.json"
-    if known.exists():  # the models stand; only retrain.yaml is of other settings
-        exports = read_value(known, list[ExportFigures])
+    if (exports := _standing(directory)) is not None:  # only settings of retraining changed
         for name in {BEST, *(figures.name for figures in exports)}:
             if (directory.path / name / "retrain.yaml").exists():
                 write_retrain_file(directory.path / name, part.run.config)
@@ -86,6 +84,14 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
         bar.update(len(exports), len(exports))
     write_value(directory.path / "exports.json", exports, list[ExportFigures])
     return _digest(exports)
+
+
+def _standing(directory: StageDirectory) -> list[ExportFigures] | None:
+    """The exports of an earlier, complete stage in this folder."""
+    path = directory.path / "exports.json"
+    exports = read_value(path, list[ExportFigures]) if path.exists() else []
+    whole = all((directory.path / figures.name / "config.json").exists() for figures in exports)
+    return exports if exports and whole else None
 
 
 def _digest(exports: list[ExportFigures]) -> str:
