@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from moesaic.nas.search.feasible import FeasibleSampler
     from moesaic.nas.search.loop import BudgetSearch, run_search
     from moesaic.nas.search.mirror import Mirror
-    from moesaic.nas.search.pareto import hypervolume, non_dominated
+    from moesaic.nas.search.pareto import hypervolume, hypervolumes, non_dominated
     from moesaic.nas.search.rivals import uniform_layouts
     from moesaic.nas.search.samplers import make_sampler
     from moesaic.nas.search.samplers.genome import Genome
@@ -77,7 +77,7 @@ _WHERE = {
     "nas.search.feasible": ["FeasibleSampler"],
     "nas.search.loop": ["BudgetSearch", "run_search"],
     "nas.search.mirror": ["Mirror"],
-    "nas.search.pareto": ["hypervolume", "non_dominated"],
+    "nas.search.pareto": ["hypervolume", "hypervolumes", "non_dominated"],
     "nas.search.rivals": ["uniform_layouts"],
     "nas.search.samplers": ["make_sampler"],
     "nas.search.samplers.genome": ["Genome"],
@@ -157,6 +157,7 @@ __all__ = [
     "fit",
     "flops",
     "hypervolume",
+    "hypervolumes",
     "kendall_tau",
     "leave_one_out",
     "load",

@@ -96,7 +96,7 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     """
     backbone, size = architecture.backbone, context.bytes_per_value
     kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
-    peak: float = context.tokens * (2 * architecture.output.width + context.vocab_size) * size
+    peak = vocabulary_memory(architecture.output.width, context)
     hidden_copies = 3 if backbone.gated else 2
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         part, width, tokens = layer.feed_forward, architecture.width_at(slot), context.extent(slot.stack).tokens
@@ -116,6 +116,11 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
         shared = tokens * (4 * width + hidden_copies * part.shared_size) if part.shared_size else 0
         peak = max(peak, routing + max(routed, shared) * size)
     return peak + kept
+
+
+def vocabulary_memory(width: int, context: Context) -> float:
+    """Bytes of the last states of ``width``, normed too, and of the logits: any network's activations need these."""
+    return context.tokens * (2 * width + context.vocab_size) * context.bytes_per_value
 
 
 def cache_memory(architecture: Architecture, context: Context) -> int:

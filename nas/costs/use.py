@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
 
 from moesaic.nas.context import Extent
 from moesaic.search_spaces import FeedForward, Router, Slot
@@ -52,6 +55,17 @@ class Occupancy:
         if part.router is None:
             return dense_use(part)
         return measured_use(part, LayerLoad(self.loads(slot, part.experts, part.router)), extent)
+
+    def at(self, slot: Slot) -> frozenset:
+        """What was measured at ``slot``: slots where it is equal use equal parts alike."""
+        return self._by_slot.get(slot, frozenset())
+
+    @cached_property
+    def _by_slot(self) -> dict[Slot, frozenset]:
+        found: dict[Slot, set] = {}
+        for (slot, experts, router), loads in self.measured.items():
+            found.setdefault(slot, set()).add((experts, router, loads))
+        return {slot: frozenset(loads) for slot, loads in found.items()}
 
     def rows(self) -> list[OccupancyRow]:
         """The same as a list, for a file."""
@@ -111,19 +125,36 @@ def _use(
     return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), sum(live))
 
 
+def size_weights(
+    loads: tuple[float, ...] | None, experts: int, router: Router | None, extent: Extent
+) -> tuple[np.ndarray, np.ndarray]:
+    """[experts] twice: how much one neuron of each expert, the largest first, adds to ``neurons`` and to
+    ``tiled_neurons`` of the expected use under ``loads``, or of the worst use (None). Both are linear in the sizes."""
+    if router is None:
+        return np.ones(1), np.ones(1)
+    if loads is not None:
+        return np.array(loads), np.array(_expected_rows(loads, extent)) / extent.tokens
+    at = np.arange(experts)
+    taken = (at < router.max_experts).astype(float)
+    live = at < min(experts, extent.tokens * router.max_experts)
+    return taken, taken + live * (extent.row_tile - 1) / extent.tokens
+
+
 def dense_use(part: FeedForward) -> LayerUse:
     """A layer of one expert that every token uses."""
     neurons = part.neurons - part.shared_size
     return LayerUse(1, neurons, neurons, neurons, 1)
 
 
-def _expected_live(loads: Sequence[float], extent: Extent) -> list[float]:
+@lru_cache(maxsize=1024)
+def _expected_live(loads: tuple[float, ...], extent: Extent) -> list[float]:
     """Probability that each expert has a token, when the tokens of a pass choose independently."""
     tokens = extent.tokens
     return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
 
 
-def _expected_rows(loads: Sequence[float], extent: Extent) -> list[float]:
+@lru_cache(maxsize=1024)
+def _expected_rows(loads: tuple[float, ...], extent: Extent) -> list[float]:
     """Rows of each expert rounded up to whole tiles, approximately: at least one tile for a live expert, and half a
     tile of waste for an expert with many rows."""
     tokens, tile = extent.tokens, extent.row_tile
