@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moesaic.nas.executors.ray_lanes import RayExecutor
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
-    from moesaic.nas.search.budget import Budget, find_feasible, resolve_budget
+    from moesaic.nas.search.budget import Budget, cost_ranges, find_feasible, resolve_budget
     from moesaic.nas.search.feasible import FeasibleSampler
     from moesaic.nas.search.loop import BudgetSearch, run_search
     from moesaic.nas.search.mirror import Mirror
@@ -73,7 +73,7 @@ _WHERE = {
     "nas.executors.ray_lanes": ["RayExecutor"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
-    "nas.search.budget": ["Budget", "find_feasible", "resolve_budget"],
+    "nas.search.budget": ["Budget", "cost_ranges", "find_feasible", "resolve_budget"],
     "nas.search.feasible": ["FeasibleSampler"],
     "nas.search.loop": ["BudgetSearch", "run_search"],
     "nas.search.mirror": ["Mirror"],
@@ -152,6 +152,7 @@ __all__ = [
     "choose_device",
     "correction_features",
     "correction_of",
+    "cost_ranges",
     "difference_over_seeds",
     "find_feasible",
     "fit",
