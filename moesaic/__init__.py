@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from moesaic.nas.executors.tune_trials import TuneExecutor
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
-    from moesaic.nas.search.budget import Budget, find_feasible, resolve_budget
+    from moesaic.nas.search.budget import Budget, cost_ranges, find_feasible, resolve_budget
     from moesaic.nas.search.feasible import FeasibleSampler
     from moesaic.nas.search.loop import BudgetSearch, run_search
     from moesaic.nas.search.mirror import Mirror
-    from moesaic.nas.search.pareto import hypervolume, non_dominated
+    from moesaic.nas.search.pareto import hypervolume, hypervolumes, non_dominated
     from moesaic.nas.search.rivals import uniform_layouts
     from moesaic.nas.search.samplers import make_sampler
     from moesaic.nas.search.samplers.genome import Genome
@@ -80,11 +80,11 @@ _WHERE = {
     "nas.executors.tune_trials": ["TuneExecutor"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
-    "nas.search.budget": ["Budget", "find_feasible", "resolve_budget"],
+    "nas.search.budget": ["Budget", "cost_ranges", "find_feasible", "resolve_budget"],
     "nas.search.feasible": ["FeasibleSampler"],
     "nas.search.loop": ["BudgetSearch", "run_search"],
     "nas.search.mirror": ["Mirror"],
-    "nas.search.pareto": ["hypervolume", "non_dominated"],
+    "nas.search.pareto": ["hypervolume", "hypervolumes", "non_dominated"],
     "nas.search.rivals": ["uniform_layouts"],
     "nas.search.samplers": ["make_sampler"],
     "nas.search.samplers.genome": ["Genome"],
@@ -163,6 +163,7 @@ __all__ = [
     "choose_device",
     "correction_features",
     "correction_of",
+    "cost_ranges",
     "difference_over_seeds",
     "evaluate_all",
     "find_feasible",
@@ -170,6 +171,7 @@ __all__ = [
     "flops",
     "holm",
     "hypervolume",
+    "hypervolumes",
     "kendall_tau",
     "leave_one_out",
     "load",

@@ -28,7 +28,7 @@ from moesaic.nas.search.mirror import Mirror, check_database, database, journal
 from moesaic.nas.search.rivals import JUDGED, Rival, judge_rivals
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.samplers.genome import Genome
-from moesaic.nas.search.samplers.puzzle import additivity
+from moesaic.nas.search.samplers.scores import additivity
 from moesaic.nas.search.trials import Trial, TrialLog, first_trials, read_trials
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import BudgetRun, Run
