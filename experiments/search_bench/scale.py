@@ -3,7 +3,7 @@
 python -m experiments.search_bench.scale [--members 30] [--out FILE]
 
 Width 4,096, 64 layers, 256 experts, vocabulary 131,072. Milliseconds of processor time, median over members; members
-and their parts are new each time, so that no cache helps. `plan` is what `moesaic plan` asks of the space: 1,000 members
+and their parts are new each time, so that no cache helps. `plan`: what `moesaic plan` asks of the space, 1,000 members
 priced, the range of every cost, and a member inside the budget.
 """
 
