@@ -28,7 +28,7 @@ def hour(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "MOESAIC_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("every step is done\n"), done.stdout[-3000:] + done.stderr[-1000:]
     return folder / "out"
 
