@@ -17,7 +17,7 @@ from moesaic.nas.data.files import SPLITS, Split, find_files
 from moesaic.nas.data.splits import Piece, divide, division_hash
 from moesaic.nas.data.streams import TOKENIZER, StreamFacts, checked, stream_path, write_streams
 from moesaic.nas.data.tokenizer import read_tokenizer, train_tokenizer
-from moesaic.search_spaces import Damaged, MoesaicError
+from moesaic.search_spaces import MoesaicError
 
 _FORMAT = "2"
 """Part of the cache key: raise it when splitting or encoding changes."""
@@ -94,7 +94,7 @@ def load_corpus(
     directory = cache_directory() / "corpora" / f"{division_hash(found.files)}-{vocabulary}-{_FORMAT}"
     try:
         facts = checked(directory)
-    except Damaged as error:
+    except MoesaicError as error:
         if directory.exists():
             on_stage(f"the cached corpus is damaged and is made again: {error.where}: {error.problem}")
         pieces = divide(found.files)
@@ -137,7 +137,7 @@ def _opened(directory: Path, facts: StreamFacts, sequence_length: int, where: st
 def _sound(directory: Path) -> bool:
     try:
         checked(directory)
-    except Damaged:
+    except MoesaicError:
         return False
     return True
 
