@@ -113,17 +113,20 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def sweep(folder: Path, below: bool = True) -> None:
+def sweep(folder: Path, below: bool = True, shared: bool = False) -> None:
     """Remove what killed processes of this program left half-written in ``folder``, and ``below`` it.
 
-    The process of a temporary file has ended, or the file is more than a day old.
+    The process of a temporary file has ended, or the file is more than a day old. In a folder that containers share,
+    only age tells: the same process number is another process there.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             match = _TEMPORARY.fullmatch(name)
             path = Path(parent, name)
             with suppress(OSError):
-                if match is None or (_alive(int(match[1])) and time.time() - path.lstat().st_mtime < _OLD_SECONDS):
+                if match is None:
+                    continue
+                if (shared or _alive(int(match[1]))) and time.time() - path.lstat().st_mtime < _OLD_SECONDS:
                     continue
                 shutil.rmtree(path) if name in folders and not path.is_symlink() else path.unlink()
         if not below:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import unwritable
+from moesaic.search_spaces.files import sweep, temporary_beside, unwritable
 
 
 def cache_directory() -> Path:
@@ -45,16 +44,16 @@ def expanded(path: str, where: str) -> Path:
 def make_folder(directory: Path, fill: Callable[[Path], object], sound: Callable[[Path], bool]) -> None:
     """Let ``fill`` write a temporary folder, then rename it to ``directory``.
 
-    Several processes may do this at once: the first sound folder stays, and one that is not sound is replaced. The
-    temporary name is random, since processes in different containers may have the same number.
+    Several processes may do this at once: the first sound folder stays, and one that is not sound is replaced.
 
     Raises
     ------
     MoesaicError : the place cannot be written.
     """
-    temporary, outdated = (directory.with_name(f".moesaic-{os.getpid()}-{secrets.token_hex(4)}.tmp") for _ in range(2))
+    temporary, outdated = temporary_beside(directory), temporary_beside(directory)
     try:
         temporary.mkdir(parents=True)
+        sweep(directory.parent, below=False, shared=True)
         fill(temporary)
         if directory.exists() and not sound(directory):
             directory.rename(outdated)

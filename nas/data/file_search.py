@@ -109,7 +109,7 @@ class FileSearch:
     def _reason(self, path: Path, pattern: str) -> str | None:
         if path.name.startswith(".") and not pattern.startswith("."):
             return "hidden"
-        if _BACKUP.fullmatch(path.name):
+        if _BACKUP.fullmatch(path.name) and not _BACKUP.fullmatch(pattern):
             return "backup"
         if os.path.realpath(path) in self._own or _is_run(path) or self._is_output(path):
             return "of this program"

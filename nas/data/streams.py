@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from moesaic.nas.data.files import Split
 from moesaic.nas.data.splits import chunks
 from moesaic.nas.data.tokenizer import END_OF_TEXT
-from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces import Damaged
 from moesaic.search_spaces.files import read_value, write_value
 
 TOKENIZER = "tokenizer.json"
@@ -71,7 +71,7 @@ def checked(folder: Path) -> StreamFacts:
 
     Raises
     ------
-    MoesaicError : a file is missing, cut or changed; it names the file.
+    Damaged : a file is missing, cut or changed.
     """
     facts = read_value(folder / _FACTS, StreamFacts)
     for name, written in facts.files.items():
@@ -82,7 +82,7 @@ def checked(folder: Path) -> StreamFacts:
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         if problem:
-            raise MoesaicError(problem, where=str(path), allowed="the same command again, which rebuilds it")
+            raise Damaged(problem, path, allowed="the same command again, which rebuilds it")
     return facts
 
 

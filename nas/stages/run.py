@@ -85,7 +85,7 @@ class Run:
     @property
     def own_files(self) -> list[Path]:
         """What this run reads and writes itself: never part of its corpus, even where that is all around it."""
-        stages = (stage.folder or stage.name for stage in STAGES)
+        stages = (stage.folder_name for stage in STAGES)
         written = (*stages, "previous", "budgets", "config.yaml", "env.json", "summary.json")
         return [Path(self.loaded.source.name), self.path, *(self.path / name for name in written)]
 

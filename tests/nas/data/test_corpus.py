@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -175,6 +177,16 @@ def test_the_first_of_two_folders_stays_and_a_damaged_one_is_replaced(tmp_path):
     make_folder(directory, fill, lambda folder: False)
     assert [path.name for path in directory.iterdir()] == ["late"]
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_half_written_folders_of_other_containers_stay_for_a_day(tmp_path):
+    """The process that writes one is not seen from here."""
+    young, old = (tmp_path / f".moesaic-999999999-0000000{digit}.tmp" for digit in (1, 2))
+    for path in (young, old):
+        write(path, {"train.tokens": "half"})
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    make_folder(tmp_path / "made", lambda folder: write(folder, {"a": "whole"}), lambda folder: True)
+    assert set(tmp_path.iterdir()) == {young, tmp_path / "made"}
 
 
 def test_a_cache_that_others_may_read_stays_so(corpus_folder, cache):

@@ -74,6 +74,13 @@ def test_every_file_left_out_is_counted_with_its_reason(tmp_path):
         assert part in said
 
 
+def test_a_glob_that_asks_for_hidden_files_or_copies_finds_them(tmp_path):
+    write(tmp_path, {"a.txt.bak": lines("a"), ".b": lines("b"), "c": lines("c")})
+    assert found(f"{tmp_path}/*.bak")[0] == {"a.txt.bak"}
+    assert found(f"{tmp_path}/.*")[0] == {".b"}
+    assert found(f"{tmp_path}/*")[0] == {"c"}
+
+
 def test_unreadable_files_and_folders_are_counted(tmp_path, monkeypatch):
     write(tmp_path, {"good.txt": lines("good"), "secret.txt": lines("x"), "locked/a.txt": lines("a")})
     read, listed = Path.read_bytes, os.listdir
