@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from experiments import common
+from experiments.latency import large
 from experiments.latency import run as latency
 from experiments.pricing import run as pricing
 from moesaic import Context, MoesaicError, read_value
+from moesaic.search_spaces import load_space, preset_source
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
@@ -85,6 +87,17 @@ def test_the_predictor_is_judged_on_new_models(tmp_path, monkeypatch, phase):
     assert len(result["rows"]) == 6
     assert 0 < result["new_models"]["predictor"]["mape"] < 5
     assert len(result["baselines"]) == 4
+
+
+def test_a_limited_calibration_is_judged_on_whole_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "HERE", tmp_path)
+    monkeypatch.setattr(large, "SPACE", load_space(preset_source("tiny")))
+    monkeypatch.setattr(large, "CONTEXT", Context(64, 16, 2))
+    monkeypatch.setattr(sys, "argv", ["large", "--limit", "0.01", "--models", "4"])
+    large.main()
+    result = read_value(tmp_path / "large.json", dict)
+    assert result["calibration"]["shallow"] >= 20
+    assert len(result["rows"]) == result["new_models"]["count"] == 4
 
 
 def test_the_committed_latency_results_are_of_the_models_that_the_script_draws():

@@ -65,8 +65,8 @@ def select(
         return Selection(list(members), [context.vocab_size] * len(members), held_out, config.repeats, shallow=False)
 
     spent = np.cumsum([2 * one for one in whole])  # one pass counts its load, one is timed
-    few = int(np.clip((spent <= _SHARE * config.time_limit).sum(), _FEWEST_WHOLE, len(members) // _HELD_OUT))
-    few = max(few, _FEWEST_WHOLE)
+    affordable = int((spent <= _SHARE * config.time_limit).sum())
+    few = max(_FEWEST_WHOLE, min(affordable, len(members) // _HELD_OUT))
     candidates = shallow([rng.choice(members) for _ in range(_CANDIDATES)], 2, rng)
     contexts = [replace(context, vocab_size=max(1, context.vocab_size >> rng.choice((0, 3, 6)))) for _ in candidates]
     pairs = list(zip(candidates, contexts, strict=True))

@@ -241,12 +241,3 @@ def test_an_export_is_trained_with_every_seed(quick_run, tmp_path):
     written = [path.stat().st_mtime_ns for path in weights]
     assert retrain_export(export, *arguments)[0] == result
     assert [path.stat().st_mtime_ns for path in weights] == written
-
-
-def test_a_plan_counts_every_seed(micro_config, tmp_path, monkeypatch):
-    def seconds(*overrides: str) -> float:
-        clock = itertools.count()
-        monkeypatch.setattr("moesaic.nas.plan.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-        return build_plan(only(open_run(micro_config, tmp_path, *overrides))).seconds["retrain"]
-
-    assert seconds("retrain.seeds=3") == pytest.approx(3 * seconds())
