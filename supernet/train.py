@@ -8,6 +8,7 @@ processes can continue it.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,11 @@ def _resume(
     tensors, metadata = load_tensors(path) if path.exists() else ({}, {"step": "0", "identity": identity})
     if metadata.get("identity") != identity:
         raise MoesaicError(
-            "is a checkpoint of another run", where=str(path), found=metadata.get("identity"), allowed=identity
+            "is a checkpoint of another run",
+            where=str(path),
+            found=metadata.get("identity"),
+            allowed=identity,
+            nearest=shlex.join(["mv", str(path.parent), f"{path.parent}.other"]),
         )
     if tensors:
         load_weights(model, _weights(tensors), str(path))

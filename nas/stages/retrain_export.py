@@ -18,7 +18,7 @@ from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import write_value
+from moesaic.search_spaces.files import sweep, write_value
 from moesaic.supernet import Judge, slice_of
 
 
@@ -68,6 +68,7 @@ def retrain_export(
     target, runs, steps = RunDirectory(directory / "retrained"), [], file.retrain.steps
     check_place(target.path, LOCK)
     with target.locked(), reporter.progress("retrain") as bar:
+        sweep(target.path)
         for seed in range(file.seed, file.seed + file.retrain.seeds):
             trained = trainer.finish(
                 single_recipe(model.architecture, file.retrain, seed, device.bfloat16),

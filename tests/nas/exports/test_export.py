@@ -24,6 +24,7 @@ from moesaic.nas.stages.export_models import load_exports
 from moesaic.nas.stages.retrain_models import SEARCHED, compared_models, load_results
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import build_summary, gather
+from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import read_value
 from tests.nas.run_tools import do_stage, finish, only, open_run, said, without_stages
 
@@ -291,3 +292,35 @@ def test_a_latency_over_its_budget_is_measured_twice_more(
     assert measured.costs["latency"] == measured.latency.corrected_ms == held
     (line,) = part.measured_lines(architecture, measured.costs)
     assert (line.status, line.confidence) == (status, 0.9)
+
+
+@pytest.fixture
+def unfinished(quick_run: Path, micro_config: Path, tmp_path: Path) -> Run:
+    """A run that was killed at the end of its export."""
+    run = open_run(micro_config, without_stages(quick_run, tmp_path / "run"))
+    for file in ("artifact.json", "exports.json"):
+        (run.path / "exports" / file).unlink()
+    return run
+
+
+def test_an_export_that_is_written_again_keeps_what_a_person_put_beside_it(unfinished):
+    best = unfinished.path / "exports" / "best"
+    (best / "notes.txt").write_text("mine")
+    (best / "retrained").mkdir()
+    (best / "retrained" / "result.json").write_text("{}")
+    card = (best / "README.md").stat().st_ino
+    do_stage(unfinished, "export")
+    assert (best / "README.md").stat().st_ino != card
+    assert (best / "notes.txt").read_text() == "mine"
+    assert (best / "retrained" / "result.json").read_text() == "{}"
+    assert not list((unfinished.path / "exports").glob(".*"))
+
+
+def test_a_folder_of_a_person_in_the_place_of_an_export_is_refused(unfinished):
+    best = unfinished.path / "exports" / "best"
+    shutil.rmtree(best)
+    best.mkdir()
+    (best / "README.md").write_text("mine")
+    with pytest.raises(MoesaicError, match="is not an exported model, and stays"):
+        do_stage(unfinished, "export")
+    assert [(path.name, path.read_text()) for path in best.iterdir()] == [("README.md", "mine")]
