@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from moesaic.nas.executors.tune_trials import TuneExecutor
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
-    from moesaic.nas.search.budget import Budget, find_feasible, resolve_budget
+    from moesaic.nas.search.budget import Budget, cost_ranges, find_feasible, resolve_budget
     from moesaic.nas.search.feasible import FeasibleSampler
     from moesaic.nas.search.loop import BudgetSearch, run_search
     from moesaic.nas.search.mirror import Mirror
-    from moesaic.nas.search.pareto import hypervolume, non_dominated
+    from moesaic.nas.search.pareto import hypervolume, hypervolumes, non_dominated
     from moesaic.nas.search.rivals import uniform_layouts
     from moesaic.nas.search.samplers import make_sampler
     from moesaic.nas.search.samplers.genome import Genome
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from moesaic.nas.training.trainer import Trainer
     from moesaic.nas.trust.correction import Correction, Judged, correction_features
     from moesaic.nas.trust.judges import correction_of
-    from moesaic.nas.trust.ranking import agreement, bootstrap, kendall_tau, mean_interval
+    from moesaic.nas.trust.ranking import agreement, kendall_tau, mean_interval
     from moesaic.nas.trust.scores import Difference, difference_over_seeds
+    from moesaic.nas.trust.significance import holm
     from moesaic.nas.units import DIMENSIONS
     from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
     from moesaic.search_spaces.files import read_value, write_value
@@ -79,11 +80,11 @@ _WHERE = {
     "nas.executors.tune_trials": ["TuneExecutor"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
-    "nas.search.budget": ["Budget", "find_feasible", "resolve_budget"],
+    "nas.search.budget": ["Budget", "cost_ranges", "find_feasible", "resolve_budget"],
     "nas.search.feasible": ["FeasibleSampler"],
     "nas.search.loop": ["BudgetSearch", "run_search"],
     "nas.search.mirror": ["Mirror"],
-    "nas.search.pareto": ["hypervolume", "non_dominated"],
+    "nas.search.pareto": ["hypervolume", "hypervolumes", "non_dominated"],
     "nas.search.rivals": ["uniform_layouts"],
     "nas.search.samplers": ["make_sampler"],
     "nas.search.samplers.genome": ["Genome"],
@@ -96,8 +97,9 @@ _WHERE = {
     "nas.training.trainer": ["Trainer"],
     "nas.trust.correction": ["Correction", "Judged", "correction_features"],
     "nas.trust.judges": ["correction_of"],
-    "nas.trust.ranking": ["agreement", "bootstrap", "kendall_tau", "mean_interval"],
+    "nas.trust.ranking": ["agreement", "kendall_tau", "mean_interval"],
     "nas.trust.scores": ["Difference", "difference_over_seeds"],
+    "nas.trust.significance": ["holm"],
     "nas.units": ["DIMENSIONS"],
     "search_spaces": ["Architecture", "MoesaicError", "SearchSpace"],
     "search_spaces.files": ["read_value", "write_value"],
@@ -157,17 +159,19 @@ __all__ = [
     "__version__",
     "activation_memory",
     "agreement",
-    "bootstrap",
     "calibrate",
     "choose_device",
     "correction_features",
     "correction_of",
+    "cost_ranges",
     "difference_over_seeds",
     "evaluate_all",
     "find_feasible",
     "fit",
     "flops",
+    "holm",
     "hypervolume",
+    "hypervolumes",
     "kendall_tau",
     "leave_one_out",
     "load",

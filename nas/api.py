@@ -19,9 +19,8 @@ from moesaic.nas.report.summary import Summary
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import load_summary
 from moesaic.nas.terminal.progress import Reporter
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet import Transformer
-
-PathLike = str | os.PathLike[str]
 
 
 def open_run(
@@ -67,9 +66,9 @@ def run(
     return {part.name: load_summary(part) for part in opened.budgets}
 
 
-def plan(config: PathLike, overrides: Sequence[str] = ()) -> dict[str, Plan]:
-    """The plan of each budget by name, without training, as ``moesaic plan``."""
-    return {part.name: build_plan(part) for part in open_run(config, overrides).budgets}
+def plan(config: PathLike, overrides: Sequence[str] = (), latency: bool = False) -> dict[str, Plan]:
+    """The plan of each budget by name, without training, as ``moesaic plan``; ``latency`` times this machine."""
+    return {part.name: build_plan(part, latency) for part in open_run(config, overrides).budgets}
 
 
 def load(folder: PathLike) -> Transformer:

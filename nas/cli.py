@@ -50,8 +50,13 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> Non
 
 
 @app.command(rich_help_panel="Main")
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check before training: size of the space, range of costs, whether the budget can be met, estimated time."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time this machine: latency, and stages.")] = False,
+) -> None:
+    """Check before training: size of the space, range of costs, whether the budget can be met."""
     with _told():
         from moesaic.nas.config import load_config
         from moesaic.nas.plan import build_plan, print_plan
@@ -59,7 +64,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from moesaic.nas.terminal.tables import output_console
 
         run = Run(load_config(config, overrides or ()), Path("runs"))
-        results = {part.name: build_plan(part) for part in run.budgets}
+        results = {part.name: build_plan(part, latency) for part in run.budgets}
         if as_json:
             plain = {name: asdict(result) for name, result in results.items()}
             print(json.dumps(plain if len(plain) > 1 else next(iter(plain.values())), indent=2))
@@ -89,21 +94,36 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
 
 @app.command(rich_help_panel="Main")
 def cost(
-    architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE", help="architecture.yaml")],
-    vocab_size: Annotated[int, typer.Option(min=1)] = 1024,
+    path: Annotated[Path, typer.Argument(metavar="ARCHITECTURE|EXPORT", help="architecture.yaml, or an export.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="[default: 1024, or the export's]")] = None,
     sequence_length: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    count: Annotated[bool, typer.Option("--count", help="Count FLOPs with torch and fvcore too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Price one architecture, layer by layer, and measure its latency on this device."""
     with _told():
-        from moesaic.nas.context import Context
-        from moesaic.nas.costs.statement import build_statement, print_statement
-        from moesaic.nas.terminal.tables import output_console
-        from moesaic.search_spaces import Architecture
+        from dataclasses import replace
 
-        value = Architecture.from_yaml(architecture)
-        statement = build_statement(value, Context(vocab_size, sequence_length, batch_size))
+        from moesaic.nas.context import Context
+        from moesaic.nas.costs.count import count_flops
+        from moesaic.nas.costs.statement import build_statement, print_statement
+        from moesaic.nas.exports.folder import load_exported
+        from moesaic.nas.terminal.tables import output_console
+        from moesaic.search_spaces import Architecture, MoesaicError
+        from moesaic.supernet import Transformer
+
+        model = load_exported(path) if path.is_dir() else None
+        if model and vocab_size not in (None, model.vocab_size):
+            raise MoesaicError(
+                "the export has its own vocabulary", where="--vocab-size", found=vocab_size, nearest=model.vocab_size
+            )
+        value = model.architecture if model else Architecture.from_yaml(path)
+        context = Context(model.vocab_size if model else vocab_size or 1024, sequence_length, batch_size)
+        statement = build_statement(value, context)
+        if count:
+            model = model or Transformer(value, context.vocab_size)
+            statement = replace(statement, counted=count_flops(model, context))
         if as_json:
             print(json.dumps(statement.plain(), indent=2))
         else:
@@ -135,10 +155,11 @@ def retrain(
         if out is not None:
             raise MoesaicError("--out is only for runs; exports are retrained in place", where="--out", found=out)
         result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
-        over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
+        seeds = len(result.runs)
+        over = f"95 % interval over {seeds} seeds" if seeds > 1 else "standard error over sequences, one seed"
         figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
         typer.echo(
-            f"test loss {result.loss:.4f} ± {result.error:.4f}{over}, {figures}; weights in {config / 'retrained'}, "
+            f"test loss {result.loss:.4f} ± {result.error:.4f} ({over}), {figures}; weights in {config / 'retrained'}, "
             "a folder per seed"
         )
 
@@ -163,14 +184,14 @@ for _stage in STAGES:
 def doctor() -> None:
     """Show versions, device, threads, triton, and what is missing."""
     with _told():
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from moesaic.nas.doctor import examine
         from moesaic.nas.terminal.tables import output_console
 
         checks = examine()
-        table = Table(show_header=False)
+        table = Table("", Column(overflow="fold"), show_header=False)
         for check in checks:
             table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
         output_console().print(table)

@@ -7,7 +7,7 @@ from rich.console import Console
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, even
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import BEST
 from moesaic.nas.report.terminal_summary import print_summary
 from moesaic.nas.search.budget import find_feasible, resolve_budget
 from moesaic.nas.stages.calibrate_latency import calibrated, forget
@@ -19,6 +19,7 @@ from moesaic.nas.stages.run_search import check_executor, check_mirror
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.stages.train_supernet import routers
 from moesaic.nas.stages.write_report import build_summary, load_summary, write_summary
+from moesaic.nas.terminal.progress import Stages
 from moesaic.search_spaces import Interrupted
 
 
@@ -53,6 +54,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
     """
     with RunDirectory(run.path).locked(), remedied(run):
         check_places(run)
+        run.latency_asked |= only == "latency"
         if fresh:
             forget(run)
         if only in (None, "supernet", "search") and not run.folder("search").complete:
@@ -60,6 +62,9 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
             check_executor(run)
             check_budget(run)
         chosen = [BY_NAME[only]] if only else STAGES
+        shared = [(stage, stage.passes(run)) for stage in chosen if stage.shared]
+        owned = [(stage, stage.passes(part)) for part in run.budgets for stage in chosen if not stage.shared]
+        run.reporter.stages = Stages([(stage.name, passes) for stage, passes in shared + owned])
         for stage in chosen:
             if stage.shared:
                 _do(stage, run, run)
@@ -83,4 +88,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
 def _do(stage: Stage, run: Run | BudgetRun, whole: Run) -> None:
     if whole.should_stop():
         raise Interrupted(f"stopped before stage {stage.name}; the same command continues there")
+    stages = whole.reporter.stages
+    stages.enter()
     do(stage, run)
+    stages.leave(run.folder(stage.name).artifact().seconds)

@@ -7,6 +7,7 @@ from moesaic.search_spaces.moves import crossover, mutate, neighbours
 from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
 from moesaic.search_spaces.space import SearchSpace, StackSpace
 from moesaic.search_spaces.spec import load_space, preset_names, preset_source
+from moesaic.search_spaces.yaml_source import read_yaml
 
 __all__ = [
     "Architecture",
@@ -30,4 +31,5 @@ __all__ = [
     "neighbours",
     "preset_names",
     "preset_source",
+    "read_yaml",
 ]

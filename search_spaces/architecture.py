@@ -88,10 +88,12 @@ class Architecture:
 
     def with_layers(self, changed: Mapping[Slot, Layer]) -> Architecture:
         """A copy with the layers of ``changed`` at their addresses."""
-        stacks = {}
-        for name, stack in self.stacks.items():
-            layers = (changed.get(Slot(name, index), layer) for index, layer in enumerate(stack.layers))
-            stacks[name] = replace(stack, layers=tuple(layers))
+        layers: dict[str, list[Layer]] = {}
+        for slot, layer in changed.items():
+            stack = self.stacks.get(slot.stack)
+            if stack and slot.index < len(stack.layers):
+                layers.setdefault(slot.stack, list(stack.layers))[slot.index] = layer
+        stacks = {name: replace(self.stacks[name], layers=tuple(found)) for name, found in layers.items()}
         return replace(self, **stacks)
 
     @cached_property

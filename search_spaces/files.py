@@ -21,9 +21,10 @@ from moesaic.search_spaces.yaml_source import adapter
 T = TypeVar("T")
 _TEMPORARY = re.compile(r"\.moesaic-(\d{1,9})-[0-9a-f]{8}\.tmp")
 _OLD_SECONDS = 24 * 3600
+PathLike = str | os.PathLike[str]
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: PathLike, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
     A file that is replaced keeps its permissions, and a symbolic link its place: its target is replaced.
@@ -33,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     MoesaicError : the place cannot be written (read-only, full); ``path`` is unchanged.
     OSError : ``write`` failed on another file.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,17 +175,17 @@ class LineFile:
         os.close(self._handle)
 
 
-def unwritable(path: Path, error: OSError) -> MoesaicError:
+def unwritable(path: PathLike, error: OSError) -> MoesaicError:
     return MoesaicError(
         f"cannot be written: {error.strerror or error}", where=str(path), allowed="a writable place with free space"
     )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: PathLike, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: PathLike, data: Any) -> None:
     write_text(path, _json(data))
 
 
@@ -192,7 +193,7 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def write_value(path: Path, value: Any, kind: Any = None) -> None:
+def write_value(path: PathLike, value: Any, kind: Any = None) -> None:
     """Write a dataclass, or a ``kind`` such as ``list[Row]``, as JSON that ``read_value`` turns into an equal one."""
     write_text(path, value_text(value, kind))
 
@@ -202,7 +203,7 @@ def value_text(value: Any, kind: Any = None) -> str:
     return _json(adapter(kind or type(value)).dump_python(value, mode="json"))
 
 
-def read_value(path: Path, kind: type[T]) -> T:
+def read_value(path: PathLike, kind: type[T]) -> T:
     """A value that ``write_value`` wrote. Raises Damaged for a missing or damaged file, or one of another kind."""
     data = read_json(path)
     try:
@@ -214,10 +215,10 @@ def read_value(path: Path, kind: type[T]) -> T:
         raise Damaged(problem, path, allowed="a file that this version of the program wrote") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: PathLike) -> Any:
     """Parsed JSON. Raises Damaged for a missing or damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Damaged("no such file", path) from None
     except OSError as error:

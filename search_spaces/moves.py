@@ -26,12 +26,13 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
     for kind in _LAYER_MOVES:
         for slot, layer in architecture.layers.items():
             found += [architecture.with_layers({slot: changed}) for changed in kind(space.layers[slot], layer)]
-    return [a for a in dict.fromkeys(found) if a != architecture]
+    return found
 
 
 def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: int = 1) -> Architecture:
-    """``steps`` random steps. Each draws the kind of move first, then the layer, so that rare kinds and layers with few
-    choices are not neglected."""
+    """``steps`` random steps. Each draws a kind of move, then a layer, then a move: each uniformly, out of those that
+    offer one, so that rare kinds and layers with few choices are not neglected. A step back may be more or less
+    probable than the step."""
     for _ in range(steps):
         drawn = (step(space, architecture, rng) for step in _at_random(_STEPS, rng))
         architecture = next((a for a in drawn if a is not None), architecture)
@@ -88,7 +89,7 @@ def _depth_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
 
 
 def _attention_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
-    return [Layer(attention, layer.feed_forward) for attention in space.attentions]
+    return [Layer(attention, layer.feed_forward) for attention in space.attentions if attention != layer.attention]
 
 
 def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
@@ -98,7 +99,10 @@ def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     for count in _next_to(counts, part.experts):
         group = space.group(count)
         assert group is not None
-        sizes = tuple(min(group.sizes, key=lambda s, old=old: abs(s - old)) for old in part.expert_sizes[:count])
+        nearest = {
+            old: min(group.sizes, key=lambda s, old=old: abs(s - old)) for old in dict.fromkeys(part.expert_sizes)
+        }
+        sizes = tuple(nearest[old] for old in part.expert_sizes[:count])
         shared = part.shared_size if part.shared_size in group.shared_sizes else group.shared_sizes[0]
         router = part.router.for_experts(count) if part.router else None
         routers = (router,) if router in group.routers else group.routers
@@ -113,7 +117,8 @@ def _size_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     group = space.group(part.experts)
     assert group is not None
     moves = []
-    for i, old in enumerate(part.expert_sizes):
+    for old in dict.fromkeys(part.expert_sizes):  # experts of one size are one choice
+        i = part.expert_sizes.index(old)
         for size in _next_to(group.sizes, old):
             sizes = (*part.expert_sizes[:i], size, *part.expert_sizes[i + 1 :])
             moves.append(Layer(layer.attention, FeedForward(sizes, part.router, part.shared_size)))
@@ -124,29 +129,31 @@ def _router_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     part = layer.feed_forward
     group = space.group(part.experts)
     assert group is not None
-    return [Layer(layer.attention, FeedForward(part.expert_sizes, r, part.shared_size)) for r in group.routers]
+    others = [router for router in group.routers if router != part.router]
+    return [Layer(layer.attention, FeedForward(part.expert_sizes, router, part.shared_size)) for router in others]
 
 
 def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     part = layer.feed_forward
     group = space.group(part.experts)
     assert group is not None
-    return [Layer(layer.attention, FeedForward(part.expert_sizes, part.router, s)) for s in group.shared_sizes]
+    others = [size for size in group.shared_sizes if size != part.shared_size]
+    return [Layer(layer.attention, FeedForward(part.expert_sizes, part.router, size)) for size in others]
 
 
+# Each kind gives distinct moves that change what no other kind changes.
 StackMoves = Callable[[SearchSpace, Architecture], list[Architecture]]
 LayerMoves = Callable[[LayerSpace, Layer], list[Layer]]
 
 
 def _stack_step(kind: StackMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
-    moves = [move for move in kind(space, a) if move != a]
+    moves = kind(space, a)
     return rng.choice(moves) if moves else None
 
 
 def _layer_step(kind: LayerMoves, space: SearchSpace, a: Architecture, rng: Random) -> Architecture | None:
     for slot in _at_random(list(a.layers), rng):
-        layer = a.layers[slot]
-        if moves := [move for move in kind(space.layers[slot], layer) if move != layer]:
+        if moves := kind(space.layers[slot], a.layers[slot]):
             return a.with_layers({slot: rng.choice(moves)})
     return None
 

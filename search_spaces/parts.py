@@ -98,7 +98,7 @@ class FeedForward:
     def __post_init__(self) -> None:
         if not self.expert_sizes:
             raise ValueError("expert_sizes needs at least one expert")
-        for size in self.expert_sizes:
+        for size in dict.fromkeys(self.expert_sizes):
             tile_multiple(size, "expert size")
         if self.shared_size:
             tile_multiple(self.shared_size, "shared_size")

@@ -30,7 +30,7 @@ class FeedForwardGroup:
     shared_sizes: tuple[int, ...]
     routers: tuple[Router | None, ...]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of distinct parts: multisets of sizes (stars and bars), times shared sizes, times routers."""
         multisets = comb(len(self.sizes) + self.experts - 1, self.experts)

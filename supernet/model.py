@@ -32,7 +32,12 @@ class Output:
     routings: tuple[Routing | None, ...]
 
     def balance_loss(self) -> Tensor:
-        """Mean of ``Routing.balance_loss`` over sparse layers: 1 when balanced, 0 without sparse layers or tokens."""
+        """Mean of ``Routing.balance_loss`` over sparse layers: 1 when balanced, 0 without sparse layers or tokens.
+
+        Switch Transformers (arXiv 2101.03961) and XMoE (arXiv 2403.18926) sum over layers. The mean has the same scale
+        for every depth, so slices with few and with many sparse layers are trained, and compared, under one objective.
+        A weight w of this mean is w / L per layer in their terms, where L layers are sparse.
+        """
         losses = [r.balance_loss() for r in self.routings if r is not None and len(r.probabilities)]
         return torch.stack(losses).mean() if losses else self.logits.new_zeros(())
 

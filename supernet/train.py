@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.distributed import ALONE, Ranks
@@ -31,7 +32,8 @@ CHECKPOINT = "checkpoint.safetensors"
 class TrainSettings:
     """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping (None clips nothing).
 
-    ``balance_weight`` scales the load-balance loss; ``bfloat16`` computes products in bfloat16.
+    ``balance_weight`` scales the load-balance loss, a mean over sparse layers; ``bfloat16`` computes products in
+    bfloat16.
     """
 
     steps: int
@@ -65,7 +67,7 @@ def train(
     model: Transformer,
     data: TrainData,
     settings: TrainSettings,
-    directory: Path,
+    directory: PathLike,
     identity: str,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -88,6 +90,7 @@ def train(
     Interrupted : after ``should_stop``.
     MoesaicError : the checkpoint is damaged or foreign, or the directory cannot be written.
     """
+    directory = Path(directory)
     checkpoint = directory / CHECKPOINT
     optimizer, step = _resume(model, settings, checkpoint, identity, ranks)
     log = MetricLog(directory, step) if ranks.leads else None

@@ -138,7 +138,7 @@ def go(steps: Sequence[Step], out: Path, work: Path, minutes: float, small: bool
         left = end - time.monotonic()
         if known.get(step.name, {}).get("state") == "done":
             continue
-        if left < (1 if small else GRACE):
+        if left <= 0:
             break
         print(
             f"{step.name}: {known.get(step.name, {}).get('state', 'first time')}, {left / 60:.1f} minutes left",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic import Architecture, Budget, Evaluation, hypervolume, non_dominated
+from moesaic import Architecture, Budget, Evaluation, hypervolume, hypervolumes, non_dominated
 
 MARGIN = 0.1
 """The reference point is the front's worst value of each objective plus this share of its range."""
@@ -38,14 +38,9 @@ def point(budget: Budget, architecture: Architecture, evaluation: Evaluation) ->
 
 def shares(points: Sequence[np.ndarray | None], truth: Truth) -> np.ndarray:
     """[len(points)] share of the true hypervolume after each evaluation; None is an evaluation outside the budget."""
-    front = np.zeros((0, 2))
-    history, volume = [], 0.0
-    for found in points:
-        if found is not None and not (front <= found).all(1).any():
-            front = np.vstack([front[~(found <= front).all(1)], found])
-            volume = hypervolume(front, truth.reference) / truth.volume
-        history.append(volume)
-    return np.array(history)
+    inside = np.array([found is not None for found in points])
+    volumes = hypervolumes(np.array([found for found in points if found is not None]), truth.reference)
+    return np.append(0.0, volumes)[inside.cumsum()] / truth.volume
 
 
 def needed(history: np.ndarray, share: float) -> float:

@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
@@ -45,14 +45,17 @@ class DataConfig(_Section):
     each of ``train``, ``validation`` and ``test``."""
 
     kind: Literal["stdlib", "text"] = "stdlib"
-    files: Paths | SplitFiles = []
+    files: Annotated[
+        Annotated[Paths, Tag("all")] | Annotated[SplitFiles, Tag("splits")],
+        Discriminator(lambda value: "splits" if isinstance(value, dict | SplitFiles) else "all"),
+    ] = []
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:
         if self.kind == "text" and not self.files:
-            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, or a list")
+            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, a list")
         if self.kind == "stdlib" and self.files:
             raise MoesaicError("data of kind stdlib takes no files", nearest="kind: text")
         return self
@@ -79,7 +82,11 @@ class DeviceConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off."""
+    """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off.
+
+    ``balance_weight`` scales the mean of the load-balance loss over sparse layers. Switch and XMoE sum over layers:
+    their 0.01 with L sparse layers is 0.01 * L here.
+    """
 
     steps: Count = 1000
     batch_size: Count = 16

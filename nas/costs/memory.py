@@ -36,12 +36,8 @@ def cache_memory(architecture: Architecture, context: Context) -> int:
 def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
     """Bytes of the activations alive at the worst moment of an inference pass in ``context``, with the cache."""
     backbone, size = architecture.backbone, context.bytes_per_value
-    width, tokens = architecture.output.width, context.tokens
-    kept: float = 8 * tokens + cache_memory(architecture, context)  # token ids
-    # The states before the vocabulary layer, their copy, that of its weights, and the logits.
-    peak: float = (
-        tokens * 4 * width + _copied(tokens + context.vocab_size, width, size) + tokens * context.vocab_size * size
-    )
+    kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
+    peak: float = vocabulary_memory(architecture.output.width, context)
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, extent, part = architecture.width_at(slot), context.extent(slot.stack), layer.feed_forward
         attention = attention_memory(width, layer.attention, backbone, extent, size)
@@ -51,6 +47,12 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     if backbone.positions == "rotary":
         kept += 4 * backbone.rotary_size * max(context.extent(name).keys for name in architecture.stacks)  # cos, sin
     return peak + kept
+
+
+def vocabulary_memory(width: int, context: Context) -> int:
+    """Bytes of the states before the vocabulary layer, their copy, that of its weights, and the logits."""
+    tokens, size = context.tokens, context.bytes_per_value
+    return tokens * 4 * width + _copied(tokens + context.vocab_size, width, size) + tokens * context.vocab_size * size
 
 
 def _copied(rows: int, width: int, size: int) -> int:

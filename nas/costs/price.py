@@ -27,29 +27,32 @@ class Pricer:
     _expected: dict[tuple[Slot, FeedForward], LayerUse] = field(default_factory=dict, repr=False, compare=False)
 
     def expected_uses(self, architecture: Architecture) -> list[LayerUse]:
-        uses = []
-        for slot, layer in architecture.layers.items():
-            part = layer.feed_forward
-            use = self._expected.get((slot, part))
-            if use is None:
-                extent = self.context.extent(slot.stack)
-                use = self._expected[slot, part] = self.occupancy.expected(slot, part, extent)
-            uses.append(use)
-        return uses
+        return [self.expected_use(slot, layer.feed_forward) for slot, layer in architecture.layers.items()]
+
+    def expected_use(self, slot: Slot, part: FeedForward) -> LayerUse:
+        use = self._expected.get((slot, part))
+        if use is None:
+            extent = self.context.extent(slot.stack)
+            use = self._expected[slot, part] = self.occupancy.expected(slot, part, extent)
+        return use
 
     def expected(self, architecture: Architecture) -> Costs:
         """Costs under the expected load of each layer."""
-        return self._price(architecture, self.expected_uses(architecture))
+        return self.price(architecture, self.expected_uses(architecture))
 
     def worst(self, architecture: Architecture) -> Costs:
         """Costs when every token takes the most and the largest experts that its routers allow."""
-        layers = architecture.layers.items()
-        uses = [worst_use(layer.feed_forward, self.context.extent(slot.stack)) for slot, layer in layers]
-        return self._price(architecture, uses)
+        return self.price(architecture, self.worst_uses(architecture))
+
+    def worst_uses(self, architecture: Architecture) -> list[LayerUse]:
+        return [self.worst_use(slot, layer.feed_forward) for slot, layer in architecture.layers.items()]
+
+    def worst_use(self, slot: Slot, part: FeedForward) -> LayerUse:
+        return worst_use(part, self.context.extent(slot.stack))
 
     def measured(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> Costs:
         """Costs under the loads that an evaluation measured."""
-        return self._price(architecture, self.measured_uses(architecture, loads))
+        return self.price(architecture, self.measured_uses(architecture, loads))
 
     def measured_uses(self, architecture: Architecture, loads: Sequence[LayerLoad | None]) -> list[LayerUse]:
         return [
@@ -59,7 +62,8 @@ class Pricer:
             for (slot, layer), load in zip(architecture.layers.items(), loads, strict=True)
         ]
 
-    def _price(self, architecture: Architecture, uses: Sequence[LayerUse]) -> Costs:
+    def price(self, architecture: Architecture, uses: Sequence[LayerUse]) -> Costs:
+        """Costs when the layers are used as ``uses`` say."""
         context = self.context
         costs = {
             "flops": flops(architecture, uses, context),

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
 
 from moesaic.kernels.workspace import product_rows
 from moesaic.nas.context import Extent
@@ -55,6 +58,17 @@ class Occupancy:
             return dense_use(part)
         return measured_use(part, LayerLoad(self.loads(slot, part.experts, part.router)), extent)
 
+    def at(self, slot: Slot) -> frozenset:
+        """What was measured at ``slot``: slots where it is equal use equal parts alike."""
+        return self._by_slot.get(slot, frozenset())
+
+    @cached_property
+    def _by_slot(self) -> dict[Slot, frozenset]:
+        found: dict[Slot, set] = {}
+        for (slot, experts, router), loads in self.measured.items():
+            found.setdefault(slot, set()).add((experts, router, loads))
+        return {slot: frozenset(loads) for slot, loads in found.items()}
+
     def rows(self) -> list[OccupancyRow]:
         """The same as a list, for a file."""
         measured = self.measured.items()
@@ -88,20 +102,22 @@ def worst_use(part: FeedForward, extent: Extent) -> LayerUse:
         return dense_use(part)
     neurons = part.worst_active_neurons - part.shared_size
     live = min(part.experts, extent.tokens * part.router.max_experts)
-    waste = (_row_tile(part, extent) - 1) / extent.tokens * sum(part.expert_sizes[:live])
+    waste = (_row_tile(part.experts, part.router, extent) - 1) / extent.tokens * sum(part.expert_sizes[:live])
     return LayerUse(part.router.max_experts, neurons, neurons + waste, part.expert_sizes[0], 1, live)
 
 
 def measured_use(part: FeedForward, load: LayerLoad, extent: Extent) -> LayerUse:
     """Use in a pass over text like that of ``load``."""
+    assert part.router is not None
     loads = load.pairs_per_token
-    rows = _expected_rows(loads, extent, _row_tile(part, extent))
+    rows = _expected_rows(loads, extent, _row_tile(part.experts, part.router, extent))
     return _use(part, loads, _expected_live(loads, extent), rows, extent)
 
 
 def counted_use(part: FeedForward, rows: Sequence[int], extent: Extent) -> LayerUse:
     """Use in one pass that sent ``rows[e]`` tokens to expert e."""
-    tile, tokens = _row_tile(part, extent), extent.tokens
+    assert part.router is not None
+    tile, tokens = _row_tile(part.experts, part.router, extent), extent.tokens
     live = [float(count > 0) for count in rows]
     return _use(part, [count / tokens for count in rows], live, [-(-count // tile) * tile for count in rows], extent)
 
@@ -114,24 +130,41 @@ def _use(
     return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), max(loads), sum(live))
 
 
+def size_weights(
+    loads: tuple[float, ...] | None, experts: int, router: Router | None, extent: Extent
+) -> tuple[np.ndarray, np.ndarray]:
+    """[experts] twice: how much one neuron of each expert, the largest first, adds to ``neurons`` and to
+    ``tiled_neurons`` of the expected use under ``loads``, or of the worst use (None). Both are linear in the sizes."""
+    if router is None:
+        return np.ones(1), np.ones(1)
+    tile = _row_tile(experts, router, extent)
+    if loads is not None:
+        return np.array(loads), np.array(_expected_rows(loads, extent, tile)) / extent.tokens
+    at = np.arange(experts)
+    taken = (at < router.max_experts).astype(float)
+    live = at < min(experts, extent.tokens * router.max_experts)
+    return taken, taken + live * (tile - 1) / extent.tokens
+
+
 def dense_use(part: FeedForward) -> LayerUse:
     """A layer of one expert that every token uses."""
     neurons = part.neurons - part.shared_size
     return LayerUse(1, neurons, neurons, neurons, 1, 1)
 
 
-def _expected_live(loads: Sequence[float], extent: Extent) -> list[float]:
+@lru_cache(maxsize=1024)
+def _expected_live(loads: tuple[float, ...], extent: Extent) -> list[float]:
     """Probability that each expert has a token, when the tokens of a pass choose independently."""
     tokens = extent.tokens
     return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
 
 
-def _row_tile(part: FeedForward, extent: Extent) -> int:
-    assert part.router is not None
-    return product_rows(extent.implementation, extent.tokens, part.experts, part.router.max_experts)
+def _row_tile(experts: int, router: Router, extent: Extent) -> int:
+    return product_rows(extent.implementation, extent.tokens, experts, router.max_experts)
 
 
-def _expected_rows(loads: Sequence[float], extent: Extent, tile: int) -> list[float]:
+@lru_cache(maxsize=1024)
+def _expected_rows(loads: tuple[float, ...], extent: Extent, tile: int) -> list[float]:
     """Rows of each expert rounded up to whole tiles, approximately: at least one tile for a live expert, and half a
     tile of waste for an expert with many rows."""
     tokens = extent.tokens

@@ -21,12 +21,14 @@ from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import (
+    PathLike,
     complete_replacement,
     read_json,
     read_value,
     replace_folder,
     temporary_beside,
     unwritable,
+    write_atomically,
     write_text,
     write_value,
 )
@@ -34,8 +36,6 @@ from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
-BEST = "best"
-"""Name of the export that is retrained and reported as the chosen model."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class ModelFacts:
 
 def export_model(
     directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, tokens: Tensor
-) -> None:
+) -> ExportFigures:
     """Write ``model`` to ``directory`` (replaced as a whole, or not at all), and check it by reading it back.
 
     ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S]. Other files
-    in the folder stay.
+    in the folder stay. Returns the figures with that comparison.
 
     Raises
     ------
@@ -64,9 +64,6 @@ def export_model(
     """
     temporary = temporary_beside(directory)
     architecture = model.architecture
-    facts = ModelFacts(
-        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
-    )
     try:
         complete_replacement(directory)
         if os.path.lexists(directory) and not _is_export(directory):
@@ -77,9 +74,7 @@ def export_model(
             dict(model.named_parameters()),
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
-        write_value(temporary / "config.json", facts)
-        write_text(temporary / "architecture.yaml", architecture.to_yaml())
-        shutil.copyfile(task.tokenizer, temporary / "tokenizer.json")
+        write_facts(temporary, model, task)
         write_retrain_file(temporary, config)
         reloaded = load_exported(temporary)
         with torch.inference_mode():
@@ -92,10 +87,24 @@ def export_model(
         raise unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return figures
 
 
-def load_exported(directory: str | os.PathLike[str]) -> Transformer:
-    """The model of an export, on the CPU, in evaluation mode. No code from the folder is executed.
+def write_facts(directory: Path, model: Transformer, task: Task) -> None:
+    """Write what ``load_exported`` and a user of ``model`` need beside its weights: ``config.json``,
+    ``architecture.yaml`` and ``tokenizer.json``."""
+    architecture = model.architecture
+    facts = ModelFacts(
+        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
+    )
+    write_value(directory / "config.json", facts)
+    write_text(directory / "architecture.yaml", architecture.to_yaml())
+    write_atomically(directory / "tokenizer.json", lambda path: shutil.copyfile(task.tokenizer, path))
+
+
+def load_exported(directory: PathLike) -> Transformer:
+    """The model of an export, or of a training's folder, on the CPU, in evaluation mode. No code from the folder is
+    executed.
 
     Raises
     ------

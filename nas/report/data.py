@@ -15,7 +15,7 @@ from moesaic.nas.costs.analytic import flops_breakdown
 from moesaic.nas.costs.compliance import MeasuredLine, margin_text, worst_status
 from moesaic.nas.costs.price import Costs
 from moesaic.nas.costs.use import LayerUse
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import INHERITED_BEST
 from moesaic.nas.search.loop import SearchResult, hypervolume_history
 from moesaic.nas.search.pareto import non_dominated
 from moesaic.nas.search.trials import Trial
@@ -125,7 +125,7 @@ def pareto_points(
             unevaluated.setdefault(trial.architecture.fingerprint, Point("refused", label, trial.architecture, costs))
         elif trial.state == "evaluated":
             if trial.number in exports:
-                kind = "best" if exports[trial.number] == BEST else "exported"
+                kind = "best" if exports[trial.number] == INHERITED_BEST else "exported"
                 label = f"{label}, exported as {exports[trial.number]}"
             elif trial.number in front:
                 kind = "front"

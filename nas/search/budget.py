@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from moesaic.nas.config import LimitConfig
 from moesaic.nas.costs.price import Costs, Pricer
 from moesaic.nas.units import DIMENSIONS, format_cost, parse_limit
-from moesaic.search_spaces import Architecture, FeedForward, Layer, MoesaicError, SearchSpace, neighbours
+from moesaic.search_spaces import Architecture, FeedForward, Layer, MoesaicError, SearchSpace, Slot, neighbours
 from moesaic.search_spaces.space import LayerSpace
 
 
@@ -48,11 +49,12 @@ class Budget:
         expected = expected or self.pricer.expected(architecture)
         worst = self.pricer.worst(architecture) if any(line.bind == "worst" for line in self.lines) else expected
         return {
-            line.cost: (worst if line.bind == "worst" else expected)[line.cost] * self._margin(line)
+            line.cost: (worst if line.bind == "worst" else expected)[line.cost] * self.margin(line)
             for line in self.lines
         }
 
-    def _margin(self, line: BudgetLine) -> float:
+    def margin(self, line: BudgetLine) -> float:
+        """The factor on a cost of ``line`` that its confidence needs."""
         if line.confidence is None:
             return 1.0
         assert self.pricer.predictor is not None
@@ -64,7 +66,7 @@ class Budget:
     def measured_excess(self, measured: Costs) -> dict[str, float]:
         """The same for costs under the loads of an evaluation; worst-case lines hold for any load."""
         return {
-            line.cost: measured[line.cost] * self._margin(line) / line.limit - 1
+            line.cost: measured[line.cost] * self.margin(line) / line.limit - 1
             for line in self.lines
             if line.bind == "expected"
         }
@@ -93,13 +95,26 @@ def most_expensive(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "e
 def _extreme(
     space: SearchSpace, pricer: Pricer, cost: str, bind: str, start: Architecture, choose: Callable, first: bool
 ) -> Architecture:
-    """Replace each layer of ``start`` in turn by its extreme choice; exact for costs that add up over layers."""
-    price = pricer.worst if bind == "worst" else pricer.expected
-    best = start
+    """``start`` with the extreme choice in each layer; exact for costs that add up over layers. Layers with equal
+    choices and loads have the same one."""
+    use = pricer.worst_use if bind == "worst" else pricer.expected_use
+
+    def alone(slot: Slot, layer: Layer) -> float:
+        """The cost of a network with one layer in each stack, this one in its own."""
+        firsts = {name: (Slot(name, 0), stack.layers[0]) for name, stack in start.stacks.items()}
+        layers = firsts | {slot.stack: (slot, layer)}
+        stacks = {name: replace(stack, layers=(layers[name][1],)) for name, stack in start.stacks.items()}
+        return pricer.price(space.build(stacks), [use(at, one.feed_forward) for at, one in layers.values()])[cost]
+
+    found: dict[tuple, Layer] = {}
+    extreme = {}
     for slot in start.layers:
-        layers = _extreme_layers(space.layers[slot], 0 if first else -1)
-        best = choose((best.with_layers({slot: layer}) for layer in layers), key=lambda a: price(a)[cost])
-    return best
+        choices = space.layers[slot]
+        kind = (slot.stack, choices, pricer.occupancy.at(slot))
+        if kind not in found:
+            found[kind] = choose(_extreme_layers(choices, 0 if first else -1), key=partial(alone, slot))
+        extreme[slot] = found[kind]
+    return start.with_layers(extreme)
 
 
 def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:

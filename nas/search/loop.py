@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.executors import Executor, Outcome
 from moesaic.nas.search.budget import Budget
-from moesaic.nas.search.pareto import hypervolume, non_dominated
+from moesaic.nas.search.pareto import hypervolumes, non_dominated
 from moesaic.nas.search.proposal import Proposal, Sampler, SearchState, Skipped
 from moesaic.nas.search.trials import Trial, TrialLog
 from moesaic.search_spaces import Architecture, Interrupted, StageFailed
@@ -296,22 +296,12 @@ def hypervolume_history(trials: list[Trial]) -> list[tuple[int, float]]:
     The reference point is the worst value of each objective among all feasible trials, plus a tenth of their range. So
     only histories from the same log can be compared.
     """
-    feasible = np.array([trial.values for trial in trials if trial.feasible])
-    if not len(feasible):
+    ended = [trial for trial in trials if trial.ended]
+    points = np.array([trial.values for trial in ended if trial.feasible])
+    if not len(points):
         return []
-    worst, best = feasible.max(0), feasible.min(0)
-    span = np.where(worst > best, worst - best, 1.0)
-    reference = worst + 0.1 * span
-    history: list[tuple[int, float]] = []
-    points: list[np.ndarray] = []
-    evaluations = 0
-    for trial in trials:
-        if not trial.ended:
-            continue
-        evaluations += 1
-        if trial.feasible:
-            points.append(np.array(trial.values))
-            kept = np.array(points)
-            points = list(kept[non_dominated(kept)])
-        history.append((evaluations, hypervolume(np.array(points), reference) if points else 0.0))
-    return history
+    worst, best = points.max(0), points.min(0)
+    reference = worst + 0.1 * np.where(worst > best, worst - best, 1.0)
+    volumes = [0.0, *hypervolumes(points, reference).tolist()]
+    feasible = accumulate(int(trial.feasible) for trial in ended)
+    return [(number, volumes[count]) for number, count in enumerate(feasible, start=1)]

@@ -22,19 +22,35 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """Volume dominated by ``points`` below ``reference``, by slicing along the last objective."""
+    """Volume dominated by ``points`` below ``reference``: a sweep over two objectives, slices along any more."""
     points = points[(points < reference).all(1)]
     if not len(points):
         return 0.0
     if points.shape[1] == 1:
         return float(reference[0] - points.min())
     points = points[np.argsort(points[:, -1], kind="stable")]
-    edges = np.append(points[:, -1], reference[-1])
-    volume = 0.0
-    for i in range(len(points)):
-        if (height := edges[i + 1] - edges[i]) > 0:
-            volume += height * hypervolume(points[: i + 1, :-1], reference[:-1])
+    heights = np.diff(points[:, -1], append=reference[-1])
+    if points.shape[1] == 2:
+        return float(heights @ (reference[0] - np.minimum.accumulate(points[:, 0])))
+    front, volume = points[:0, :-1], 0.0
+    for point, height in zip(points[:, :-1], heights, strict=True):
+        if not (front <= point).all(1).any():
+            front = np.vstack([front[~(point <= front).all(1)], point])
+            area = hypervolume(front, reference[:-1])
+        volume += height * area
     return volume
+
+
+def hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """[n] hypervolume of the first 1, 2, ... n points. Each adds its box less the part that the front has already."""
+    front, volume, found = points[:0], 0.0, []
+    for point in points:
+        if not (front <= point).all(1).any():
+            box = float(np.prod(np.maximum(reference - point, 0.0)))
+            volume += max(0.0, box - hypervolume(np.maximum(front, point), reference))
+            front = np.vstack([front[~(point <= front).all(1)], point])
+        found.append(volume)
+    return np.array(found)
 
 
 def evenly_spread(points: np.ndarray, count: int) -> list[int]:

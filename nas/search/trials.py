@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Damaged, MoesaicError
-from moesaic.search_spaces.files import LineFile, unwritable
+from moesaic.search_spaces.files import LineFile, PathLike, unwritable
 from moesaic.supernet.evaluate import LayerLoad
 
 State = Literal["evaluated", "refused", "duplicate", "failed"]
@@ -101,14 +101,14 @@ class Trial:
                 raise ValueError(f"{name} is {value}")
 
 
-def read_trials(path: Path) -> list[Trial]:
+def read_trials(path: PathLike) -> list[Trial]:
     """All complete trials of a log. An incomplete last line, and refusals whose trial never finished, do not count.
 
     Raises
     ------
     Damaged : a line is not a trial, is not in its place, or evaluates an architecture a second time.
     """
-    return _read(path)[0]
+    return _read(Path(path))[0]
 
 
 def first_trials(trials: Sequence[Trial], evaluations: int) -> list[Trial]:
@@ -126,8 +126,8 @@ def first_trials(trials: Sequence[Trial], evaluations: int) -> list[Trial]:
 class TrialLog:
     """Appends trials; opening removes what an interrupted process left incomplete, and raises as ``read_trials``."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: PathLike):
+        self.path = path = Path(path)
         self.trials, size = _read(path)
         try:
             self._file = LineFile(path, size)

@@ -227,14 +227,11 @@ class RunDirectory:
         sweep(stage.path)
         changes, existing, others = stage.changes(), stage.begun, stage.others()
         moves = not all(change.under(extendable) for change in changes)
-        aside = self._aside(stage.path.name) if moves else None
+        aside = self.set_aside(stage.path, stage.path.name) if moves else None
         try:
-            if aside is not None:
-                aside.parent.mkdir(exist_ok=True)
-                stage.path.rename(aside)
-                for name in others:
-                    (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                    (aside / name).rename(stage.path / name)
+            for name in others if aside is not None else ():
+                (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+                (aside / name).rename(stage.path / name)
             stage.path.mkdir(parents=True, exist_ok=True)
             if others:
                 write_json(stage.path / OTHERS, others)
@@ -245,9 +242,16 @@ class RunDirectory:
         write_json(stage.path / INPUTS, stage.inputs)
         return Preparation(existing and not moves, changes, aside)
 
-    def _aside(self, name: str) -> Path:
+    def set_aside(self, path: Path, name: str) -> Path:
+        """Move outdated work to a new folder ``previous/NAME-N``. Raises MoesaicError where that cannot be written."""
         numbered = (self.path / "previous" / f"{name}-{attempt}" for attempt in count(1))
-        return next(path for path in numbered if not path.exists())
+        aside = next(path for path in numbered if not path.exists())
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+        except OSError as error:
+            raise unwritable(path, error) from None
+        return aside
 
 
 def _is_text(name: str) -> bool:

@@ -11,8 +11,8 @@ import torch
 
 from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, lines_text, over_text, worst_excess
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import ExportFigures
-from moesaic.nas.exports.folder import BEST, export_model, retrain_settings, write_retrain_file
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, ExportFigures
+from moesaic.nas.exports.folder import export_model, retrain_settings, write_retrain_file
 from moesaic.nas.search.loop import SearchResult
 from moesaic.nas.search.pareto import evenly_spread
 from moesaic.nas.search.trials import Trial
@@ -56,14 +56,12 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
-    """Writes a folder for ``best`` and each ``front-N``, and ``exports.json``.
+    """Writes a folder for ``best-inherited`` and each ``front-N``, and ``exports.json``. Stage retrain adds ``best``.
 
-    ``best`` is the best-ranked trial that is inside the budget when measured. Members of the front that are over it
-    are exported and flagged.
+    ``best-inherited`` is the best-ranked trial that is inside the budget when measured. Members of the front that are
+    over it are exported and flagged.
     """
-    known = directory.path / "exports.json"
-    if known.exists():  # the models stand; only retrain.yaml is of other settings
-        exports = read_value(known, list[ExportFigures])
+    if (exports := _standing(directory)) is not None:  # only settings of retraining changed
         for name in {BEST, *(figures.name for figures in exports)}:
             if (directory.path / name / "retrain.yaml").exists():
                 write_retrain_file(directory.path / name, part.run.config)
@@ -71,9 +69,9 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
     trials, result = load_search(part)
     count = part.run.config.export.front
     with part.reporter.progress("export") as bar:
-        bar.update(0, 1 + count, BEST)
+        bar.update(0, 1 + count, INHERITED_BEST)
         best, refused = choose_best(part, trials)
-        exports = [_export(part, directory.path / BEST, best, refused)]
+        exports = [_export(part, directory.path / INHERITED_BEST, best, refused)]
         known = {best.trial.number, *(candidate.trial for candidate in refused)}
         others = _spread_front(result, known, count)
         for place, trial in enumerate(others, start=1):
@@ -86,6 +84,14 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
         bar.update(len(exports), len(exports))
     write_value(directory.path / "exports.json", exports, list[ExportFigures])
     return _digest(exports)
+
+
+def _standing(directory: StageDirectory) -> list[ExportFigures] | None:
+    """The exports of an earlier, complete stage in this folder."""
+    path = directory.path / "exports.json"
+    exports = read_value(path, list[ExportFigures]) if path.exists() else []
+    whole = all((directory.path / figures.name / "config.json").exists() for figures in exports)
+    return exports if exports and whole else None
 
 
 def _digest(exports: list[ExportFigures]) -> str:
@@ -136,6 +142,7 @@ def _spread_front(result: SearchResult, known: set[int], count: int) -> list[Tri
 
 def _measure(part: BudgetRun, trial: Trial) -> Candidate:
     run = part.run
+    run.check_stop("export")
     model = run.supernet.extract(trial.architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(trial.architecture)
@@ -165,5 +172,4 @@ def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tup
         context=run.context,
         slice_max_logit_difference=difference,
     )
-    export_model(directory, model.cpu(), run.config, run.task, figures, tokens)
-    return figures
+    return export_model(directory, model.cpu(), run.config, run.task, figures, tokens)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,10 +30,12 @@ from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture, SearchSpace
+from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
 from moesaic.supernet import Judge, LayerLoad, Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -48,9 +50,14 @@ class Run:
     """Objects of ``ray.tune.Callback`` for a search under Ray Tune."""
     calibration: Path | None = None
     """Folder of the latency calibration that this process uses, once known."""
+    latency_asked: bool = False
+    """Calibrate latency even where no budget line and no objective needs it."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
     """Seconds of a stage's work that were already spent before its turn."""
     _folders: dict[str, StageDirectory] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)  # programs give a str
 
     @cached_property
     def budgets(self) -> tuple[BudgetRun, ...]:
@@ -111,6 +118,12 @@ class Run:
             implementation_on(self.device.torch_device),
         )
 
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a budget line, an objective or the command is of latency."""
+        lines = [name for limits in self.config.budgets_by_name.values() for name in limits]
+        return self.latency_asked or "latency" in (*lines, *self.config.search.objectives)
+
     def folder(self, name: str) -> StageDirectory:
         """The folder of a shared stage, with the inputs that decide its result, including the results it needs."""
         if name not in self._folders:
@@ -122,6 +135,20 @@ class Run:
         self._folders.clear()
         for part in self.budgets:
             part.folders.clear()
+
+    def check_stop(self, what: str) -> None:
+        """Raises Interrupted where a stop was requested, for work that leaves nothing to continue from."""
+        if self.should_stop():
+            raise Interrupted(f"stopped in {what}; the same command repeats it")
+
+    def each(self, name: str, items: Sequence[Item]) -> Iterator[Item]:
+        """``items`` one by one, with progress under ``name``. Raises Interrupted as ``check_stop``."""
+        with self.reporter.progress(name) as bar:
+            for done, item in enumerate(items):
+                self.check_stop(name)
+                bar.update(done, len(items))
+                yield item
+            bar.update(len(items), len(items))
 
     def judge(self, split: Split, windows: int, model: Transformer | None = None) -> Judge:
         """Evaluates slices of ``model`` (by default of the supernet) on held-out sequences of a split."""
@@ -139,13 +166,15 @@ class Run:
 
     @cached_property
     def pricer(self) -> Pricer:
-        """Costs with the measured occupancy and the calibrated latency."""
+        """Costs with the measured occupancy and, where it is needed, the calibrated latency."""
         rows = read_value(self.folder("supernet").path / "occupancy.json", list[OccupancyRow])
         return Pricer(self.context, Occupancy.of(rows), self.predictor)
 
     @cached_property
-    def predictor(self) -> LatencyPredictor:
-        return LatencyPredictor.load(self.folder("latency").path / "predictor.json", self.device)
+    def predictor(self) -> LatencyPredictor | None:
+        """None where nothing needs latency."""
+        folder = self.folder("latency")
+        return LatencyPredictor.load(folder.path / "predictor.json", self.device) if folder.inputs["needed"] else None
 
 
 @dataclass

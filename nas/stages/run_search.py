@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,9 @@ from moesaic.nas.search.loop import (
     trials_for_budget,
     without_repeated,
 )
-from moesaic.nas.search.mirror import Mirror, check_database, database, journal
-from moesaic.nas.search.rivals import Rival, judge_rivals
+from moesaic.nas.search.rivals import JUDGED, Rival, judge_rivals
 from moesaic.nas.search.samplers import make_sampler
-from moesaic.nas.search.samplers.genome import Genome
-from moesaic.nas.search.samplers.puzzle import additivity
+from moesaic.nas.search.samplers.scores import additivity
 from moesaic.nas.search.trials import Trial, TrialLog, first_trials, read_trials
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import BudgetRun, Run
@@ -46,6 +45,12 @@ def inputs(run: Run) -> dict[str, Any]:
     return config | {"budgets": budgets, "context": asdict(run.context)}
 
 
+def passes(run: Run) -> float:
+    config = run.config
+    evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
+    return float(evaluations * len(config.budgets_by_name) * config.search.evaluation_windows)
+
+
 def work(run: Run, directory: StageDirectory) -> str:
     """Writes ``trials.jsonl``; ``journal.log`` (without a ``mirror``); and for each budget ``pareto.csv``,
     ``rivals.json``, ``search.json``."""
@@ -60,14 +65,13 @@ def work(run: Run, directory: StageDirectory) -> str:
                 tally.add(known)
 
                 def on_trial(finished: list[Trial]) -> None:
-                    mirror.append(finished)
+                    mirror(finished)
                     tally.add(finished)
                     bar.update(tally.ended, config.trials * len(searches), str(tally))
 
                 run_search(config, searches, executor, log, seed, on_trial, run.should_stop, run.reporter.say)
-            with run.reporter.progress("rivals"):
-                for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
-                    _write_result(part, search, acceptance, executor)
+            for part, search, acceptance in zip(run.budgets, searches, acceptances, strict=True):
+                _write_result(part, search, acceptance, executor)
         trials = first_trials(log.trials, config.trials)
     return fingerprint({"trials": [trial.architecture.fingerprint for trial in trials]})
 
@@ -75,6 +79,8 @@ def work(run: Run, directory: StageDirectory) -> str:
 def check_mirror(run: Run) -> None:
     """Raises as ``check_database`` when there is a ``mirror``, before hours are spent on training."""
     if run.config.mirror:
+        from moesaic.nas.search.mirror import check_database
+
         check_database(run.config.mirror, run.should_stop)
 
 
@@ -113,8 +119,19 @@ class _Tally:
         return f"{best}  refused {self.refused}"
 
 
-def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
-    """The study's name, kept as long as its folder exists: runs with the same name may share a database."""
+@contextmanager
+def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Iterator[Callable[[list[Trial]], None]]:
+    """Copies trials into a study while the search runs; machines without Optuna search without a study.
+
+    The study's name is kept as long as its folder exists: runs with the same name may share a database.
+    """
+    try:
+        from moesaic.nas.search.mirror import Mirror, database, journal
+        from moesaic.nas.search.samplers.genome import Genome
+    except ModuleNotFoundError as error:
+        run.reporter.say(f"search: {error.name} is not installed, so there is no study; trials.jsonl has every trial")
+        yield lambda finished: None
+        return
     names = folder / "study.json"
     if not names.exists():
         write_json(names, f"{run.config.name}-{secrets.token_hex(4)}")
@@ -123,7 +140,9 @@ def _mirror(run: Run, folder: Path, trials: list[Trial]) -> Mirror:
         file.unlink(missing_ok=True)  # of a search without a database, which would end here
     objectives, genome = run.config.search.objectives, Genome(run.space)
     opened = partial(database, url) if url else partial(journal, file)
-    return Mirror(opened, read_json(names), objectives, genome, trials, run.reporter.say, run.should_stop)
+    name = read_json(names)
+    with Mirror(opened, name, objectives, genome, trials, run.reporter.say, run.should_stop) as mirror:
+        yield mirror.append
 
 
 def _acceptance(part: BudgetRun) -> float:
@@ -159,7 +178,13 @@ def _write_result(part: BudgetRun, search: BudgetSearch, acceptance: float, exec
             found=part.name or None,
             allowed="a larger budget, or more trials",
         )
-    rivals = judge_rivals(part.run.space, search.budget, executor)
+    with part.reporter.progress("rivals") as bar:
+
+        def on_judged(done: int, total: int) -> None:
+            bar.update(done, total)
+            part.run.check_stop("rivals")
+
+        rivals = judge_rivals(part.run.space, search.budget, executor, on_judged)
     folder.mkdir(exist_ok=True)
     write_value(folder / "rivals.json", [rival for kind in rivals.values() for rival in kind], list[Rival])
     write_front(folder / "pareto.csv", result)

@@ -13,9 +13,9 @@ class Stage:
 
     ``module``, in this folder, has two functions. ``inputs(run)`` gives what decides the result, besides the results
     of the stages that it ``needs``. ``work(run, directory)`` writes the stage's files to ``directory.path`` and returns
-    a digest of the result, or None where the inputs alone identify it. ``run`` is the ``Run`` for a stage that all
-    budgets share (``shared``), else the ``BudgetRun``. A change of ``extendable`` inputs keeps earlier work; later
-    stages do not depend on ``private`` ones.
+    a digest of the result, or None where the inputs alone identify it. A long stage has a third, ``passes(run)``, for
+    an estimate of its time. ``run`` is the ``Run`` for a stage that all budgets share (``shared``), else the
+    ``BudgetRun``. A change of ``extendable`` inputs keeps earlier work; later stages do not depend on ``private`` ones.
     """
 
     name: str
@@ -33,6 +33,10 @@ class Stage:
 
     def work(self, run: Any, directory: Any) -> str | None:
         return self._module.work(run, directory)
+
+    def passes(self, run: Any) -> float:
+        """About how many sequences pass forward through a model; each that trains counts as three. 0: takes little."""
+        return getattr(self._module, "passes", lambda run: 0.0)(run)
 
     @property
     def folder_name(self) -> str:

@@ -14,7 +14,7 @@ from moesaic.nas.stages.run import Run
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.search_spaces import Architecture, FeedForward, Router, SearchSpace, Slot
 from moesaic.search_spaces.files import write_json, write_value
-from moesaic.supernet import Judge, Transformer
+from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import save_tensors
 from moesaic.supernet.train import CHECKPOINT
 
@@ -24,6 +24,11 @@ _OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS, _EVALUATION_WINDOWS = 16, 96, 128
 def inputs(run: Run) -> dict[str, Any]:
     config = run.config.model_dump(mode="json", include={"seed", "data", "space", "supernet"})
     return config | {"corpus": run.task.fingerprint, "device": run.device.computing}
+
+
+def passes(run: Run) -> float:
+    config = run.config.supernet
+    return 3.0 * config.steps * config.batch_size
 
 
 def work(run: Run, directory: StageDirectory) -> None:
@@ -51,12 +56,8 @@ def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
     judge, rng = run.judge("validation", _OCCUPANCY_WINDOWS, model), Random(f"{run.config.seed}/occupancy")
     hosts = dict.fromkeys(_with_router(run.space, experts, router) for _, experts, router in routers(run.space))
     hosts |= dict.fromkeys(run.space.sample_balanced(rng) for _ in range(_OCCUPANCY_MEMBERS))
-    return _mean_occupancy(judge, list(hosts))
-
-
-def _mean_occupancy(judge: Judge, hosts: list[Architecture]) -> Occupancy:
     seen: dict[tuple[Slot, int, Router], list[tuple[float, ...]]] = {}
-    for host in hosts:
+    for host in run.each("loads", list(hosts)):
         for (slot, layer), load in zip(host.layers.items(), judge(host).loads, strict=True):
             part = layer.feed_forward
             if part.router is not None and load is not None:

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 from moesaic.nas.device import versions
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST
 from moesaic.nas.report.data import (
     Model,
     Point,
@@ -26,7 +26,6 @@ from moesaic.nas.stages.retrain_models import SEARCHED, load_results, seed_direc
 from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder, write_front
 from moesaic.nas.stages.stage import STAGES
-from moesaic.nas.trust.scores import Scores
 from moesaic.search_spaces import Architecture, draw
 from moesaic.search_spaces.files import read_json, read_value, value_text, write_text
 
@@ -63,9 +62,9 @@ def load_summary(part: BudgetRun) -> Summary:
 def build_summary(part: BudgetRun) -> Summary:
     """Everything the run found for a budget, from its artifacts."""
     run, exports, results = part.run, load_exports(part), load_results(part)
-    best = exports[0]
-    architecture = Architecture.from_yaml(part.folder("export").path / BEST / "architecture.yaml")
+    inherited, chosen = exports[0], results[0]
     folders = {stage.name: part.folder(stage.name) for stage in STAGES}
+    predictor = run.predictor
     return Summary(
         name=run.config.name,
         date=datetime.date.today().isoformat(),
@@ -73,28 +72,27 @@ def build_summary(part: BudgetRun) -> Summary:
         device=str(run.device),
         versions=versions(),
         metrics=run.task.metrics,
-        budget=best.budget,
+        budget=chosen.budget,
         chosen=Chosen(
-            fingerprint=architecture.fingerprint,
-            architecture=architecture,
-            picture=tuple(draw(architecture).split("\n")),
-            inherited=Scores(
-                loss=best.loss, standard_error=best.standard_error, metrics=best.metrics, tokens=best.tokens
-            ),
-            predicted=best.predicted,
-            measured=best.measured,
-            refused=best.refused,
-            latency=best.latency,
-            retrained=results[0],
+            fingerprint=chosen.fingerprint,
+            architecture=chosen.architecture,
+            picture=tuple(draw(chosen.architecture).split("\n")),
+            inherited=inherited,
+            predicted=chosen.predicted,
+            measured=chosen.measured,
+            refused=inherited.refused,
+            latency=chosen.latency,
+            retrained=chosen,
         ),
         rivals=tuple(results[1:]),
         search=read_value(search_folder(part) / "search.json", SearchFigures),
         supernet=read_json(part.folder("supernet").path / "evaluation.json"),
-        latency_predictor=PredictorFigures(run.predictor.accuracy, run.predictor.describe()),
+        latency_predictor=predictor and PredictorFigures(predictor.accuracy, predictor.describe()),
         trust=load_trust(part),
-        exports=tuple(figures.name for figures in exports),
+        exports=(BEST, *(figures.name for figures in exports)),
         stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
         context=run.context,
+        more_seeds=run.command("run", "retrain.seeds=3"),
     )
 
 
@@ -123,10 +121,14 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
             _model(part, SEARCHED, summary.chosen.architecture),
             *(_model(part, rival.label, rival.architecture) for rival in rivals),
         ],
-        exported=[_model(part, name, by_number[number].architecture) for number, name in names.items() if name != BEST],
+        exported=[
+            _model(part, name, by_number[number].architecture)
+            for number, name in names.items()
+            if name != INHERITED_BEST
+        ],
         exports=exports,
         curves=training_curves(part.folder("supernet").path, first_seeds),
-        measurements=read_measurements(part.folder("latency").path / "measurements.csv"),
+        measurements=read_measurements(part.folder("latency").path / "measurements.csv") if run.predictor else [],
     )
 
 

@@ -1,6 +1,7 @@
 """The search bench: shares of a known hypervolume, searches replayed from the committed tables, and its rivals."""
 
 import json
+import sys
 from random import Random
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.common import read_rows
-from experiments.search_bench import curves, large, methods, run, table
-from moesaic import MoesaicError, open_run
+from experiments.search_bench import curves, large, methods, run, scale, table
+from moesaic import Context, MoesaicError, open_run, read_value
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,17 @@ def test_evaluations_of_a_large_space_are_remembered(small, monkeypatch):
     again = large.Remembered(run_of)
     monkeypatch.setattr(large, "evaluate", None)
     assert [again(architecture) for architecture in run_of.space] == first
+
+
+def test_the_bench_at_scale_runs_on_a_small_space(tmp_path, monkeypatch):
+    (tmp_path / "small.yaml").write_text("{preset: tiny, layer: {expert_sizes: [16, 32], shared_sizes: [0]}}")
+    monkeypatch.setattr(scale, "SPACE", tmp_path / "small.yaml")
+    monkeypatch.setattr(scale, "CONTEXT", Context(256, 32, 1))
+    monkeypatch.setattr(scale, "BUDGETS", {"tight": {"flops": "45%", "parameters": "60%"}})
+    monkeypatch.setattr(scale, "PLANNED", 20)
+    monkeypatch.setattr(sys, "argv", ["scale", "--members", "2", "--out", str(tmp_path / "scale.json")])
+    scale.main()
+    result = read_value(tmp_path / "scale.json", dict)
+    assert result["count_of_neighbours"] > 0
+    assert result["tight"].keys() == {"first_draw_ms", "draw", "repair"}
+    assert {"sample", "price", "neighbours", "plan_seconds", "memory_mb", "device", "seed"} <= result.keys()

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,8 +17,10 @@ from hypothesis import strategies as st
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import (
+    complete_replacement,
     read_json,
     read_value,
+    replace_folder,
     sweep,
     temporary_beside,
     write_atomically,
@@ -83,6 +87,55 @@ def test_another_file_that_cannot_be_read_is_not_called_a_failed_write(tmp_path:
         write_atomically(tmp_path / "a.txt", lambda path: path.write_bytes((tmp_path / "source").read_bytes()))
     assert caught.value.filename == str(tmp_path / "source")
     assert contents(tmp_path) == {}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(40))
+def test_a_folder_whose_replacement_is_killed_at_any_moment_is_old_or_new_and_keeps_a_persons_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    folder, new = tmp_path / "best", tmp_path / "new"
+    for name in ("model", "sub/a", "notes.txt", "sub/mine.txt"):
+        write_text(folder / name, "old" if name in ("model", "sub/a") else "mine")
+    (folder / "link").symlink_to("notes.txt")
+    for name in ("model", "sub/a", "card"):
+        write_text(new / name, "new")
+    done = 0
+
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: Any, **named: Any) -> object:
+            nonlocal done
+            done += 1
+            if done > moment:
+                raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("link", "rename", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            replace_folder(folder, new)
+        except Killed:
+            pass
+        else:
+            assert moment > 8, "the faults were never reached"
+    complete_replacement(folder)
+    left = {
+        name: path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+        for name in [str(path)[len(str(folder)) + 1 :]]
+    }
+    whose = "new" if "card" in left else "old"
+    expected = {"model": whose, "sub/a": whose, "notes.txt": "mine", "sub/mine.txt": "mine", "link": "mine"}
+    assert left == expected | ({"card": "new"} if whose == "new" else {})
+    assert (folder / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} <= {"best", "new"}
 
 
 def test_sweeping_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:

@@ -6,8 +6,21 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from moesaic.search_spaces import Architecture, Layer, SearchSpace, Stack, crossover, load_space, mutate, neighbours
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    FeedForward,
+    Layer,
+    Router,
+    SearchSpace,
+    Stack,
+    crossover,
+    load_space,
+    mutate,
+    neighbours,
+)
 from moesaic.search_spaces.space import LayerSpace
 from moesaic.search_spaces.yaml_source import YamlSource
 
@@ -82,6 +95,71 @@ def test_another_expert_may_have_any_size_and_keeps_the_others(sparse_space: Sea
         grown = [n.decoder.layers[0].feed_forward for n in neighbours(sparse_space, member)]
         added = {p.expert_sizes for p in grown if p.experts == 3}
         assert added == {tuple(sorted((*part.expert_sizes, size), reverse=True)) for size in (16, 32)}
+
+
+def test_experts_of_one_size_are_one_choice() -> None:
+    """A layer of 64 equal experts has two moves of sizes, not two per expert, and none is made twice."""
+    layer = {"heads": [1], "kv_heads": [1], "experts": [64], "expert_sizes": [16, 32, 48],
+             "routers": [{"kind": "top_k", "k": [1]}]}  # fmt: skip
+    space = load_space(YamlSource("test", {"width": [16], "depth": [3], "layer": layer}))
+    equal = FeedForward((32,) * 64, Router("top_k", k=1))
+    middle = space.build({"decoder": Stack(16, (Layer(Attention(1, 1), equal),) * 3)})
+    found = neighbours(space, middle)
+    assert len(found) == len(set(found)) == 3 * 2
+    mixed = FeedForward((48,) * 20 + (32,) * 20 + (16,) * 24, Router("top_k", k=1))
+    assert (
+        len(neighbours(space, middle.with_layers(dict.fromkeys(middle.layers, Layer(Attention(1, 1), mixed))))) == 3 * 4
+    )
+
+
+@given(seed=seeds)
+def test_neighbours_of_a_preset_are_distinct(seed: int, preset_space: SearchSpace) -> None:
+    member = preset_space.sample_balanced(Random(seed))
+    found = neighbours(preset_space, member)
+    assert len(found) == len(set(found))
+    assert member not in found
+
+
+def test_a_mutation_draws_its_kind_then_its_layer_then_its_move_uniformly(sparse_space: SearchSpace) -> None:
+    """The law against one worked out here: kinds are told apart by what differs."""
+
+    def kind(one: Architecture, other: Architecture) -> str:
+        if one.decoder.width != other.decoder.width:
+            return "width"
+        a, b = one.decoder.layers[0], other.decoder.layers[0]
+        if a.attention != b.attention:
+            return "attention"
+        if a.feed_forward.experts != b.feed_forward.experts:
+            return "experts"
+        return next(
+            k
+            for k in ("expert_sizes", "router", "shared_size")
+            if getattr(a.feed_forward, k) != getattr(b.feed_forward, k)
+        )
+
+    part = FeedForward((32, 16), Router("top_k", k=2), 16)
+    before, rng, draws = sparse_space.build({"decoder": Stack(32, (Layer(Attention(2, 1), part),))}), Random(0), 4000
+    found = neighbours(sparse_space, before)  # one layer: a kind, then a move of it
+    kinds = Counter(kind(before, other) for other in found)
+    assert set(kinds) == {"attention", "experts", "expert_sizes", "router", "shared_size"}
+    drawn = Counter(mutate(sparse_space, before, rng) for _ in range(draws))
+    expected = [draws / (len(kinds) * kinds[kind(before, other)]) for other in found]
+    assert chisquare([drawn[other] for other in found], expected).pvalue > 1e-3
+
+
+def test_a_mutation_draws_its_layer_uniformly() -> None:
+    layer = {"heads": [1], "kv_heads": [1], "experts": [1], "dense_sizes": [16, 32, 48, 64]}
+    layers = {0: {"dense_sizes": [16, 32]}, 2: {"dense_sizes": [16]}}
+    space = load_space(YamlSource("test", {"width": [16], "depth": [3], "layer": layer, "layers": layers}))
+    before, rng = space.smallest, Random(0)
+    middle = next(a for a in space if a.decoder.layers[1].feed_forward.expert_sizes == (32,))
+    for start in (before, middle):  # the last layer has no move; one of the middle layer has one move, or two
+        changed = Counter(
+            next(i for i in range(3) if mutated.decoder.layers[i] != start.decoder.layers[i])
+            for mutated in (mutate(space, start, rng) for _ in range(1000))
+        )
+        assert set(changed) == {0, 1}
+        assert chisquare(list(changed.values())).pvalue > 1e-3
 
 
 def test_a_deeper_neighbour_repeats_the_last_layer() -> None:

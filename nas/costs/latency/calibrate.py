@@ -75,8 +75,7 @@ def calibrate(
     rng, timer = Random(f"{seed}/latency"), Timer.of(device.kind)
     started = timer.clock()
     members = [space.sample_balanced(rng) for _ in range(config.models)]
-    seconds_per_flop = _seconds_per_flop(members[0], context, device, timer)
-    chosen = select(members, context, config, seconds_per_flop, rng)
+    chosen = select(members, context, config, seconds_per_flop(members[0], context, device), rng)
     passes = random_passes(chosen.architectures, context, device, seed, chosen.vocab_sizes)
     near = chosen.near_anchors(context)
     anchors = random_passes(
@@ -237,9 +236,9 @@ def clock_mhz(device: Device) -> float | None:
     return sum(clocks) / len(clocks) if clocks else None
 
 
-def _seconds_per_flop(architecture: Architecture, context: Context, device: Device, timer: Timer) -> float:
-    """A rough speed of this machine, from a model of one layer and a small vocabulary."""
+def seconds_per_flop(architecture: Architecture, context: Context, device: Device) -> float:
+    """A rough speed of this machine, from a pass through one layer of ``architecture`` and a small vocabulary."""
     (small,), vocab_size = shallow([architecture], 1), min(context.vocab_size, 256)
     (one,) = random_passes([small], context, device, _ANCHOR_SEED, [vocab_size])
     one()
-    return timer(one)[1] / 1e3 / flops_of(small, one.context)
+    return Timer.of(device.kind)(one)[1] / 1e3 / flops_of(small, one.context)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, Backbone, Damaged, Layer, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, write_json
+from moesaic.search_spaces.files import PathLike, read_json, write_json
 from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
@@ -176,13 +175,13 @@ class LatencyPredictor:
             f"{measured.noise:.1%} after drift correction, {measured.raw_noise:.1%} before"
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: PathLike) -> None:
         data = adapter(LatencyPredictor).dump_python(self, mode="json")
         data["coefficients"] = dict(zip(TERMS, self.coefficients, strict=True))
         write_json(path, data | {"interval": asdict(self.interval())})
 
     @staticmethod
-    def load(path: Path, device: Device) -> LatencyPredictor:
+    def load(path: PathLike, device: Device) -> LatencyPredictor:
         """Read a predictor. Raises MoesaicError for a damaged file or one calibrated on another device."""
         data: dict[str, Any] = read_json(path)
         try:

@@ -42,10 +42,14 @@ class Pass:
             self.tokens = tokens[:, -1:]
 
     def __call__(self) -> Output:
+        with torch.inference_mode(), self.device.autocast():
+            return self.plain()
+
+    def plain(self) -> Output:
+        """The pass in the type and the mode of the caller."""
         if self.cache is not None:
             self.cache.length = self.context.sequence_length
-        with torch.inference_mode(), self.device.autocast():
-            return self.model.run(self.tokens, cache=self.cache)
+        return self.model.run(self.tokens, cache=self.cache)
 
     def uses(self) -> list[LayerUse]:
         """How much of each layer the tokens of this pass use."""

@@ -101,7 +101,8 @@ class EvolutionSampler:
     def _children(self, parents: Sequence[Architecture], rng: Random) -> dict[Architecture, Costs]:
         """Distinct candidates inside the budget, as many as a number of tries gives, and their expected costs."""
         space, budget = self.feasible.space, self.feasible.budget
-        children = self._priced(self.feasible.sample(rng) for _ in range(_RANDOM))
+        drawn = (self.feasible.sample(rng) for _ in range(_RANDOM))
+        children = self._priced(architecture for architecture in drawn if architecture is not None)
         for _ in range(4 * _CHILDREN):
             first, second = rng.choice(parents), rng.choice(parents)
             child = crossover(space, first, second, rng) if rng.random() < 0.5 else first

@@ -20,6 +20,8 @@ class RandomSampler:
         rng = Random(f"{self.seed}/search/{state.asked}")
         for _ in range(UNSEEN_TRIES):
             architecture = self.feasible.sample(rng)
+            if architecture is None:
+                break
             if state.unknown(architecture):
                 return Proposal(architecture)
         return None

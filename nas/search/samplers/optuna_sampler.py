@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from itertools import chain
 from random import Random
 
 import optuna
@@ -15,8 +14,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState, Skipped
+from moesaic.nas.search.proposal import Proposal, SearchState, Skipped
 from moesaic.nas.search.samplers.genome import Genome
+from moesaic.nas.search.samplers.independent import RandomSampler
 from moesaic.nas.search.trials import Trial
 from moesaic.search_spaces import Architecture
 
@@ -87,10 +87,11 @@ class OptunaSampler:
         """A new architecture inside the budget when the sampler offers none: the last one repaired, or else a random
         one; None when the space seems exhausted."""
         rng = Random(f"{self.seed}/instead/{len(self._trials())}")
-        candidates = chain(
-            [self.feasible.repair(architecture, rng)], (self.feasible.sample(rng) for _ in range(UNSEEN_TRIES))
-        )
-        return next((a for a in candidates if state.unknown(a)), None)
+        repaired = self.feasible.repair(architecture, rng)
+        if state.unknown(repaired):
+            return repaired
+        drawn = RandomSampler(self.feasible, self.seed).propose(state)
+        return drawn and drawn.architecture
 
     def _observe(self, trial: Trial) -> None:
         asked = self._asked.pop(trial.architecture, None)

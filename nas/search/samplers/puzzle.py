@@ -14,114 +14,45 @@ A part that does not fit there is not chosen.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
+from operator import le
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, milp
-from scipy.stats import kendalltau
 
 from moesaic.nas.search.budget import Budget
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState
 from moesaic.nas.search.rivals import uniform_layouts
 from moesaic.nas.search.samplers.independent import RandomSampler
+from moesaic.nas.search.samplers.scores import (
+    KINDS,
+    Part,
+    Place,
+    Scores,
+    part_of,
+    places_of,
+    shape_of,
+    shaped,
+    with_part,
+)
 from moesaic.nas.search.trials import Trial
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Slot
+from moesaic.search_spaces import Architecture, Layer, Slot
 
-Kind = Literal["attention", "feed_forward"]
-Part = Attention | FeedForward
-Place = tuple[Slot, Kind]
-"""A layer's address and one of its parts."""
-Shape = tuple[tuple[int, int], ...]
-"""Width and depth of each stack."""
-_KINDS: tuple[Kind, ...] = ("attention", "feed_forward")
 _CORRECTIONS = 30
 """Attempts before giving up, where solutions turn out over budget because a cost is not a sum over parts."""
 _LEVELS = 16
 """After this many cost levels in a row without a new solution, the library counts as exhausted."""
+_CUTS = 20
+"""Known solutions that a programme rules out: the best ones under its caps. A level with more of them is left, so that
+the time of a proposal does not grow with the log."""
 _PRIMES = (2, 3, 5, 7, 11)
-
-
-def places_of(slots: Iterable[Slot]) -> list[Place]:
-    return list(product(slots, _KINDS))
-
-
-def part_of(architecture: Architecture, place: Place) -> Part:
-    return getattr(architecture.layers[place[0]], place[1])
-
-
-def with_part(architecture: Architecture, place: Place, part: Part) -> Architecture:
-    """``architecture`` with one part replaced."""
-    slot, kind = place
-    return architecture.with_layers({slot: replace(architecture.layers[slot], **{kind: part})})
-
-
-def role_of(trial: Trial) -> str | None:
-    """The purpose of a trial: ``parent``, ``part``, ``base`` (another width and depth), ``solution``."""
-    return trial.engine.get("puzzle", {}).get("role")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """``bases``: the parent's loss in each shape. ``deltas``: the loss each part of a place adds (parent's: 0)."""
-
-    parent: Architecture
-    bases: Mapping[Shape, float]
-    deltas: Mapping[Place, Mapping[Part, float]]
-
-    @staticmethod
-    def of(trials: Iterable[Trial]) -> Scores | None:
-        """From a log, for trials of any budget; None where no parent was evaluated. Failed parts have no score."""
-        judged = [(trial, trial.loss) for trial in trials if trial.state == "evaluated" and trial.loss is not None]
-        found = next(((trial, loss) for trial, loss in judged if role_of(trial) == "parent"), None)
-        if found is None:
-            return None
-        parent, loss = found[0].architecture, found[1]
-        places = places_of(parent.layers)
-        deltas: dict[Place, dict[Part, float]] = {place: {part_of(parent, place): 0.0} for place in places}
-        for trial, changed in judged:
-            if _shape(trial.architecture) == _shape(parent):
-                differing = [place for place in places if part_of(trial.architecture, place) != part_of(parent, place)]
-                if len(differing) == 1:
-                    deltas[differing[0]][part_of(trial.architecture, differing[0])] = changed - loss
-        bases, scores = {_shape(parent): loss}, Scores(parent, {}, deltas)
-        for trial, changed in judged:
-            if role_of(trial) == "base" and (parts := scores.parts(trial.architecture)) is not None:
-                bases.setdefault(_shape(trial.architecture), changed - parts)
-        return replace(scores, bases=bases)
-
-    def parts(self, architecture: Architecture) -> float | None:
-        """The sum of the scores of all parts; None where one has none."""
-        total = 0.0
-        for place in places_of(architecture.layers):
-            delta = self.deltas.get(place, {}).get(part_of(architecture, place))
-            if delta is None:
-                return None
-            total += delta
-        return total
-
-    def predict(self, architecture: Architecture) -> float | None:
-        """The loss as a sum; None where a part, or the shape, has no score."""
-        base, parts = self.bases.get(_shape(architecture)), self.parts(architecture)
-        return None if base is None or parts is None else base + parts
-
-
-def _shape(architecture: Architecture) -> Shape:
-    return tuple((stack.width, len(stack.layers)) for stack in architecture.stacks.values())
-
-
-def _shaped(architecture: Architecture, shape: Shape) -> Architecture:
-    """``architecture`` with other widths and the first layers of each stack."""
-    stacks = {
-        name: replace(stack, width=width, layers=stack.layers[:depth])
-        for (name, stack), (width, depth) in zip(architecture.stacks.items(), shape, strict=True)
-    }
-    return replace(architecture, **stacks)
 
 
 class Program:
@@ -154,6 +85,22 @@ class Program:
         self.bounds = self._coefficients(lambda a: list(budget.bound(a).values()))
         self.costs = self._coefficients(lambda a: [budget.pricer.expected(a)[name] for name in self.objectives])
         self.structure = self._structure()
+        self._remembered: set[str] = set()
+        self._known: list[tuple[float, tuple[float, ...], str, Architecture]] = []
+
+    def remember(self, known: Iterable[tuple[str, Architecture]]) -> None:
+        """Known architectures, by fingerprint, for ``best_known``."""
+        for fingerprint, architecture in known:
+            if fingerprint not in self._remembered:
+                self._remembered.add(fingerprint)
+                if (row := self._row(architecture)) is not None:
+                    insort(self._known, (self.losses @ row, tuple(self.costs @ row), fingerprint, architecture))
+
+    def best_known(self, caps: Mapping[str, float], count: int) -> list[Architecture]:
+        """The ``count`` known architectures under ``caps`` with the lowest predicted losses."""
+        limits = [caps.get(name, math.inf) for name in self.objectives]
+        inside = (architecture for _, costs, _, architecture in self._known if all(map(le, costs, limits)))
+        return list(islice(inside, count))
 
     def solve(
         self, caps: Mapping[str, float] | None = None, excluded: Iterable[Architecture] = (), least: str | None = None
@@ -203,7 +150,7 @@ class Program:
     def _coefficients(self, price: Callable[[Architecture], Sequence[float]]) -> np.ndarray:
         """[costs, variables]: the cost each variable adds; the parent's own parts add nothing beyond their shape."""
         parent = self.scores.parent
-        columns = [np.array(price(_shaped(parent, shape)), float) for shape in self.shapes]
+        columns = [np.array(price(shaped(parent, shape)), float) for shape in self.shapes]
         for width, place, part in self.choices:
             name = place[0].stack
             host = replace(parent, **{name: replace(parent.stacks[name], width=width)})
@@ -228,7 +175,7 @@ class Program:
         """[variables] the choices of ``architecture``; None where it cannot be chosen."""
         places = places_of(architecture.layers)
         parts = [(architecture.width_at(place[0]), place, part_of(architecture, place)) for place in places]
-        keys = [_shape(architecture), *parts]
+        keys = [shape_of(architecture), *parts]
         if any(key not in self.index for key in keys):
             return None
         row = np.zeros(len(self.losses))
@@ -236,13 +183,13 @@ class Program:
         return row
 
     def _architecture(self, x: np.ndarray) -> Architecture:
-        host = _shaped(self.scores.parent, self.shapes[int(x[: len(self.shapes)].argmax())])
+        host = shaped(self.scores.parent, self.shapes[int(x[: len(self.shapes)].argmax())])
         chosen: dict[Place, Any] = {
             place: part
             for (_, place, part), value in zip(self.choices, x[len(self.shapes) :], strict=True)
             if value > 0.5
         }
-        return host.with_layers({slot: Layer(**{kind: chosen[slot, kind] for kind in _KINDS}) for slot in host.layers})
+        return host.with_layers({slot: Layer(**{kind: chosen[slot, kind] for kind in KINDS}) for slot in host.layers})
 
 
 @dataclass
@@ -258,9 +205,14 @@ class PuzzleSampler:
     """Most feed-forward parts scored per layer, spread evenly over numbers of experts."""
     _plans: dict[Architecture, dict[Architecture, str]] = field(default_factory=dict, init=False, repr=False)
     _programme: Program | None = field(default=None, init=False, repr=False)
+    _read: int = field(default=0, init=False, repr=False)
+    """Number of trials of the log that were read."""
+    _scored: list[Trial] = field(default_factory=list, init=False, repr=False)
+    """Those of them that scores are made from."""
+    _scores: Scores | None = field(default=None, init=False, repr=False)
 
     def propose(self, state: SearchState) -> Proposal | None:
-        scores = Scores.of(state.trials)
+        scores = self._scores_of(state.trials)
         plan = self.plan(scores.parent if scores else self._parent)
         for architecture, role in plan.items():
             if state.unknown(architecture):
@@ -269,6 +221,15 @@ class PuzzleSampler:
         if scores is None or found is None:
             return RandomSampler(self.feasible, self.seed).propose(state)
         return Proposal(found, engine={"puzzle": {"role": "solution", "predicted": scores.predict(found)}})
+
+    def _scores_of(self, trials: Sequence[Trial]) -> Scores | None:
+        """``Scores.of(trials)``, made again only where a new trial matters to it."""
+        new = [trial for trial in trials[self._read :] if self._scores is None or self._scores.uses(trial)]
+        self._read = len(trials)
+        if new:
+            self._scored += new
+            self._scores = Scores.of(self._scored)
+        return self._scores
 
     def plan(self, parent: Architecture) -> dict[Architecture, str]:
         """The architectures to evaluate for the scores of ``parent``, with their roles; all inside the budget."""
@@ -281,7 +242,7 @@ class PuzzleSampler:
                 for name, stack in space.stacks.items()
             )
             for shape in product(*shapes):
-                host = _shaped(parent, shape)
+                host = shaped(parent, shape)
                 hosts = (host, host.with_layers({slot: space.layers[slot].smallest for slot in host.layers}))
                 if host := next((host for host in hosts if fits(host)), None):
                     plan.setdefault(host, "base")
@@ -330,17 +291,17 @@ class PuzzleSampler:
     def _solution(self, scores: Scores, state: SearchState, number: int) -> Architecture | None:
         if self._programme is None or self._programme.scores != scores:
             self._programme = Program(scores, self.feasible.budget, self.objectives)
-        program, excluded = self._programme, [trial.architecture for trial in state.seen.values()]
-        ranges = program.ranges
+        program, ranges = self._programme, self._programme.ranges
+        program.remember((fingerprint, trial.architecture) for fingerprint, trial in state.seen.items())
+        program.remember((architecture.fingerprint, architecture) for architecture in state.running)
         for level in range(number, number + _LEVELS):
             caps = {
                 name: high - radical_inverse(level, prime) * (high - low)
                 for (name, (low, high)), prime in zip(ranges.items(), _PRIMES, strict=False)
             }
-            while (found := program.solve(caps, excluded)) is not None:
-                if state.unknown(found):
-                    return found
-                excluded.append(found)  # it runs in another lane
+            found = program.solve(caps, program.best_known(caps, _CUTS))
+            if found is not None and state.unknown(found):
+                return found
         return None
 
 
@@ -352,23 +313,3 @@ def radical_inverse(index: int, base: int) -> float:
         digit /= base
         value += last * digit
     return value
-
-
-def additivity(trials: Iterable[Trial]) -> dict[str, float | None] | None:
-    """How far predicted losses of solutions were from evaluated ones: their number, mean absolute error and mean
-    error in nats, and Kendall's tau (None where undefined); None for a log with fewer than two solutions."""
-    pairs = [
-        (trial.engine["puzzle"]["predicted"], trial.loss)
-        for trial in trials
-        if trial.state == "evaluated" and role_of(trial) == "solution"
-    ]
-    if len(pairs) < 2:
-        return None
-    predicted, loss = np.array(pairs).T
-    error, tau = predicted - loss, float(np.asarray(kendalltau(predicted, loss))[0])
-    return {
-        "solutions": len(pairs),
-        "mean_absolute_error": float(np.abs(error).mean()),
-        "mean_error": float(error.mean()),
-        "tau": None if math.isnan(tau) else tau,
-    }

@@ -3,22 +3,15 @@
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pytest
 
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.samplers.puzzle import (
-    Program,
-    PuzzleSampler,
-    Scores,
-    additivity,
-    part_of,
-    places_of,
-    radical_inverse,
-    role_of,
-    with_part,
-)
+from moesaic.nas.search.samplers import puzzle
+from moesaic.nas.search.samplers.puzzle import Program, PuzzleSampler, radical_inverse
+from moesaic.nas.search.samplers.scores import Scores, additivity, part_of, places_of, role_of, with_part
 from moesaic.nas.search.trials import read_trials
 from moesaic.search_spaces import Interrupted
 from moesaic.supernet import Evaluation
@@ -122,6 +115,47 @@ def test_a_search_among_solutions_that_was_stopped_ends_as_one_that_was_not(tmp_
     assert sum(role_of(trial) == "solution" for trial in whole) > 10
     assert [t.architecture for t in parts] == [t.architecture for t in whole]
     assert all(budget.fits(t.architecture) for t in whole)
+
+
+def test_a_programme_does_not_grow_with_the_log(tmp_path, monkeypatch):
+    sizes, milp = [], puzzle.milp
+
+    def counted(*args, constraints, **options):
+        sizes.append(len(constraints[1][0]))
+        return milp(*args, constraints=constraints, **options)
+
+    monkeypatch.setattr(puzzle, "milp", counted)
+    space = tiny_space()
+    trials = search(space, budget_of(space, flops="60%"), tmp_path / "t", SearchConfig(sampler="puzzle", trials=120))
+    solutions = [t for t in trials if role_of(t) == "solution"]
+    assert len(solutions) > 40
+    assert max(sizes) <= 1 + 1 + 20, "a budget line, a cap, and the known solutions ruled out"
+    assert len(sizes) < 2 * len(solutions)
+
+
+def test_known_solutions_are_ruled_out_in_the_order_of_their_predicted_losses(tmp_path):
+    space = small_space()
+    budget = budget_of(space, flops="90%")
+    scores = Scores.of(scored(space, budget, tmp_path))
+    assert scores is not None
+    program = Program(scores, budget, ("flops",))
+    predicted = {a: loss for a in space if (loss := scores.predict(a)) is not None}
+    program.remember((a.fingerprint, a) for a in predicted)
+    program.remember((a.fingerprint, a) for a in predicted)  # the second time it is no news
+    cap = float(np.median([PRICER.expected(a)["flops"] for a in predicted]))
+    inside = sorted((loss, a.fingerprint) for a, loss in predicted.items() if PRICER.expected(a)["flops"] <= cap)
+    found = program.best_known({"flops": cap}, 10)
+    assert [predicted[a] for a in found] == pytest.approx([loss for loss, _ in inside[:10]])
+    assert len(program.best_known({}, 10_000)) == len(predicted)
+
+
+def test_scores_from_a_growing_log_are_those_of_the_whole_log(tmp_path):
+    space = small_space()
+    budget = budget_of(space, flops="80%")
+    trials = scored(space, budget, tmp_path)
+    sampler = PuzzleSampler(FeasibleSampler(space, budget, find_feasible(space, budget)), 0, ("flops",), 20)
+    for count in range(0, len(trials) + 1, 7):
+        assert sampler._scores_of(trials[:count]) == Scores.of(trials[:count])
 
 
 def test_what_failed_has_no_score_and_is_not_chosen(tmp_path):
