@@ -28,7 +28,7 @@ STARTS = 3
 """A search stops after this many failed starts of lanes in a row."""
 _PATIENCE = 20.0
 """After this many seconds without a lane, the user is told what the search is waiting for."""
-_TOKEN_SETTINGS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 @contextmanager
@@ -107,22 +107,24 @@ def _on_loopback() -> Iterator[None]:
 
 @contextmanager
 def _token() -> Iterator[None]:
-    """A secret for the Ray that starts, in a file that only this user can read, unless the user has set one: whoever
-    reaches Ray's sockets runs code as this user."""
-    if any(name in os.environ for name in _TOKEN_SETTINGS):
+    """A secret for the Ray that starts, in a file that only this user can read, unless the user has set one or wants
+    none: whoever reaches Ray's sockets runs code as this user. Ray's own file, in the user's home, is open to all."""
+    mode = os.environ.get(_MODE)
+    if mode not in (None, "token") or _TOKEN in os.environ or _TOKEN_PATH in os.environ:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="moesaic-ray-") as folder:
         path = Path(folder) / "token"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+        os.environ |= {_MODE: "token", _TOKEN_PATH: str(path)}
         _read_settings_again()
         try:
             yield
         finally:
-            for name in _TOKEN_SETTINGS:
-                os.environ.pop(name, None)
+            os.environ.pop(_TOKEN_PATH, None)
+            if mode is None:
+                os.environ.pop(_MODE, None)
             _read_settings_again()
 
 
