@@ -3,8 +3,8 @@
 python -m experiments.search_bench.scale [--members 30] [--out FILE]
 
 Width 4,096, 64 layers, 256 experts, vocabulary 131,072. Milliseconds of processor time, median over members; members
-and their parts are new each time, so that no cache helps. `plan`: what `moesaic plan` asks of the space, 1,000 members
-priced, the range of every cost, and a member inside the budget.
+and their parts are new each time, so that no cache helps. `plan_seconds` is what `moesaic plan` asks of the space:
+1,000 members priced, the range of every cost, and a member inside the budget.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ SEED, PLANNED = 0, 1000
 SPACE = Path(__file__).with_name("scale.yaml")
 CONTEXT = Context(131_072, 4096, 1)
 BUDGETS = {
-    "a third of it fits": {"flops": "45%"},
-    "nearly nothing fits": {"flops": "20%", "parameters": "5%"},
+    "loose": {"flops": "45%"},
+    "tight": {"flops": "15%", "parameters": "4%"},
+    "very tight": {"flops": "10%", "parameters": "3%"},
 }
 
 
@@ -85,6 +86,7 @@ def figures(space: SearchSpace, context: Context, members: int) -> Row:
         feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
         setup, _ = clock(lambda feasible=feasible: feasible.sample(rng))
         rows[name] = {
+            "share_inside": feasible.acceptance(10 * members, rng),
             "first_draw_ms": round(setup),
             "draw": median(members, lambda: None, lambda _, feasible=feasible: feasible.sample(rng)),
             "repair": median(members, draw, lambda a, feasible=feasible: feasible.repair(a, rng)),

@@ -112,6 +112,9 @@ class TiltedLaw:
         for sums in self._chain(number, at):
             last = bisect_right(sums, rng.random() * sums[last], 0, last % len(sums))
             sizes.append(choice.group.sizes[last])
+            if last == 0:  # the others are as small
+                sizes += [choice.group.sizes[0]] * (choice.group.experts - len(sizes))
+                break
         part = FeedForward(tuple(sizes), choice.router, choice.group.shared_sizes[shared])
         cost = costs.attentions[attention] + choice.constants[shared] + np.array(sizes) @ choice.slopes
         return Layer(self.costs.space.layers[slot].attentions[attention], part), cost

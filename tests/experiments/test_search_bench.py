@@ -156,5 +156,5 @@ def test_the_bench_at_scale_runs_on_a_small_space(tmp_path, monkeypatch):
     scale.main()
     result = read_value(tmp_path / "scale.json", dict)
     assert result["count_of_neighbours"] > 0
-    assert result["tight"].keys() == {"first_draw_ms", "draw", "repair"}
+    assert result["tight"].keys() == {"share_inside", "first_draw_ms", "draw", "repair"}
     assert {"sample", "price", "neighbours", "plan_seconds", "memory_mb", "device", "seed"} <= result.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import shutil
 from collections import Counter
@@ -17,7 +16,6 @@ from scipy import stats
 
 from moesaic.nas.config import load_config
 from moesaic.nas.exports.figures import RetrainedModel
-from moesaic.nas.plan import build_plan
 from moesaic.nas.report.summary import Summary, costs_sentence, verdict
 from moesaic.nas.stages.retrain_export import RetrainedExport, retrain_export
 from moesaic.nas.stages.retrain_models import load_results
