@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ _WORDS: dict[str, Split] = {
     "testing": "test",
 }
 """Words in names of files and folders that tell the split."""
+_ABOUT = {"readme", "license", "licence", "copying", "citation", "notice"}
+"""Words in names of files that come with a data set and belong to none of its splits."""
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 """Folders beside the standard library that are no part of it, and test suites, which some distributions leave out."""
 
@@ -87,7 +90,7 @@ def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Foun
                     found[key], names[path] = file, name
     files, notes = list(found.values()), []
     if None in wanted and config.kind == "text":
-        files, notes = _own_splits(files, names)
+        files, notes = _own_splits(files, names, search)
     files = _each_once(files, search)
     left_out = search.summary()
     if not files:
@@ -155,25 +158,28 @@ def _no_text(data: bytes) -> str | None:
     return None
 
 
-def _own_splits(files: list[TextFile], names: dict[Path, str]) -> tuple[list[TextFile], list[str]]:
+def _own_splits(files: list[TextFile], names: dict[Path, str], search: FileSearch) -> tuple[list[TextFile], list[str]]:
     """Files with the splits that their names tell, if all names do so without doubt; and a line that says so."""
-    told = {file: {_WORDS[word] for word in _words(names[file.path]) if word in _WORDS} for file in files}
+    words = {file: re.findall(r"[a-z]+", names[file.path].lower()) for file in files}
+    told = {file: {_WORDS[word] for word in found if word in _WORDS} for file, found in words.items()}
     clear = {split for splits in told.values() if len(splits) == 1 for split in splits}
     if len(clear) < 2:
         return files, []
-    if (doubtful := [file for file, splits in told.items() if len(splits) != 1]) or "train" not in clear:
+    about = {file for file in files if not told[file] and _ABOUT.intersection(words[file])}
+    doubtful = [file for file in files if len(told[file]) != 1 and file not in about]
+    if doubtful or "train" not in clear:
         reason = f"{shown(Path(names[doubtful[0].path]))} does not name one" if doubtful else "none is for training"
         return files, [
             f"some files are named after splits, but {reason}: all are divided by content "
             "(data.files: {train: ..., validation: ..., test: ...} says which is which)"
         ]
-    counts = [sum(splits == {split} for splits in told.values()) for split in SPLITS]
-    text = ", ".join(f"{count} {split}" for split, count in zip(SPLITS, counts, strict=True) if count)
-    return [replace(file, split=min(splits)) for file, splits in told.items()], [f"split by file names: {text}"]
-
-
-def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+", name.lower())
+    for file in about:
+        search.leave_out("about the data", file.path)
+    divided = [replace(file, split=min(told[file])) for file in files if file not in about]
+    counts = Counter(file.split for file in divided)
+    return divided, [
+        f"split by file names: {', '.join(f'{counts[split]} {split}' for split in SPLITS if counts[split])}"
+    ]
 
 
 def _each_once(files: list[TextFile], search: FileSearch) -> list[TextFile]:

@@ -121,6 +121,13 @@ def test_splits_of_a_folder_are_kept(tmp_path, names):
         assert "split by file names: 1 train, 1 validation, 1 test" in found(files)[1]
 
 
+def test_what_describes_a_data_set_is_in_no_split(tmp_path):
+    names = ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt")
+    write(tmp_path, {name: lines(name) for name in (*names, "README.md", "LICENSE")})
+    assert list(texts_of(tmp_path).values()) == [[lines(name)] for name in names]
+    assert "2 about the data (LICENSE, README.md)" in found(tmp_path)[1]
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
