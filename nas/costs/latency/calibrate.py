@@ -68,8 +68,8 @@ def calibrate(
     """Measure models of ``space`` and fit a predictor.
 
     Where time allows, these are ``config.models`` random members; a quarter is held out of the fit and estimates its
-    error. Else they are shallow models, since terms add up over layers, and few whole ones, each of which is predicted
-    by a fit to all the others. Weights and tokens are random: latency depends on the shape and the load, and both are
+    error. Else they are shallow models, since terms add up over layers, and few whole ones, which give the scale and
+    estimate the error. Weights and tokens are random: latency depends on the shape and the load, and both are
     known for every measurement.
     """
     rng, timer = Random(f"{seed}/latency"), Timer.of(device.kind)
@@ -93,16 +93,19 @@ def calibrate(
     survey.time(doubtful, chosen.rounds)
     milliseconds, seconds = survey.milliseconds(), timer.clock() - started
 
-    held_out = chosen.held_out
+    held_out, fitted = chosen.held_out, ~chosen.held_out
+    coefficients = fit(terms[fitted], milliseconds[fitted])
+    judged = terms[held_out] @ coefficients
     if chosen.shallow:
-        coefficients = fit(terms, milliseconds)
-        judged = leave_one_out(terms, milliseconds, np.flatnonzero(held_out))
-        residuals = np.log(milliseconds[held_out] / judged)
-        intervals = [Interval.of(np.delete(residuals, i), LEVEL) for i in range(len(residuals))]
+        # Whole models take longer by a common factor, since they find colder caches. Each is judged with that of the
+        # others.
+        errors = np.log(milliseconds[held_out] / judged)
+        factors = (errors.sum() - errors) / (len(errors) - 1)
+        judged *= np.exp(factors)
+        coefficients = coefficients * np.exp(errors.mean())
+        residuals = errors - errors.mean()
+        intervals = [Interval.of(np.delete(errors, i) - factor, LEVEL) for i, factor in enumerate(factors)]
     else:
-        fitted = ~held_out
-        coefficients = fit(terms[fitted], milliseconds[fitted])
-        judged = terms[held_out] @ coefficients
         residuals = np.log(milliseconds[fitted] / leave_one_out(terms[fitted], milliseconds[fitted]))
         intervals = [Interval.of(residuals, LEVEL)] * len(judged)
     ratios = (milliseconds[held_out] / judged).tolist()

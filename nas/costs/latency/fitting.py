@@ -29,11 +29,10 @@ def fit(terms: np.ndarray, measured: np.ndarray, weights: np.ndarray | None = No
     return solution / scale
 
 
-def leave_one_out(terms: np.ndarray, measured: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-    """The prediction of each of ``rows`` (default: all n) by a ``fit`` to all the others."""
-    rows = np.arange(len(measured)) if rows is None else rows
-    others = [np.arange(len(measured)) != row for row in rows]
-    return np.array([terms[row] @ fit(terms[o], measured[o]) for row, o in zip(rows, others, strict=True)])
+def leave_one_out(terms: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """The prediction [n] of each row by a ``fit`` to all the others."""
+    others = ~np.eye(len(measured), dtype=bool)
+    return np.array([row @ fit(terms[other], measured[other]) for row, other in zip(terms, others, strict=True)])
 
 
 def informative(terms: np.ndarray, seconds: np.ndarray, budget: float, fewest: int, most: int) -> list[int]:

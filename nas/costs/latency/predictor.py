@@ -126,8 +126,9 @@ class Measured:
 class LatencyPredictor:
     """Coefficients in milliseconds per unit of each term, for one device and context.
 
-    ``log_residuals`` are log(measured / predicted) of each fitted whole model when it is left out; ``accuracy`` and
-    ``coverage`` (share inside the interval at ``LEVEL``) are of whole models that the prediction was not fitted to.
+    ``log_residuals`` are log(measured / predicted) of each fitted model when it is left out, or, beside shallow models,
+    of the whole ones, to which only the scale is fitted. ``accuracy`` and ``coverage`` (share inside the interval at
+    ``LEVEL``) are of whole models that their prediction was not fitted to.
     The weights of all ``anchors`` follow from ``anchor_seed``.
     """
 

@@ -173,6 +173,7 @@ def test_a_time_limit_is_kept_by_shallow_models_and_whole_ones_judge(phase):
     assert found.predictor.measured.shallow == len(found.rows) - 3 >= len(TERMS)
     assert any(row["vocabulary"] < CONTEXT.vocab_size for row in found.rows)
     assert "models of 1 or 2 layers" in found.predictor.describe()
+    assert np.mean(found.predictor.log_residuals) == pytest.approx(0)  # whole models give the scale
     time_pass(random_passes([SPACE.largest], found.predictor.context, CPU, 0)[0], found.predictor, CPU)
 
 
