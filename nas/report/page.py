@@ -102,7 +102,7 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     yield paragraph(
         f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}, latency "
-        f"{per_text('latency', context)}. With inherited weights, before training, the searched model had a test loss "
+        f"{per_text('latency', context)}. With inherited weights, as in the search, the searched model has a test loss "
         f"of {chosen.inherited.loss:.4f}.",
         "muted",
     )
