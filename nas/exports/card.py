@@ -62,7 +62,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
 def _other_weights(figures: ExportFigures) -> str:
     """What is known of the same architecture with other weights."""
     if figures.inherited is not None:
-        return f"With weights inherited from the supernet, before this training, it was {figures.inherited.loss:.4f}."
+        return f"With weights inherited from the supernet, as in the search, it is {figures.inherited.loss:.4f}."
     trained = f", as in `{BEST}`" if figures.name == INHERITED_BEST else ""
     return f"Trained alone{trained}, the architecture has another loss; the run's verdict is about trained models."
 

@@ -224,7 +224,7 @@ def test_the_best_is_the_model_that_the_verdict_is_about(quick_run, micro_config
     card = (folder / "README.md").read_text()
     assert f"trained from scratch for {result.steps} steps with seed 0. Their loss on the test split: " in card
     assert f"{result.loss:.4f} nats" in card
-    assert f"before this training, it was {inherited.loss:.4f}" in card
+    assert f"as in the search, it is {inherited.loss:.4f}" in card
     other = (quick_run / "exports" / "best-inherited" / "README.md").read_text()
     assert f"{inherited.loss:.4f} nats" in other
     assert f"{result.loss:.4f}" not in other
@@ -232,7 +232,7 @@ def test_the_best_is_the_model_that_the_verdict_is_about(quick_run, micro_config
     names = [{path.name for path in (quick_run / "exports" / name).iterdir()} for name in ("best", "best-inherited")]
     assert names[0] == names[1]
     page = (quick_run / "report" / "index.html").read_text()
-    assert f"before training, the searched model had a test loss of {inherited.loss:.4f}" in page
+    assert f"as in the search, the searched model has a test loss of {inherited.loss:.4f}" in page
     assert read(run, "summary.json")["exports"][:2] == ["best", "best-inherited"]
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moesaic.nas.config import load_config
 from moesaic.nas.costs.compliance import MeasuredLine, margin_text
+from moesaic.nas.exports.figures import RetrainedModel
 from moesaic.nas.pipeline import run_stages
 from moesaic.nas.report.data import (
     ON_FRONT,
@@ -32,6 +33,7 @@ from moesaic.nas.report.html import table
 from moesaic.nas.report.page import build_page
 from moesaic.nas.report.paper import write_paper_figures
 from moesaic.nas.report.pictures import architecture_svg, pixels_per_neuron
+from moesaic.nas.report.terminal_summary import print_summary
 from moesaic.nas.search.trials import read_trials
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import build_summary, gather
@@ -238,6 +240,24 @@ def test_page_of_a_run_without_rivals_and_other_exports(findings: Findings):
     )
     assert bare.default_cost == "flops"
     assert "unknown whether" in build_page(bare)
+
+
+def test_a_run_without_latency_is_reported_without_it(findings: Findings):
+    def untimed(result: RetrainedModel) -> RetrainedModel:
+        costs = {name: value for name, value in result.measured.items() if name != "latency"}
+        return replace(result, measured=costs, latency=None)
+
+    searched, rivals = untimed(findings.summary.chosen.retrained), tuple(map(untimed, findings.summary.rivals))
+    chosen = replace(findings.summary.chosen, retrained=searched, measured=searched.measured, latency=None)
+    summary = replace(findings.summary, chosen=chosen, rivals=rivals, latency_predictor=None)
+    page = build_page(replace(findings, summary=summary, measurements=[]))
+    assert "<td>latency, per" not in page
+    assert 'id="latency"' not in page
+    out = io.StringIO()
+    print_summary(Console(file=out, width=200), summary, {})
+    shown = out.getvalue().splitlines()
+    assert not [line for line in shown if line.strip().startswith("latency ")]
+    assert "times the parameters" in out.getvalue()
 
 
 def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
