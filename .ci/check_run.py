@@ -57,6 +57,9 @@ def check(run: Path) -> list[str]:
         for line in summary["budget"]
         if line["predicted"] > line["limit"]
     ]
+    shipped = json.loads((run / "exports" / "best" / "figures.json").read_text())
+    if shipped["loss"] != chosen["retrained"]["runs"][0]["loss"]:
+        wrong.append("exports/best is another model than the one that was judged")
     names = {model["name"] for model in summary["rivals"]}
     wrong += [f"rival {name}" for name in ("uniform", "dense") if name not in names]
     files = [
@@ -73,6 +76,13 @@ def check(run: Path) -> list[str]:
     ]
     exported = ["architecture.yaml", "config.json", "model.safetensors", "tokenizer.json", "retrain.yaml", "README.md"]
     files += [f"exports/{name}/{file}" for name in summary["exports"] for file in exported]
+    loadable = ["architecture.yaml", "config.json", "model.safetensors", "tokenizer.json"]
+    files += [
+        f"retrain/{model['name']}/seed-{one['seed']}/{file}"
+        for model in (chosen["retrained"], *summary["rivals"])
+        for one in model["runs"]
+        for file in loadable
+    ]
     return wrong + [file for file in files if not (run / file).is_file() or not (run / file).stat().st_size]
 
 

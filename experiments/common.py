@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from moesaic import MoesaicError, Run, run_stages, versions
+import moesaic
+from moesaic import MoesaicError, Run, versions
 
 DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, Any]
@@ -77,7 +78,7 @@ def in_processes(
 
 def do_stage(run: Run, name: str) -> None:
     """Run one stage of a run unless it is complete."""
-    run_stages(run, Console(stderr=True), only=name)
+    moesaic.run_stages(run, Console(stderr=True), only=name)  # brings Optuna, which not every script has
 
 
 def markdown(columns: str, rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.kernels import reference, routing, segments
 from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.workspace import Implementation
 
 
 def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
@@ -31,6 +32,11 @@ def has_triton(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def implementation_on(device: torch.device) -> Implementation:
+    """The default implementation on ``device``, except for float64."""
+    return "triton" if has_triton(device) else "torch"
 
 
 def sparse_ffn(
@@ -73,7 +79,7 @@ def sparse_ffn(
     if x.dtype == torch.float16 and x.device.type == "cpu":
         raise ValueError("float16 is 30 to 90 times slower than float32 on a CPU: use float32 or bfloat16")
     if implementation is None:
-        implementation = "triton" if has_triton(x.device) and x.dtype != torch.float64 else "torch"
+        implementation = "torch" if x.dtype == torch.float64 else implementation_on(x.device)
     if routing is not None and routing.slots is not None and implementation != "triton":
         routing = routing.trimmed()  # made on a GPU, with unused entries at the end that only the Triton kernels skip
     return IMPLEMENTATIONS[implementation](x, bank, layout, routing, activation)
@@ -95,8 +101,10 @@ __all__ = [
     "Activation",
     "Bank",
     "ExpertLayout",
+    "Implementation",
     "Routing",
     "has_triton",
+    "implementation_on",
     "route",
     "sparse_ffn",
 ]

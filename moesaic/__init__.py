@@ -1,11 +1,13 @@
 """Moesaic designs sparse Transformers under a compute budget.
 
 The public interface: the names below, and those of ``moesaic.search_spaces``, ``moesaic.supernet`` and
-``moesaic.kernels``. Each is loaded when it is first used.
+``moesaic.kernels``. Each is loaded when it is first used. Import moesaic before torch: it bounds the time that torch's
+threads spin, which is read when torch is loaded.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
     from moesaic.nas.costs.latency.probe import random_passes
     from moesaic.nas.costs.latency.timing import Series, Timer
-    from moesaic.nas.costs.measure import measure_costs
+    from moesaic.nas.costs.measure import measure_costs, peak_activation_bytes
+    from moesaic.nas.costs.memory import activation_memory
     from moesaic.nas.costs.price import Pricer
     from moesaic.nas.costs.use import LayerUse, Occupancy, OccupancyRow
     from moesaic.nas.device import Device, choose_device, versions
-    from moesaic.nas.executors import Executor, LocalExecutor
+    from moesaic.nas.executors import Executor, LocalExecutor, Outcome, Work, evaluate_all
     from moesaic.nas.executors.ray_lanes import RayExecutor
+    from moesaic.nas.executors.tune_trials import TuneExecutor
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
     from moesaic.nas.search.budget import Budget, cost_ranges, find_feasible, resolve_budget
@@ -46,8 +50,9 @@ if TYPE_CHECKING:
     from moesaic.nas.training.trainer import Trainer
     from moesaic.nas.trust.correction import Correction, Judged, correction_features
     from moesaic.nas.trust.judges import correction_of
-    from moesaic.nas.trust.ranking import agreement, bootstrap, kendall_tau, mean_interval
+    from moesaic.nas.trust.ranking import agreement, kendall_tau, mean_interval
     from moesaic.nas.trust.scores import Difference, difference_over_seeds
+    from moesaic.nas.trust.significance import holm
     from moesaic.nas.units import DIMENSIONS
     from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
     from moesaic.search_spaces.files import read_value, write_value
@@ -65,12 +70,14 @@ _WHERE = {
     "nas.costs.latency.predictor": ["TERMS", "LatencyPredictor", "model_terms"],
     "nas.costs.latency.probe": ["random_passes"],
     "nas.costs.latency.timing": ["Series", "Timer"],
-    "nas.costs.measure": ["measure_costs"],
+    "nas.costs.measure": ["measure_costs", "peak_activation_bytes"],
+    "nas.costs.memory": ["activation_memory"],
     "nas.costs.price": ["Pricer"],
     "nas.costs.use": ["LayerUse", "Occupancy", "OccupancyRow"],
     "nas.device": ["Device", "choose_device", "versions"],
-    "nas.executors": ["Executor", "LocalExecutor"],
+    "nas.executors": ["Executor", "LocalExecutor", "Outcome", "Work", "evaluate_all"],
     "nas.executors.ray_lanes": ["RayExecutor"],
+    "nas.executors.tune_trials": ["TuneExecutor"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
     "nas.search.budget": ["Budget", "cost_ranges", "find_feasible", "resolve_budget"],
@@ -90,8 +97,9 @@ _WHERE = {
     "nas.training.trainer": ["Trainer"],
     "nas.trust.correction": ["Correction", "Judged", "correction_features"],
     "nas.trust.judges": ["correction_of"],
-    "nas.trust.ranking": ["agreement", "bootstrap", "kendall_tau", "mean_interval"],
+    "nas.trust.ranking": ["agreement", "kendall_tau", "mean_interval"],
     "nas.trust.scores": ["Difference", "difference_over_seeds"],
+    "nas.trust.significance": ["holm"],
     "nas.units": ["DIMENSIONS"],
     "search_spaces": ["Architecture", "MoesaicError", "SearchSpace"],
     "search_spaces.files": ["read_value", "write_value"],
@@ -131,6 +139,7 @@ __all__ = [
     "MoesaicError",
     "Occupancy",
     "OccupancyRow",
+    "Outcome",
     "Pricer",
     "RayExecutor",
     "Recipe",
@@ -145,18 +154,22 @@ __all__ = [
     "Transformer",
     "Trial",
     "TrialLog",
+    "TuneExecutor",
+    "Work",
     "__version__",
+    "activation_memory",
     "agreement",
-    "bootstrap",
     "calibrate",
     "choose_device",
     "correction_features",
     "correction_of",
     "cost_ranges",
     "difference_over_seeds",
+    "evaluate_all",
     "find_feasible",
     "fit",
     "flops",
+    "holm",
     "hypervolume",
     "hypervolumes",
     "kendall_tau",
@@ -172,6 +185,7 @@ __all__ = [
     "model_terms",
     "non_dominated",
     "open_run",
+    "peak_activation_bytes",
     "plan",
     "random_passes",
     "read_trials",
@@ -187,6 +201,12 @@ __all__ = [
     "worst_status",
     "write_value",
 ]
+
+# A thread of GNU OpenMP that waits for the others spins ten times as long by default, on a processor that they may
+# need: beside a busy program a training is many times slower. The figure is from experiments/spin. Lanes and workers
+# inherit it.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "30000"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,12 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from moesaic.nas.config import load_config
+from moesaic.nas.data.cache import expanded
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.pipeline import run_stages
 from moesaic.nas.plan import Plan, build_plan
@@ -17,9 +19,8 @@ from moesaic.nas.report.summary import Summary
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import load_summary
 from moesaic.nas.terminal.progress import Reporter
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet import Transformer
-
-PathLike = str | os.PathLike[str]
 
 
 def open_run(
@@ -28,6 +29,7 @@ def open_run(
     out: PathLike | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    tune_callbacks: Sequence[Any] = (),
 ) -> Run:
     """A run: call its stages one by one, read its artifacts as properties.
 
@@ -38,32 +40,35 @@ def open_run(
     out : directory of the run; by default ``runs/NAME``.
     reporter : receives messages and progress; by default they go to standard error.
     should_stop : polled regularly; True saves the work done so far and raises Interrupted.
+    tune_callbacks : objects of ``ray.tune.Callback`` for ``executor.kind=tune``.
 
     Raises
     ------
     MoesaicError : the configuration is wrong, with file, line and key.
     """
     loaded = load_config(config, overrides)
-    path = Path(out) if out is not None else Path("runs") / loaded.config.name
-    return Run(loaded, path, reporter or Reporter(), should_stop)
+    path = expanded(os.fspath(out), "out") if out is not None else Path("runs") / loaded.config.name
+    return Run(loaded, path, reporter or Reporter(), should_stop, tune_callbacks)
 
 
-def run(config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None) -> dict[str, Summary]:
+def run(
+    config: PathLike, overrides: Sequence[str] = (), out: PathLike | None = None, tune_callbacks: Sequence[Any] = ()
+) -> dict[str, Summary]:
     """Run all stages, as ``moesaic run``; continues where it stopped. Returns the findings by budget name (a single
-    budget has an empty name).
+    budget has an empty name). ``tune_callbacks`` as in ``open_run``.
 
     Raises
     ------
     MoesaicError : as ``open_run``, and where a stage fails.
     """
-    opened = open_run(config, overrides, out)
+    opened = open_run(config, overrides, out, tune_callbacks=tune_callbacks)
     run_stages(opened, Console(file=io.StringIO()))
     return {part.name: load_summary(part) for part in opened.budgets}
 
 
-def plan(config: PathLike, overrides: Sequence[str] = ()) -> dict[str, Plan]:
-    """The plan of each budget by name, without training, as ``moesaic plan``."""
-    return {part.name: build_plan(part) for part in open_run(config, overrides).budgets}
+def plan(config: PathLike, overrides: Sequence[str] = (), latency: bool = False) -> dict[str, Plan]:
+    """The plan of each budget by name, without training, as ``moesaic plan``; ``latency`` times this machine."""
+    return {part.name: build_plan(part, latency) for part in open_run(config, overrides).budgets}
 
 
 def load(folder: PathLike) -> Transformer:

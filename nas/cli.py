@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +50,13 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = None) -> Non
 
 
 @app.command(rich_help_panel="Main")
-def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check before training: size of the space, range of costs, whether the budget can be met, estimated time."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    latency: Annotated[bool, typer.Option("--latency", help="Time this machine: latency, and stages.")] = False,
+) -> None:
+    """Check before training: size of the space, range of costs, whether the budget can be met."""
     with _told():
         from moesaic.nas.config import load_config
         from moesaic.nas.plan import build_plan, print_plan
@@ -57,7 +64,7 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         from moesaic.nas.terminal.tables import output_console
 
         run = Run(load_config(config, overrides or ()), Path("runs"))
-        results = {part.name: build_plan(part) for part in run.budgets}
+        results = {part.name: build_plan(part, latency) for part in run.budgets}
         if as_json:
             plain = {name: asdict(result) for name, result in results.items()}
             print(json.dumps(plain if len(plain) > 1 else next(iter(plain.values())), indent=2))
@@ -82,26 +89,41 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
         template = Path(__file__).parent / "templates" / "config.yaml"
         write_text(path, template.read_text(encoding="utf-8").format(name=name))
-        typer.echo(f"wrote {path}; next: moesaic plan {path}")
+        typer.echo(f"wrote {path}; next: {shlex.join(['moesaic', 'plan', str(path)])}")
 
 
 @app.command(rich_help_panel="Main")
 def cost(
-    architecture: Annotated[Path, typer.Argument(metavar="ARCHITECTURE", help="architecture.yaml")],
-    vocab_size: Annotated[int, typer.Option(min=1)] = 1024,
+    path: Annotated[Path, typer.Argument(metavar="ARCHITECTURE|EXPORT", help="architecture.yaml, or an export.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="[default: 1024, or the export's]")] = None,
     sequence_length: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    count: Annotated[bool, typer.Option("--count", help="Count FLOPs with torch and fvcore too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Price one architecture, layer by layer, and measure its latency on this device."""
     with _told():
-        from moesaic.nas.context import Context
-        from moesaic.nas.costs.statement import build_statement, print_statement
-        from moesaic.nas.terminal.tables import output_console
-        from moesaic.search_spaces import Architecture
+        from dataclasses import replace
 
-        value = Architecture.from_yaml(architecture)
-        statement = build_statement(value, Context(vocab_size, sequence_length, batch_size))
+        from moesaic.nas.context import Context
+        from moesaic.nas.costs.count import count_flops
+        from moesaic.nas.costs.statement import build_statement, print_statement
+        from moesaic.nas.exports.folder import load_exported
+        from moesaic.nas.terminal.tables import output_console
+        from moesaic.search_spaces import Architecture, MoesaicError
+        from moesaic.supernet import Transformer
+
+        model = load_exported(path) if path.is_dir() else None
+        if model and vocab_size not in (None, model.vocab_size):
+            raise MoesaicError(
+                "the export has its own vocabulary", where="--vocab-size", found=vocab_size, nearest=model.vocab_size
+            )
+        value = model.architecture if model else Architecture.from_yaml(path)
+        context = Context(model.vocab_size if model else vocab_size or 1024, sequence_length, batch_size)
+        statement = build_statement(value, context)
+        if count:
+            model = model or Transformer(value, context.vocab_size)
+            statement = replace(statement, counted=count_flops(model, context))
         if as_json:
             print(json.dumps(statement.plain(), indent=2))
         else:
@@ -133,10 +155,11 @@ def retrain(
         if out is not None:
             raise MoesaicError("--out is only for runs; exports are retrained in place", where="--out", found=out)
         result, metrics = retrain_export(config, overrides or (), Reporter(), should_stop)
-        over = f" (95 % interval over {len(result.runs)} seeds)" if len(result.runs) > 1 else ""
+        seeds = len(result.runs)
+        over = f"95 % interval over {seeds} seeds" if seeds > 1 else "standard error over sequences, one seed"
         figures = ", ".join(f"{metric.title} {metric.format(result.metrics[metric.name])}" for metric in metrics)
         typer.echo(
-            f"test loss {result.loss:.4f} ± {result.error:.4f}{over}, {figures}; weights in {config / 'retrained'}, "
+            f"test loss {result.loss:.4f} ± {result.error:.4f} ({over}), {figures}; weights in {config / 'retrained'}, "
             "a folder per seed"
         )
 
@@ -161,14 +184,14 @@ for _stage in STAGES:
 def doctor() -> None:
     """Show versions, device, threads, triton, and what is missing."""
     with _told():
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         from moesaic.nas.doctor import examine
         from moesaic.nas.terminal.tables import output_console
 
         checks = examine()
-        table = Table(show_header=False)
+        table = Table("", Column(overflow="fold"), show_header=False)
         for check in checks:
             table.add_row(check.name, Text(check.value, style="" if check.fine else "bold red"))
         output_console().print(table)
@@ -180,16 +203,24 @@ def _stages(config: Path, overrides: list[str] | None, out: Path | None, only: s
     """Run one stage, or run all of them and print the result."""
     with _told(), _stopping() as should_stop:
         from moesaic.nas.config import load_config
+        from moesaic.nas.data.cache import expanded
         from moesaic.nas.terminal.progress import Reporter
 
         reporter = Reporter()
         loaded = load_config(config, overrides or ())
-        path = out or Path("runs") / loaded.config.name
+        path = expanded(str(out), "--out") if out else Path("runs") / loaded.config.name
         reporter.say(f"moesaic {__version__}: {only or 'run'} {config} into {path}")
+        from moesaic.nas.device import usable_processors, used_by_others
         from moesaic.nas.pipeline import run_stages
         from moesaic.nas.stages.run import Run
         from moesaic.nas.terminal.tables import output_console
 
+        others, processors = used_by_others(), usable_processors()
+        if others > processors / 4:
+            reporter.say(
+                f"other programs keep {others:.1f} of {processors} processors busy: this run takes longer, and its "
+                "measured latency is less certain"
+            )
         run_stages(Run(loaded, path, reporter, should_stop), output_console(), only, fresh)
 
 
@@ -212,11 +243,26 @@ def _told() -> Iterator[None]:
     except Exception as error:
         from moesaic.search_spaces.errors import MoesaicError
 
-        if not isinstance(error, MoesaicError):
+        if isinstance(error, MoesaicError):
+            text, status = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.filename is not None:  # of the file system, not of a bug
+            text, status = f"{error.filename}: {error.strerror}", 2
+        elif _out_of_memory(error):
+            text, status = f"out of memory: {error}; use smaller batches, sequences or models", 2
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        print(f"error: {text}", file=sys.stderr)
+        raise typer.Exit(status) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """numpy raises a MemoryError, torch an OutOfMemoryError on a GPU and a plain RuntimeError on a CPU."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool({"MemoryError", "OutOfMemoryError"} & names) or "can't allocate memory" in str(error)
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # signs and file names that its encoding lacks become escapes
+            stream.reconfigure(errors="backslashreplace")
     app()

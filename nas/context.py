@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.kernels.workspace import Implementation
+
 Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much one pass computes in a stack: ``tokens`` hidden states of ``sequences``, each attending to ``keys``
-    positions. A product over an expert's rows is computed in whole tiles of ``row_tile`` rows."""
+    positions, with an ``implementation`` of the sparse layer."""
 
     tokens: int
     sequences: int
     keys: int
-    row_tile: int
+    implementation: Implementation = "torch"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Context:
     """One forward pass of ``batch_size`` sequences.
 
     ``prefill`` computes all ``sequence_length`` positions at once (also: scoring a text); ``decode`` computes one
-    token per sequence, which attends to ``sequence_length`` positions in a key/value cache. ``bytes_per_value``
-    is that of activations and cache. A product over an expert's rows is computed in whole tiles of ``row_tile`` rows.
+    token per sequence, which attends to ``sequence_length`` positions in a key/value cache and to itself.
+    ``bytes_per_value`` is that of products and cache: 4 (float32) or 2 (bfloat16). ``implementation`` is that of the
+    sparse layer.
     """
 
     vocab_size: int
@@ -33,7 +36,7 @@ class Context:
     batch_size: int = 1
     bytes_per_value: int = 4
     phase: Phase = "prefill"
-    row_tile: int = 16
+    implementation: Implementation = "torch"
 
     @property
     def tokens(self) -> int:
@@ -43,7 +46,8 @@ class Context:
     def extent(self, stack: str) -> Extent:
         """What a pass computes in the named stack; today's architectures have only one, the decoder."""
         assert stack == "decoder"
-        return Extent(self.tokens, self.batch_size, self.sequence_length, self.row_tile)
+        keys = self.sequence_length + (self.phase == "decode")
+        return Extent(self.tokens, self.batch_size, keys, self.implementation)
 
     def __str__(self) -> str:
         if self.phase == "decode":

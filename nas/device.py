@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -90,13 +92,64 @@ def versions() -> dict[str, str]:
 
 
 def usable_processors() -> int:
-    """Processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors this process may use: those it may run on, and no more than the quota of its control group (a
+    container's limit), rounded down."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min(allowed, _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))))
+
+
+def _quota(groups: Path, mount: Path) -> float:
+    """Processors' worth of time that the control groups of this process allow; the smallest of nested limits.
+
+    Version 2 has ``cpu.max`` ("QUOTA PERIOD" or "max PERIOD"), version 1 ``cpu/cpu.cfs_quota_us`` (-1 is no limit) and
+    ``cpu.cfs_period_us``. A container may see its own group at the root of the mount.
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    limits = [math.inf]
+    for _, controllers, path in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mount / "cpu" if controllers else mount
+        folder = root / path.lstrip("/")
+        for place in {root, folder, *folder.parents}:
+            if place.is_relative_to(root):
+                limits.append(_limit(place, controllers != ""))
+    return min(limits)
+
+
+def _limit(folder: Path, first_version: bool) -> float:
+    try:
+        if first_version:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):  # no limit is set here, or it is "max"
+        return math.inf
+
+
+def used_by_others(seconds: float = 0.2) -> float:
+    """How many processors other programs keep busy, measured while this process sleeps for ``seconds``; 0 where the
+    system does not tell."""
+    try:
+        before = _busy_ticks()
+        time.sleep(seconds)
+        return (_busy_ticks() - before) / (os.sysconf("SC_CLK_TCK") * seconds)
+    except (OSError, ValueError, AttributeError):
+        return 0.0
+
+
+def _busy_ticks() -> int:
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return user + nice + system
 
 
 def processor_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.nas.config import DeviceConfig
-from moesaic.nas.data.corpus import cache_directory
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.device import choose_device, usable_processors, versions
+from moesaic.search_spaces import MoesaicError
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ def examine() -> list[Check]:
     for name, what in (("optuna_dashboard", "opens a running search"), ("ray", "runs a search on many machines")):
         found = importlib.util.find_spec(name) is not None
         checks.append(Check(name, "installed" if found else f"not installed (optional: {what})"))
-    for name, path in (("cache", cache_directory()), ("current folder", Path.cwd())):
-        checks.append(_disk(name, path))
+    for name, place in (("cache", cache_directory), ("current folder", Path.cwd)):
+        try:
+            checks.append(_disk(name, place()))
+        except (MoesaicError, FileNotFoundError) as error:
+            checks.append(Check(name, str(error), fine=False))
     return checks
 
 

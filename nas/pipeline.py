@@ -1,28 +1,26 @@
-"""Runs all stages in order, or one of them, and writes the files of a run that belong to no stage."""
+"""Runs all stages in order, or one of them."""
 
 from __future__ import annotations
-
-import sys
 
 from rich.console import Console
 
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, even
-from moesaic.nas.device import versions
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import BEST
 from moesaic.nas.report.terminal_summary import print_summary
 from moesaic.nas.search.budget import find_feasible, resolve_budget
 from moesaic.nas.stages.calibrate_latency import calibrated, forget
 from moesaic.nas.stages.directory import RunDirectory, stopwatch
-from moesaic.nas.stages.engine import do
+from moesaic.nas.stages.engine import do, remedied
+from moesaic.nas.stages.provenance import SUMMARY, check_places
 from moesaic.nas.stages.run import BudgetRun, Run
-from moesaic.nas.stages.run_search import check_mirror
+from moesaic.nas.stages.run_search import check_executor, check_mirror
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.stages.train_supernet import routers
-from moesaic.nas.stages.write_report import build_summary, load_summary
+from moesaic.nas.stages.write_report import build_summary, load_summary, write_summary
+from moesaic.nas.terminal.progress import Stages
 from moesaic.search_spaces import Interrupted
-from moesaic.search_spaces.files import write_json, write_text, write_value
 
 
 def check_budget(run: Run) -> None:
@@ -54,14 +52,19 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
 
     With several budgets, stages after the search run for each in turn. ``fresh`` measures latency again.
     """
-    with RunDirectory(run.path).locked():
-        describe(run)
+    with RunDirectory(run.path).locked(), remedied(run):
+        check_places(run)
+        run.latency_asked |= only == "latency"
         if fresh:
             forget(run)
         if only in (None, "supernet", "search") and not run.folder("search").complete:
             check_mirror(run)
+            check_executor(run)
             check_budget(run)
         chosen = [BY_NAME[only]] if only else STAGES
+        shared = [(stage, stage.passes(run)) for stage in chosen if stage.shared]
+        owned = [(stage, stage.passes(part)) for part in run.budgets for stage in chosen if not stage.shared]
+        run.reporter.stages = Stages([(stage.name, passes) for stage, passes in shared + owned])
         for stage in chosen:
             if stage.shared:
                 _do(stage, run, run)
@@ -69,28 +72,23 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
             own = [stage for stage in chosen if not stage.shared]
             if part.name and own:
                 run.reporter.say(f"budget {part.name}: in {part.path}")
-                describe(run, part)
             for stage in own:
                 _do(stage, part, run)
             if only in (None, "report"):
-                if not (part.path / "summary.json").exists():
-                    write_value(part.path / "summary.json", build_summary(part))
+                if not (part.path / SUMMARY).exists():
+                    write_summary(part, build_summary(part))
                 files = {
                     "report": part.path / "report" / "index.html",
                     "chosen model": part.folder("export").path / BEST,
-                    "figures": part.path / "summary.json",
+                    "figures": part.path / SUMMARY,
                 }
                 print_summary(console, load_summary(part), files)
-
-
-def describe(run: Run, part: BudgetRun | None = None) -> None:
-    """Write the configuration, versions and device into the folder of the run, or of one budget."""
-    path, name = (run.path, "") if part is None else (part.path, part.name)
-    write_text(path / "config.yaml", run.loaded.resolved_yaml(name))
-    write_json(path / "env.json", {"command": sys.argv[1:], "versions": versions(), "device": str(run.device)})
 
 
 def _do(stage: Stage, run: Run | BudgetRun, whole: Run) -> None:
     if whole.should_stop():
         raise Interrupted(f"stopped before stage {stage.name}; the same command continues there")
+    stages = whole.reporter.stages
+    stages.enter()
     do(stage, run)
+    stages.leave(run.folder(stage.name).artifact().seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
@@ -12,19 +11,19 @@ from rich.text import Text
 
 from moesaic.nas.context import Context
 from moesaic.nas.costs.analytic import parameters
+from moesaic.nas.costs.latency.calibrate import seconds_per_flop
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.search.budget import Budget, CostRange, cheapest, cost_ranges, find_feasible, resolve_budget
 from moesaic.nas.search.feasible import FeasibleSampler
-from moesaic.nas.search.rivals import JUDGED
-from moesaic.nas.stages.calibrate_latency import calibrated
+from moesaic.nas.stages.calibrate_latency import calibrated, known_calibration
 from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.stage import BY_NAME
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, MoesaicError
-from moesaic.supernet import Judge
 
 _SAMPLES = 1000
 
@@ -44,7 +43,8 @@ class PlannedLine:
 class Plan:
     """Sizes of a space, ranges of its costs, and a budget: the ``share_inside`` it, or the ``problem`` if nothing fits.
 
-    ``seconds`` are estimates per stage; ``latency_error`` is the predictor's mean error on held-out models.
+    ``seconds`` are estimates per stage, empty where nothing was timed; ``latency_error`` is the predictor's mean error
+    on held-out models, None where this machine has no calibration. Then budget lines of latency are ``unchecked``.
     """
 
     space: str
@@ -58,22 +58,31 @@ class Plan:
     seconds: dict[str, float]
     device: str
     context: Context
-    latency_error: float
+    latency_error: float | None
+    unchecked: tuple[str, ...]
 
 
-def build_plan(part: BudgetRun) -> Plan:
-    """Nothing is trained; latency is calibrated once per machine."""
+def build_plan(part: BudgetRun, latency: bool = False) -> Plan:
+    """Nothing is trained, and no model as large as the supernet is made.
+
+    With ``latency`` the machine is timed: latency is calibrated, unless it was before, and stages are estimated.
+    Without, costs include latency only where this machine has a calibration.
+    """
     run, space = part.run, part.run.space
-    predictor = LatencyPredictor.load(calibrated(run) / "predictor.json", run.device)
+    folder = calibrated(run) if latency else known_calibration(run)
+    predictor = None if folder is None else LatencyPredictor.load(folder / "predictor.json", run.device)
     pricer = Pricer(run.context, predictor=predictor)
     rng = Random(f"{run.config.seed}/plan")
     samples = [space.sample_balanced(rng) for _ in range(_SAMPLES)]
-    budget = resolve_budget(part.limits, space, pricer)
+    unchecked = () if predictor else tuple(name for name in part.limits if name == "latency")
+    checked = {name: limit for name, limit in part.limits.items() if name not in unchecked}
+    budget = resolve_budget(checked, space, pricer)
     problem: str | None = None
-    share = 0.0
+    share = 0.0 if budget.lines else 1.0
     try:
-        inside = find_feasible(space, budget)
-        share = FeasibleSampler(space, budget, inside).acceptance(_SAMPLES, rng)
+        if budget.lines:
+            inside = find_feasible(space, budget)
+            share = FeasibleSampler(space, budget, inside).acceptance(_SAMPLES, rng)
     except MoesaicError as error:
         problem = str(error)
     lines = []
@@ -91,42 +100,35 @@ def build_plan(part: BudgetRun) -> Plan:
         budget=tuple(lines),
         share_inside=share,
         problem=problem,
-        seconds=_estimate_seconds(run),
+        seconds=_estimate_seconds(run) if latency else {},
         device=str(run.device),
         context=run.context,
-        latency_error=predictor.accuracy.mape,
+        latency_error=None if predictor is None else predictor.accuracy.mape,
+        unchecked=unchecked,
     )
 
 
 def _estimate_seconds(run: Run) -> dict[str, float]:
-    """Seconds per stage, from a few passes of an untrained supernet; a training step costs about 3 forward passes."""
+    """Seconds per stage, from FLOPs and the speed of one layer; a training step costs about 3 forward passes."""
     config, space = run.config, run.space
-    recipe = supernet_recipe(config, space, run.device.bfloat16)
-    model = recipe.weights(run.task)(space.envelope).to(run.device.torch_device)
-    data = recipe.data(run.task)
-    judge = Judge(model, data.batch(0), run.device.bfloat16, run.task.loss)
+    data = supernet_recipe(config, space, run.device.bfloat16).data(run.task)
+    context = Context(run.task.vocab_size, run.task.sequence_length, 8, run.device.bytes_per_value)
+    pricer, second_per_flop = Pricer(context), seconds_per_flop(space.smallest, context, run.device)
 
     def forward_seconds(architectures: Iterable[Architecture]) -> float:
-        start = time.perf_counter()
-        for architecture in architectures:
-            judge(architecture)
-        return time.perf_counter() - start
+        """Of one sequence."""
+        work = sum(pricer.expected(architecture)["flops"] for architecture in architectures)
+        return second_per_flop * work * context.sequence_length
 
-    first = recipe.largest_first
-    forward_seconds(data.slices(first))
+    first, alone = round(config.supernet.largest_first * config.supernet.steps), config.supernet.largest_first
     slices = sum(forward_seconds(data.slices(first + step)) for step in range(8)) / 8
-    largest = sorted(forward_seconds([space.largest]) for _ in range(3))[1]
-    alone = config.supernet.largest_first
+    step = alone * forward_seconds([space.largest]) + (1 - alone) * slices
     rng = Random(0)
-    typical = forward_seconds([space.sample_balanced(rng) for _ in range(5)]) / 5
-    models = 3 if config.retrain.rivals else 1
-    per_window = typical / len(judge.batch)
-    evaluations = config.search.trials + (2 * JUDGED if config.retrain.rivals else 0)
+    typical = forward_seconds([space.sample_balanced(rng) for _ in range(50)]) / 50
     return {
-        "supernet": 3 * (alone * largest + (1 - alone) * slices) * config.supernet.steps,
-        "search": evaluations * config.search.evaluation_windows * per_window,
-        "fidelity": 3 * config.fidelity.check * config.fidelity.steps * config.retrain.batch_size * per_window,
-        "retrain": 3 * models * config.retrain.seeds * config.retrain.steps * config.retrain.batch_size * per_window,
+        "supernet": 3 * step * config.supernet.batch_size * config.supernet.steps,
+        "search": BY_NAME["search"].passes(run) / len(run.budgets) * typical,
+        **{name: BY_NAME[name].passes(run.budgets[0]) * typical for name in ("fidelity", "retrain")},
     }
 
 
@@ -154,12 +156,16 @@ def print_plan(console: Console, plan: Plan, budget: str = "") -> None:
         console.print(Text(f"The budget cannot be met: {plan.problem}", style="red"))
     else:
         console.print(Text(f"The budget is met by {plan.share_inside:.1%} of random architectures."))
-    seconds = plan.seconds
-    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    console.print(Text(f"Estimated time on {plan.device}: {duration(sum(seconds.values()))} ({parts})."))
-    console.print(
-        Text(
-            "Threshold routers are priced before training as if they could not tell experts apart; "
-            f"latency is predicted within {plan.latency_error:.1%} on held-out models."
-        )
+    if plan.unchecked:
+        console.print(Text("The latency line is not checked: add --latency to time this machine.", style="yellow"))
+    if seconds := plan.seconds:
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        console.print(Text(f"Estimated time on {plan.device}: about {duration(sum(seconds.values()))} ({parts})."))
+    else:
+        console.print(Text("Nothing was timed; --latency calibrates latency and estimates the time of each stage."))
+    known = (
+        ""
+        if plan.latency_error is None
+        else (f"; latency is predicted within {plan.latency_error:.1%} on held-out models")
     )
+    console.print(Text(f"Threshold routers are priced before training as if they could not tell experts apart{known}."))

@@ -2,7 +2,7 @@
 
 from moesaic.search_spaces.architecture import Architecture, Slot, Stack
 from moesaic.search_spaces.draw import draw
-from moesaic.search_spaces.errors import Interrupted, MoesaicError, StageFailed
+from moesaic.search_spaces.errors import Damaged, Interrupted, MoesaicError, StageFailed
 from moesaic.search_spaces.moves import crossover, mutate, neighbours
 from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
 from moesaic.search_spaces.space import SearchSpace, StackSpace
@@ -13,6 +13,7 @@ __all__ = [
     "Architecture",
     "Attention",
     "Backbone",
+    "Damaged",
     "FeedForward",
     "Interrupted",
     "Layer",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MoesaicError(ValueError):
@@ -35,6 +37,14 @@ class MoesaicError(ValueError):
             if value is not None:
                 lines.append(f"  {name + ':':9}{value}")
         super().__init__("\n".join(lines))
+
+
+class Damaged(MoesaicError):
+    """A file that this program wrote is missing, cut off or changed. ``path`` is the file, ``line`` the place in it."""
+
+    def __init__(self, problem: str, path: str | os.PathLike[str], line: int | None = None, **facts: object):
+        super().__init__(problem, where=f"{path}:{line}" if line else str(path), **facts)
+        self.path, self.line = Path(path), line
 
 
 class StageFailed(MoesaicError):

@@ -83,7 +83,7 @@ def parse_yaml(text: str, name: str) -> YamlSource:
     """Parse YAML text to plain data only (``yaml.SafeLoader``). Raises MoesaicError for a syntax error."""
     try:
         data = yaml.load(text, Loader=_Loader)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -96,7 +96,11 @@ def parse_yaml(text: str, name: str) -> YamlSource:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose errors have the line of a value that it cannot convert (``2024-13-45``)."""
+    """SafeLoader that reads numbers as they are written, and whose errors have the line of a value that it cannot
+    convert (``2024-13-45``).
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90 and 1e-3 as a string; YAML 1.2 reads 10, a string and 0.001.
+    """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -106,10 +110,28 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
-# YAML 1.1 reads 1e-3 as a string, because it has no decimal point. A learning rate is meant as a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    text = loader.construct_scalar(node).replace("_", "").lower()
+    sign, digits = (-1 if text.startswith("-") else 1), text.lstrip("+-")
+    if digits[:2] in ("0x", "0o", "0b"):
+        return sign * int(digits, 0)
+    return int(text) if digits.isdecimal() else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_DECIMAL = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+_NUMBERS = {
+    _INT: r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)",
+    _FLOAT: rf"{_DECIMAL}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+# A copy, so that yaml.SafeLoader itself keeps YAML 1.1.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+    _Loader.add_constructor(_tag, _number)
 
 
 def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> Iterator[tuple[KeyPath, int]]:
@@ -119,7 +141,7 @@ def _key_lines(node: yaml.Node, path: KeyPath, name: str, walked: set[int]) -> I
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
-            key = yaml.safe_load(key_node.value) if key_node.tag.endswith(":int") else key_node.value
+            key = yaml.load(key_node.value, _Loader) if key_node.tag == _INT else key_node.value
             line = key_node.start_mark.line + 1
             if key in seen:
                 raise MoesaicError(
@@ -169,6 +191,8 @@ def _explain(kind: Any, error: ValidationError, source: YamlSource) -> MoesaicEr
         nearest = nearest_name(str(location[-1]), names)
     elif first["type"] in ("missing", "missing_argument"):
         problem, found = "missing key", None
+    elif first["type"] == "int_type" and isinstance(found, float) and found.is_integer():
+        problem, nearest = "not a whole number", int(found)
     elif first["type"] == "literal_error":
         allowed = str(context["expected"])
         choices = [c.strip().strip("'") for c in allowed.replace(" or ", ",").split(",")]

@@ -59,12 +59,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attention: Attention, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        batch, length, width = x.shape
+        length, width = x.shape[1:]
         at, cache = self.where(width, attention), inputs.cache
 
         def heads(name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
             own = None if bias is None else at[f"{name}_bias"].of(bias)
-            return F.linear(x, at[name].of(weight), own).view(batch, length, -1, self.head_size).transpose(1, 2)
+            return F.linear(x, at[name].of(weight), own).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
         q = heads("q", self.q, self.q_bias)  # [B, H, S, C]
         k, v = heads("k", self.k, self.k_bias), heads("v", self.v, self.v_bias)  # [B, K, S, C]
@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
             q, k = _rotate(q, angles), _rotate(k, angles)
         if cache is not None:
             k, v = cache.extended(k, v)
-        mixed = _mix(q, k, v, inputs).transpose(1, 2).reshape(batch, length, -1)
+        mixed = _mix(q, k, v, inputs).transpose(1, 2).flatten(2)
         bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
         return F.linear(mixed, at["o"].of(self.o), bias)
 

@@ -28,6 +28,12 @@ class Batch:
         """The sequences ``rows``."""
         return Batch(self.tokens[rows], self.targets[rows], None if self.mask is None else self.mask[rows])
 
+    def split(self, length: int) -> list[Batch]:
+        """The same sequences in pieces of at most ``length`` positions."""
+        tokens, targets = self.tokens.split(length, dim=1), self.targets.split(length, dim=1)
+        masks = [None] * len(tokens) if self.mask is None else self.mask.split(length, dim=1)
+        return [Batch(*piece) for piece in zip(tokens, targets, masks, strict=True)]
+
     def to(self, device: torch.device) -> Batch:
         mask = None if self.mask is None else self.mask.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), mask)

@@ -5,6 +5,7 @@ For inference only: buffers are written in place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ class KeyValueCache:
     """Room for ``capacity`` positions of ``batch_size`` sequences in every layer of ``architecture``.
 
     ``length`` positions are filled; ``Transformer.run`` appends to them. Reducing ``length`` drops the last ones.
+    ``buffer`` [n] is memory for the keys and values, of at least ``size`` values; caches that share it overwrite one
+    another's. Without it, each has its own.
     """
 
     def __init__(
@@ -45,16 +48,27 @@ class KeyValueCache:
         capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        buffer: Tensor | None = None,
     ):
         self.length, self.batch_size, self.capacity = 0, batch_size, capacity
         self.kv_heads = _kv_heads(architecture)
         self._mask = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
         self._padded = False
         self._layers: dict[Slot, tuple[Tensor, Tensor]] = {}
+        if buffer is None:
+            buffer = torch.zeros(self.size(architecture, batch_size, capacity), device=device, dtype=dtype)
+        used = 0
         for slot, heads in self.kv_heads.items():
-            shape = (batch_size, heads, capacity, architecture.backbone.head_size)
-            keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-            self._layers[slot] = keys, values
+            shape = (2, batch_size, heads, capacity, architecture.backbone.head_size)
+            both = buffer[used : used + math.prod(shape)].view(shape)
+            used += both.numel()
+            self._layers[slot] = both[0], both[1]
+
+    @staticmethod
+    def size(architecture: Architecture, batch_size: int, capacity: int) -> int:
+        """Values of the keys and values."""
+        heads = sum(_kv_heads(architecture).values())
+        return 2 * heads * batch_size * capacity * architecture.backbone.head_size
 
     def check(self, tokens: Tensor, architecture: Architecture) -> None:
         """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
@@ -88,7 +102,7 @@ class KeyValueCache:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def _kv_heads(architecture: Architecture) -> dict[Slot, int]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces import Damaged, MoesaicError
 from moesaic.search_spaces.files import write_atomically
 
 
@@ -32,18 +32,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises
     ------
-    MoesaicError : missing, truncated, or not a safetensors file.
+    Damaged : missing, truncated, or not a safetensors file.
+    MoesaicError : it cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()  # the file itself cannot be iterated over
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except FileNotFoundError:
-        raise MoesaicError("no such file", where=str(path), allowed="a safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise MoesaicError(
-            f"is truncated or not a safetensors file ({error})", where=str(path), allowed="a complete safetensors file"
-        ) from None
+        raise Damaged("no such file", path, allowed="a safetensors file") from None
+    except SafetensorError as error:
+        problem = f"is truncated or not a safetensors file ({error})"
+        raise Damaged(problem, path, allowed="a complete safetensors file") from None
+    except OSError as error:
+        raise MoesaicError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -7,6 +7,8 @@ Gradients are reduced in buckets after the last slice of a step.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ from moesaic.supernet.model import Transformer
 
 BUCKET_ELEMENTS = 2**23
 """32 MiB of float32 per reduction: few reductions, and a buffer that is small beside the gradients."""
+
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,13 @@ ALONE = Ranks()
 @contextmanager
 def joined(device: torch.device, shard: bool = False) -> Iterator[Ranks]:
     """Join the process group of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and leave it at the end. A
-    group that this process has joined already is used and kept."""
+    group that this process has joined already is used and kept. Processes of one machine listen on its loopback
+    interface alone."""
     joins = not dist.is_initialized()
     if joins:
+        if os.environ.get("MASTER_ADDR") in _LOOPBACK:
+            name = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         size = dist.get_world_size()

@@ -14,7 +14,7 @@ from torch import Tensor
 from moesaic.search_spaces import Architecture
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.losses import LOSSES
-from moesaic.supernet.model import Transformer
+from moesaic.supernet.model import Output, Transformer
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Evaluation:
     sequence_losses: tuple[float, ...] = ()
 
 
+_LOGITS = 2**25
+"""Values of the logits held at once: 128 MiB of float32, and as much again in the loss. A vocabulary of 131,072 and 32
+sequences of 4,096 tokens would take 69 GB."""
+
+
 @torch.inference_mode()
 def evaluate(
     model: Transformer,
@@ -48,17 +53,20 @@ def evaluate(
     rows: int = 32,
     on_rows: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Mean of ``loss`` (a key of ``LOSSES``) over the tokens of ``batch``, computed ``rows`` sequences at a time."""
+    """Mean of ``loss`` (a key of ``LOSSES``) over the tokens of ``batch``, computed ``rows`` sequences at a time, and
+    the logits of as many positions at a time as memory is set aside for."""
     architecture = model.architecture if architecture is None else architecture
     losses, counts = [], batch.counts().double().cpu()
     pairs: list[Tensor | None] = [None] * len(architecture.layers)
     for first in range(0, len(batch), rows):
         part = batch[first : first + rows].to(model.device)
-        output = model.run(part.tokens, architecture, mask=part.mask)
-        nats = LOSSES[loss](output, part)  # [B, S]
+        states, routings = model.states(part.tokens, architecture, mask=part.mask)
+        length = max(1, _LOGITS // (len(part) * model.vocab_size))
+        pieces = zip(states.split(length, dim=1), part.split(length), strict=True)
+        nats = torch.cat([LOSSES[loss](Output(model.logits(x), routings), piece) for x, piece in pieces], dim=1)
         per_sequence = nats.mean(1) if part.mask is None else (nats * part.mask).sum(1) / part.counts().clamp(min=1)
         losses.append(per_sequence.double().cpu())
-        for index, routing in enumerate(output.routings):
+        for index, routing in enumerate(routings):
             if routing is not None:
                 load = routing.load.double().cpu()
                 seen = pairs[index]

@@ -32,7 +32,12 @@ class Output:
     routings: tuple[Routing | None, ...]
 
     def balance_loss(self) -> Tensor:
-        """Mean of ``Routing.balance_loss`` over sparse layers: 1 when balanced, 0 without sparse layers or tokens."""
+        """Mean of ``Routing.balance_loss`` over sparse layers: 1 when balanced, 0 without sparse layers or tokens.
+
+        Switch Transformers (arXiv 2101.03961) and XMoE (arXiv 2403.18926) sum over layers. The mean has the same scale
+        for every depth, so slices with few and with many sparse layers are trained, and compared, under one objective.
+        A weight w of this mean is w / L per layer in their terms, where L layers are sparse.
+        """
         losses = [r.balance_loss() for r in self.routings if r is not None and len(r.probabilities)]
         return torch.stack(losses).mean() if losses else self.logits.new_zeros(())
 
@@ -210,6 +215,17 @@ class Transformer(nn.Module):
         ------
         MoesaicError : the architecture does not fit into this model, or the tokens not into the cache.
         """
+        states, routings = self.states(tokens, architecture, cache, mask)
+        return Output(self.logits(states), routings)
+
+    def states(
+        self,
+        tokens: Tensor,
+        architecture: Architecture | None = None,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing | None, ...]]:
+        """What ``logits`` reads, [B, S, D], and the routing; see ``run``."""
         architecture = self.architecture if architecture is None else architecture
         if architecture is not self.architecture:
             self.where(architecture)
@@ -220,12 +236,16 @@ class Transformer(nn.Module):
             raise MoesaicError(
                 "cannot run a network of several stacks", found=list(architecture.stacks), allowed="one stack"
             )
-        module = self._stack(name)
-        x, routings = module(name, tokens, stack, mask, cache)
+        x, routings = self._stack(name)(name, tokens, stack, mask, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
-        weight = module.embedding.weight if self.output is None else self.output
-        return Output(F.linear(x, weight[:, : stack.width]), tuple(routings))
+        return x, tuple(routings)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, V]."""
+        (name,) = self.stacks
+        weight = self._stack(name).embedding.weight if self.output is None else self.output
+        return F.linear(states, weight[:, : states.shape[-1]])
 
     @torch.no_grad()
     def extract(self, architecture: Architecture) -> Transformer:

@@ -8,6 +8,7 @@ processes can continue it.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture, Interrupted, MoesaicError, StageFailed
+from moesaic.search_spaces.files import PathLike
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.distributed import ALONE, Ranks
@@ -29,16 +31,17 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping.
+    """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping (None clips nothing).
 
-    ``balance_weight`` scales the load-balance loss; ``bfloat16`` computes products in bfloat16.
+    ``balance_weight`` scales the load-balance loss, a mean over sparse layers; ``bfloat16`` computes products in
+    bfloat16.
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     balance_weight: float = 0.01
     bfloat16: bool = False
     checkpoint_every: int = 200
@@ -65,7 +68,7 @@ def train(
     model: Transformer,
     data: TrainData,
     settings: TrainSettings,
-    directory: Path,
+    directory: PathLike,
     identity: str,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -88,6 +91,7 @@ def train(
     Interrupted : after ``should_stop``.
     MoesaicError : the checkpoint is damaged or foreign, or the directory cannot be written.
     """
+    directory = Path(directory)
     checkpoint = directory / CHECKPOINT
     optimizer, step = _resume(model, settings, checkpoint, identity, ranks)
     log = MetricLog(directory, step) if ranks.leads else None
@@ -154,7 +158,8 @@ def _train_step(
     ranks.average_gradients(model, slices)
     figures = ranks.mean([*losses, *balances])
     losses, balances = figures[: len(slices)], figures[len(slices) :]
-    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)).item()
+    longest = math.inf if settings.clip_norm is None else settings.clip_norm
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), longest)).item()
     if not all(map(math.isfinite, (*losses, norm))):
         kept = f"the last good one is {checkpoint}" if checkpoint.exists() else "none was written yet"
         raise StageFailed(
@@ -194,7 +199,11 @@ def _resume(
     tensors, metadata = load_tensors(path) if path.exists() else ({}, {"step": "0", "identity": identity})
     if metadata.get("identity") != identity:
         raise MoesaicError(
-            "is a checkpoint of another run", where=str(path), found=metadata.get("identity"), allowed=identity
+            "is a checkpoint of another run",
+            where=str(path),
+            found=metadata.get("identity"),
+            allowed=identity,
+            nearest=shlex.join(["mv", str(path.parent), f"{path.parent}.other"]),
         )
     if tensors:
         load_weights(model, _weights(tensors), str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,18 @@ from moesaic.supernet.sharing import Sharing
 Weights = Callable[[Architecture], Transformer]
 
 
+def torch_seed(seed: int) -> int:
+    """A seed that torch takes, for one of any size: torch's own have 64 bits."""
+    if 0 <= seed < 2**63:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7])
+
+
 def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested") -> Weights:
     """Random weights, determined by ``seed``."""
 
     def build(architecture: Architecture) -> Transformer:
-        torch.manual_seed(seed)
+        torch.manual_seed(torch_seed(seed))
         return Transformer(architecture, vocab_size, sharing)
 
     return build

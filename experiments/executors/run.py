@@ -1,12 +1,14 @@
-"""Overhead of the search's engine beside the evaluations: in this process, with one and two Ray lanes, on four nodes.
+"""Overhead of the search's engine beside the evaluations: in this process, in lanes of Ray or Ray Tune, on four nodes.
 
+python -m experiments.executors.run engines [--trials 1000] [--rounds 3]  cost of an evaluation of no duration
 python -m experiments.executors.run lanes [--trials 200] [--rounds 5]     throughput and cost per evaluation
 python -m experiments.executors.run length [--trials 10000]               does the cost per trial grow with them?
 python -m experiments.executors.run memory                                does a lane copy the weights?
 
-Searches are complete (proposals, budget, log on disk, Optuna's journal) and use the preset `small`. `lanes` evaluates
+`engines` evaluates given architectures of the preset `tiny` on one short sequence, without a sampler or a log. Other
+searches are complete (proposals, budget, log on disk, Optuna's journal) and use the preset `small`. `lanes` evaluates
 with random weights of the supernet, which take as long as trained ones; `length` with a formula, so that only the
-engine takes time. Run nothing else beside `lanes`.
+engine takes time. Run nothing else beside `engines` and `lanes`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -45,13 +47,16 @@ from moesaic import (
     Judge,
     LocalExecutor,
     Mirror,
+    Outcome,
     Pricer,
     RayExecutor,
     SearchConfig,
     Transformer,
     Trial,
     TrialLog,
+    TuneExecutor,
     choose_device,
+    evaluate_all,
     find_feasible,
     make_sampler,
     resolve_budget,
@@ -79,8 +84,9 @@ def search(
     with tempfile.TemporaryDirectory() as folder, closing(TrialLog(Path(folder) / "trials.jsonl")) as log:
         own = BudgetSearch("", budget, partial(make_sampler, config, feasible, SEED))
         started = time.perf_counter()
-        storage = JournalStorage(JournalFileBackend(str(Path(folder) / "journal.log")))
-        with Mirror(storage, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
+        file = str(Path(folder) / "journal.log")
+        opened = partial(JournalStorage, JournalFileBackend(file))
+        with Mirror(opened, "bench", ["loss", "flops"], Genome(SPACE), log.trials, print) as mirror:
 
             def mirrored(finished: list[Trial]) -> None:
                 mirror.append(finished)
@@ -150,6 +156,60 @@ def ceiling(count: int) -> float:
     return times[0] / times[1]
 
 
+class Timed:
+    """Given architectures as work of an executor, and when each ended."""
+
+    def __init__(self, architectures: list[Architecture]):
+        self._left = iter(architectures)
+        self.ends: list[float] = []
+        self.inside: list[float] = []
+
+    def ask(self) -> Architecture | None:
+        return next(self._left, None)
+
+    def tell(self, outcome: Outcome) -> None:
+        assert outcome.evaluation is not None, outcome.reason
+        self.ends.append(time.perf_counter())
+        self.inside.append(outcome.seconds)
+
+
+def measure_engines(trials: int, rounds: int) -> Row:
+    """Milliseconds per evaluation in each executor, once all lanes have started; rounds of all executors in turn."""
+    space, rng = load_space(preset_source("tiny")), Random(SEED)
+    torch.set_num_threads(1)
+    judge = Judge(Transformer(space.envelope, 64).eval(), Batch(*2 * (torch.zeros((1, 8), dtype=torch.int64),)))
+    architectures = [space.sample_balanced(rng) for _ in range(trials)]
+    rows: list[Row] = []
+    for _ in range(rounds):
+        for kind, lanes in _ENGINES:
+            with closing(executor_of(kind, lanes, judge)) as executor:
+                executor.run(work := Timed(architectures))
+            quarter = trials // 4
+            parts = [work.ends[at + quarter - 1] - work.ends[at] for at in (quarter, trials - quarter)]
+            second, last = (1e3 * part / (quarter - 1) for part in parts)
+            row: Row = {"executor": kind, "lanes": lanes, "evaluation_ms": round(1e3 * statistics.mean(work.inside), 2)}
+            rows.append({**row, "ms_second_quarter": round(second, 2), "ms_last_quarter": round(last, 2)})
+            print(rows[-1], flush=True)
+    medians = {
+        f"{kind}, lanes {lanes}": statistics.median(
+            row["ms_last_quarter"] for row in rows if (row["executor"], row["lanes"]) == (kind, lanes)
+        )
+        for kind, lanes in _ENGINES
+    }
+    return {"trials": trials, "ms_per_evaluation": medians, "rounds": rows}
+
+
+Kind = Literal["local", "ray", "tune"]
+_ENGINES: tuple[tuple[Kind, int], ...] = (("local", 1), ("ray", 1), ("ray", 2), ("tune", 1), ("tune", 2))
+
+
+def executor_of(kind: Kind, lanes: int, judge: Judge) -> Executor:
+    if kind == "local":
+        return LocalExecutor(judge)
+    executor = RayExecutor if kind == "ray" else TuneExecutor
+    return executor(ExecutorConfig(kind=kind, lanes=lanes), judge, DEVICE)
+
+
 def measure_lanes(trials: int, rounds: int) -> Row:
     """Rounds of all ways in turn, so that slow minutes of the machine affect all of them."""
     judge = random_judge()
@@ -164,7 +224,9 @@ def measure_lanes(trials: int, rounds: int) -> Row:
     for _ in range(rounds):
         note("this process", LocalExecutor(judge))
         for lanes in (1, 2):
-            note(f"Ray, lanes {lanes}", RayExecutor(ExecutorConfig(kind="ray", lanes=lanes), judge, DEVICE))
+            note(f"Ray, lanes {lanes}", executor_of("ray", lanes, judge))
+        for lanes in (1, 2):
+            note(f"Ray Tune, lanes {lanes}", executor_of("tune", lanes, judge))
         ceilings.append(ceiling(trials // 2))
         print("of two bare processes", round(ceilings[-1], 3), flush=True)
     with cluster_of(4) as address:
@@ -197,9 +259,7 @@ def measure_memory() -> list[Row]:
         with closing(executor):
             seen: set[int] = set()
             while len(seen) < executor.lanes:
-                while executor.free:
-                    executor.submit(SPACE.smallest)
-                seen.add(executor.next().lane)
+                seen |= {outcome.lane for outcome in evaluate_all(executor, [SPACE.smallest, SPACE.largest])}
             lanes = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Lane" in path.read_bytes()]
             private = [sum(map(int, PRIVATE.findall((lane / "smaps_rollup").read_text()))) / 1024 for lane in lanes]
         weights = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
@@ -230,14 +290,16 @@ def measure_length(trials: int) -> Row:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=["lanes", "length", "memory"])
+    parser.add_argument("what", choices=["engines", "lanes", "length", "memory"])
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the result")
     chosen = parser.parse_args()
     result: Row
-    if chosen.what == "lanes":
-        result = measure_lanes(chosen.trials or 200, chosen.rounds)
+    if chosen.what == "engines":
+        result = measure_engines(chosen.trials or 1000, chosen.rounds or 3)
+    elif chosen.what == "lanes":
+        result = measure_lanes(chosen.trials or 200, chosen.rounds or 5)
     elif chosen.what == "memory":
         result = {"supernets": measure_memory()}
     else:

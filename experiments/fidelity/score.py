@@ -5,6 +5,7 @@ python -m experiments.fidelity.score small|gpu     writes result.json and result
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import getitem
@@ -20,7 +21,6 @@ from moesaic import (
     Correction,
     Judged,
     agreement,
-    bootstrap,
     correction_features,
     kendall_tau,
     versions,
@@ -30,6 +30,7 @@ from moesaic import (
 NEAR = 0.1
 """Two members are a near pair if their FLOPs differ by at most this share."""
 SPLITS = 200
+RESAMPLES = 2000
 TRAININGS = (8, 12, 16, 24)
 
 
@@ -81,6 +82,15 @@ def near_tau(judged: np.ndarray, truth: np.ndarray, flops: np.ndarray) -> float:
     pairs = np.triu(near, 1) & (order != 0)
     agree = np.sign(judged[:, None] - judged[None, :]) * order
     return float(agree[pairs].mean()) if pairs.any() else float("nan")
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval (Efron 1979) of ``statistic``, a function of the drawn indices into ``count``
+    members. It is about other members, not about another seed of the supernet or of the truth."""
+    rng = np.random.default_rng(0)
+    values = np.array([statistic(rng.integers(0, count, count)) for _ in range(RESAMPLES)])
+    values = values[np.isfinite(values)]
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
 def assess(judged: np.ndarray, truth: Truth, against: np.ndarray | None = None) -> Row:
@@ -234,8 +244,8 @@ def tables(result: Row) -> str:
         )
         + "\n"
         + markdown(
-            "change of the supernet|seeds|tau, all|tau, near pairs|difference to base|tau, band|rho, all|regret, all|"
-            "regret, band|band, best of 3|mean inherited loss|seconds",
+            "change of the supernet|seeds|tau, all|tau, near pairs|difference to base, interval over members alone|"
+            "tau, band|rho, all|regret, all|regret, band|band, best of 3|mean inherited loss|seconds",
             [
                 _change_cells(row)
                 for row in sorted(result["changes"], key=lambda r: (r["change"] != "base", -r["near"]))

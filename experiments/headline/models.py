@@ -115,7 +115,7 @@ def measured(part: BudgetRun, candidate: Candidate) -> Row:
         "architecture": architecture.to_dict(),
         "inherited_loss": candidate.inherited_loss,
         "costs": found.costs,
-        "latency": asdict(found.latency),
+        "latency": found.latency and asdict(found.latency),
         "budget": [asdict(line) for line in lines],
         "status": worst_status(lines),
     }

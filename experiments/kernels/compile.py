@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from moesaic.kernels import ACTIVATIONS, Bank, ExpertLayout, gpu, sparse_ffn
 from moesaic.kernels.gpu import tuning
+from moesaic.kernels.workspace import ROW_TILES, row_tile
 
 LIMITS = {80: 163, 90: 227}
 """KiB of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table 23)."""
@@ -153,7 +154,7 @@ def each_candidate(capability: int, rows: int) -> Iterator[Iterator[int]]:
 
 def compile_candidates(capability: int, case: Case) -> None:
     """Compile every candidate for a case into Triton's cache, where tuning on the device finds them."""
-    rows = tuning.row_tile(case.tokens * case.max_experts, len(case.sizes))
+    rows = row_tile(case.tokens * case.max_experts, len(case.sizes))
     with each_candidate(capability, rows) as candidates, compiling(capability, None, {}):
         for _ in candidates:
             passes(case, torch.bfloat16)
@@ -165,7 +166,7 @@ def compile_all(capabilities: list[int], quick: bool) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     layers = [("swiglu", False), ("gelu_tanh", True)] if quick else list(product(ACTIVATIONS, (False, True)))
     bank_dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
-    tiles = [16, 128] if quick else tuning.ROW_TILES
+    tiles = [16, 128] if quick else ROW_TILES
     for capability, tile, (activation, up_bias), dtype in product(capabilities, tiles, layers, bank_dtypes):
         case = Case("", "", tile * EXPERTS // 2, 512, (256,) * EXPERTS, 2, activation=activation)
         facts = {"activation": activation, "up_bias": up_bias, "bank": str(dtype).removeprefix("torch.")}

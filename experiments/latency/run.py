@@ -54,7 +54,11 @@ def measure(
     passes = random_passes(architectures, context, device, seed=1)
     uses = [one.uses() for one in passes]
     anchors = random_passes(
-        [anchor.architecture for anchor in predictor.anchors], context, device, predictor.anchor_seed
+        [anchor.architecture for anchor in predictor.anchors],
+        context,
+        device,
+        predictor.anchor_seed,
+        [anchor.vocab_size for anchor in predictor.anchors],
     )
     survey = Survey(list(map(Series, passes)), list(map(Series, anchors)), Timer.of(device.kind), Random(1))
     survey.measure(rounds)

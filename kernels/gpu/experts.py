@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moesaic.kernels.activations import ACTIVATIONS
 from moesaic.kernels.gpu import expert_kernels as _device
-from moesaic.kernels.gpu.tuning import cdiv, hidden_candidates, next_power_of_2, precision, row_tile, tune_key, tuned
+from moesaic.kernels.gpu.tuning import cdiv, hidden_candidates, next_power_of_2, precision, tune_key, tuned
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.workspace import hidden_stride, most_row_tiles, row_tile
 
 device: Any = _device  # Any, because type checkers expect constexpr where a launch passes plain values
 
@@ -61,13 +62,12 @@ class _Call:
         self.offsets = offsets
         self.starts, self.sizes = _on_device(tuple(starts), tuple(sizes), x.device)
         self.tune = tune_key(self.width, self.max_columns, self.pairs)
-        self.stride_hidden = _hidden_stride(sizes)
+        self.stride_hidden = hidden_stride(sizes)
         self.acc = triton.language.float64 if x.dtype == torch.float64 else triton.language.float32
         # A divisor of every expert's size. It tells the compiler how wide loads may be and which need no mask.
         aligned = math.gcd(128, *sizes)
         self.shared = {"D": self.width, "ALIGNED": aligned, "ACC": self.acc, "PRECISION": precision(x.dtype)}
-        # Each expert's last row tile may be partly filled: the largest number of tiles for any routing.
-        self.row_tiles = min(self.pairs, (self.pairs + self.experts * (self.rows - 1)) // self.rows)
+        self.row_tiles = most_row_tiles(self.pairs, self.experts, self.rows)
         self.tiles = torch.empty(self.row_tiles, dtype=torch.int32, device=x.device)
         device.pack_row_tiles[(self.experts,)](
             self.tiles, offsets, self.experts, self.row_tiles,
@@ -138,11 +138,6 @@ class _Call:
         return out
 
 
-def _hidden_stride(sizes: list[int]) -> int:
-    """Values between two rows of a hidden buffer: the largest expert, rounded up to keep rows aligned."""
-    return cdiv(max(sizes), 16) * 16
-
-
 @lru_cache(maxsize=1024)
 def _on_device(starts: tuple[int, ...], sizes: tuple[int, ...], where: torch.device) -> tuple[Tensor, Tensor]:
     """Layout tables on the device, copied once per layout."""
@@ -189,7 +184,7 @@ def _forward_outputs(
     x: Tensor, gate: Tensor | None, tokens: Tensor, sizes: list[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors that ``_forward`` fills, when traced and when run."""
-    shape = (len(tokens), _hidden_stride(sizes))
+    shape = (len(tokens), hidden_stride(sizes))
     kept = x.new_empty(shape if keep else (0,))
     return x.new_empty(x.shape), kept, x.new_empty(shape if keep and gate is not None else (0,))
 

@@ -16,8 +16,7 @@ import torch
 import triton
 from triton import knobs
 
-ROW_TILES = (16, 32, 64, 128)
-"""Pairs per row tile. Below 64 Hopper's matrix units are underused, but a larger tile would be mostly empty."""
+from moesaic.kernels.workspace import ROW_TILES
 
 
 def _shapes(*rows: tuple[int, int, int, int]) -> list[triton.Config]:
@@ -88,12 +87,6 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def row_tile(pairs: int, experts: int) -> int:
-    """Rows per tile for the mean load: the next power of two, within ``ROW_TILES``."""
-    mean = pairs // max(1, experts)
-    return next((rows for rows in ROW_TILES if rows >= mean), ROW_TILES[-1])
 
 
 def interpreting() -> bool:

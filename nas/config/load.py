@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -17,14 +18,17 @@ from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
 
+_SURROGATE = re.compile("[\udc80-\udcff]")
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration with the space it names and the YAML it came from."""
+    """A configuration with the space it names, the YAML it came from and the settings that changed it."""
 
     config: Config
     space: SearchSpace
     source: YamlSource
+    overrides: tuple[str, ...] = ()
 
     def resolved_yaml(self, budget: str = "") -> str:
         """The configuration with its defaults as YAML; with several budgets, ``budget`` alone."""
@@ -50,7 +54,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             _check_budget((*keys, name), line, source)
     space = load_space(source.at("space", data=config.space))
     _check_positions(config, space, source)
-    return Loaded(config, space, source)
+    return Loaded(config, space, source, tuple(overrides))
 
 
 def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RetrainFile:
@@ -135,7 +139,8 @@ def _overridden(source: YamlSource, overrides: Sequence[str]) -> YamlSource:
             raise MoesaicError(
                 "an override is KEY=VALUE", where="command line", found=override, nearest="search.trials=50"
             )
-        value = parse_yaml(text, f"command line: {key}").data
+        # A path whose bytes are no UTF-8 is no YAML either, and is taken as it is.
+        value = text if _SURROGATE.search(text) else parse_yaml(text, f"command line: {key}").data
         *parents, last = path = tuple(key.split("."))
         target: dict[str, Any] = data
         for depth, parent in enumerate(parents):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import MoesaicError
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FEWEST_MEMBERS = 4
 """Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -23,23 +25,37 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class SplitFiles(_Section):
+    """Text whose splits are known. For validation and test, without files of their own, training text is divided."""
+
+    train: Annotated[Paths, Field(min_length=1)]
+    validation: Paths = []
+    test: Paths = []
+
+
 class DataConfig(_Section):
-    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs."""
+    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
+    each of ``train``, ``validation`` and ``test``."""
 
     kind: Literal["stdlib", "text"] = "stdlib"
-    files: list[str] = []
+    files: Annotated[
+        Annotated[Paths, Tag("all")] | Annotated[SplitFiles, Tag("splits")],
+        Discriminator(lambda value: "splits" if isinstance(value, dict | SplitFiles) else "all"),
+    ] = []
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:
         if self.kind == "text" and not self.files:
-            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, or a list")
+            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, a list")
         if self.kind == "stdlib" and self.files:
             raise MoesaicError("data of kind stdlib takes no files", nearest="kind: text")
         return self
@@ -66,15 +82,19 @@ class DeviceConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """Optimiser settings shared by the supernet and single models."""
+    """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off.
+
+    ``balance_weight`` scales the mean of the load-balance loss over sparse layers. Switch and XMoE sum over layers:
+    their 0.01 with L sparse layers is 0.01 * L here.
+    """
 
     steps: Count = 1000
     batch_size: Count = 16
     learning_rate: Positive = 3e-3
     warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: Positive = 1.0
-    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.1
+    clip_norm: Annotated[Positive | None, BeforeValidator(lambda norm: None if norm == math.inf else norm)] = 1.0
+    balance_weight: NotNegative = 0.01
     checkpoint_every: Count = 100
 
 
@@ -105,7 +125,8 @@ class LatencyConfig(_Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
-    that many positions in a key/value cache. The default length is that of the data.
+    that many positions in a key/value cache. The default length is that of the data. Where whole models would take
+    longer than ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
     """
 
     phase: Phase = "prefill"
@@ -113,6 +134,7 @@ class LatencyConfig(_Section):
     sequence_length: Count | None = None
     models: Annotated[int, Field(ge=8)] = 80
     repeats: Annotated[int, Field(ge=3)] = 5
+    time_limit: Positive = 180.0
 
 
 class SearchConfig(_Section):
@@ -141,33 +163,44 @@ class LaneResources(_Section):
     """Resources of one lane on its node; with a fraction of a GPU, several lanes share one."""
 
     cpu: Positive = 1.0
-    gpu: Annotated[float, Field(ge=0)] = 0.0
+    gpu: NotNegative = 0.0
 
 
 class ExecutorConfig(_Section):
-    """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster.
+    """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster, as
+    trials of Ray Tune (``tune``) or in plain actors (``ray``), for evaluations of milliseconds in many lanes.
 
     ``address`` is that of a cluster, or ``auto`` for the one this machine belongs to; without it, Ray starts on this
     machine only. An evaluation is retried ``retries`` times when its lane dies, and fails after ``time_limit`` seconds.
+    Tune writes what ``loggers`` record to ``storage``, a folder or the URL of an object store, or else to a temporary
+    folder.
     """
 
-    kind: Literal["local", "ray"] = "local"
+    kind: Literal["local", "ray", "tune"] = "local"
     address: str | None = None
     lanes: Count = 1
     resources: LaneResources = LaneResources()
     retries: Annotated[int, Field(ge=0)] = 2
     time_limit: Positive = 600.0
+    storage: str | None = None
+    loggers: list[Literal["json", "csv", "tensorboard"]] = []
 
     @model_validator(mode="after")
     def _only_ray_has_lanes(self) -> ExecutorConfig:
         fields = type(self).model_fields
-        ignored = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
-        if self.kind == "local" and ignored:
+        changed = [name for name in fields if name != "kind" and getattr(self, name) != fields[name].default]
+        if self.kind == "local" and changed:
             raise MoesaicError(
-                f"{ignored[0]} is a setting of the ray executor; the local executor has no lanes",
+                f"{changed[0]} is a setting of the ray and tune executors; the local executor has no lanes",
                 found="kind: local",
-                nearest="kind: ray",
+                nearest="kind: tune",
             )
+        if self.kind == "ray" and {"storage", "loggers"} & set(changed):
+            raise MoesaicError(
+                f"{changed[-1]} is a setting of the tune executor", found="kind: ray", nearest="kind: tune"
+            )
+        if self.loggers and self.storage is None:
+            raise MoesaicError("loggers need a storage to write to", allowed="storage: a folder, or the URL of a store")
         return self
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from moesaic.nas.costs.analytic import cache_memory, vocabulary_memory, weight_memory
+from moesaic.nas.costs.memory import cache_memory, vocabulary_memory, weight_memory
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import LayerUse, size_weights
 from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Slot, Stack

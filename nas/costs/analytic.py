@@ -1,4 +1,4 @@
-"""FLOPs, parameters and memory of an architecture in closed form: the source of truth, checked by counting.
+"""FLOPs and parameters of an architecture in closed form: the source of truth, checked by counting.
 
 FLOPs = 2 x multiply-accumulates, per token, forward. Attention is counted as its two full products of S x S (the
 unfused form; a causal kernel may do half). Element-wise work, biases, norms and the embedding look-up count as zero, as
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesaic.kernels.segments import BLOCK_ELEMENTS
 from moesaic.nas.context import Context
 from moesaic.nas.costs.use import LayerUse
 from moesaic.search_spaces import Architecture, Slot
@@ -79,57 +78,3 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
         total += backbone.matrices * width * count + (width * part.experts if part.router else 0)
         total += reads * (heads + attention.kv_heads) * backbone.head_size + all_biases * (2 * width + count)
     return total
-
-
-def weight_memory(architecture: Architecture, context: Context) -> int:
-    """Bytes of the weights, kept in float32."""
-    return 4 * parameters(architecture, context)
-
-
-def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
-    """Bytes of the activations alive at once at the worst moment of an inference pass in ``context``, with the cache.
-
-    The moments looked at: attention's mix (residual, its norm, q, k, v, both of them repeated per query head, the mix)
-    and last product (the mix in two orders and the result in place of what was repeated), the largest expert's product
-    (residual, norm, result, a block of gathered pairs, its pre-activations and hidden values), the shared expert's, and
-    the logits.
-    """
-    backbone, size = architecture.backbone, context.bytes_per_value
-    kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
-    peak = vocabulary_memory(architecture.output.width, context)
-    hidden_copies = 3 if backbone.gated else 2
-    for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
-        part, width, tokens = layer.feed_forward, architecture.width_at(slot), context.extent(slot.stack).tokens
-        heads, kv_heads = (n * backbone.head_size for n in (layer.attention.heads, layer.attention.kv_heads))
-        repeated = 2 * heads if context.phase == "prefill" else 0
-        mix, product = 2 * width + 2 * heads + repeated, 3 * width + 3 * heads
-        peak = max(peak, tokens * (max(mix, product) + 2 * kv_heads) * size)
-        pairs = tokens * use.pairs
-        if part.router is None:
-            values = tokens * (3 * width + hidden_copies * part.neurons)
-            peak = max(peak, values * size)
-            continue
-        kept += 12 * pairs + 4 * tokens * part.experts  # its routing: token index, weight, softmax
-        routing = 8 * pairs  # expert index
-        block = min(pairs * width, BLOCK_ELEMENTS)
-        routed = 3 * tokens * width + block + hidden_copies * tokens * use.largest_neurons
-        shared = tokens * (4 * width + hidden_copies * part.shared_size) if part.shared_size else 0
-        peak = max(peak, routing + max(routed, shared) * size)
-    return peak + kept
-
-
-def vocabulary_memory(width: int, context: Context) -> float:
-    """Bytes of the last states of ``width``, normed too, and of the logits: any network's activations need these."""
-    return context.tokens * (2 * width + context.vocab_size) * context.bytes_per_value
-
-
-def cache_memory(architecture: Architecture, context: Context) -> int:
-    """Bytes of the key/value cache of a decoding step, the new position included; 0 in a prefill."""
-    if context.phase == "prefill":
-        return 0
-    values = sum(
-        layer.attention.kv_heads * extent.sequences * (extent.keys + 1)
-        for slot, layer in architecture.layers.items()
-        for extent in (context.extent(slot.stack),)
-    )
-    return 2 * architecture.backbone.head_size * values * context.bytes_per_value

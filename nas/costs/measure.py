@@ -52,12 +52,27 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_activation_bytes(one: Pass) -> int:
-    """Peak bytes of activations in a pass, with its cache; weights do not count."""
-    kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
-    with PeakMemory() as memory:
-        memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)  # so that a view does not count as new
+    """Peak bytes of activations in a pass, with its cache; weights do not count.
+
+    On a GPU it is the peak of torch's allocator, which sees what operators allocate inside; on a CPU, the peak of the
+    tensors that operators return.
+    """
+    one()  # the first pass also fills caches that outlive it
+    if one.device.kind == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         one()
-    return memory.peak + (0 if one.cache is None else one.cache.bytes)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
+        with PeakMemory() as memory:
+            # So that a view of one does not count as new.
+            memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)
+            one()
+        peak = memory.peak
+    return peak + (0 if one.cache is None else one.cache.bytes)
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,18 @@ class LatencyFigures:
         )
 
 
+def latency_text(figures: LatencyFigures | None) -> str:
+    """A measured latency beside its prediction, or why there is none."""
+    return str(figures or "Latency was not measured: no budget line and no objective needs it.")
+
+
 @dataclass(frozen=True)
 class MeasuredCosts:
     """``costs`` as a ``Pricer`` names them, with latency corrected to the machine's speed during calibration, and how
-    it was timed."""
+    it was timed; None without a calibration."""
 
     costs: dict[str, float]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
 
 
 def measure_costs(
@@ -119,19 +139,20 @@ def measure_costs(
     device: Device,
     limit_ms: float = math.inf,
 ) -> MeasuredCosts:
-    """Every cost of ``pricer``, which has a predictor, measured on ``model`` on this device.
+    """Every cost of ``pricer`` measured on ``model`` on this device.
 
     ``parameters`` and the weights' memory are counted. FLOPs and active parameters follow from the ``loads`` of an
     evaluation. Latency is that of passes over ``tokens``, timed beside the predictor's anchors. A latency over
     ``limit_ms`` is measured twice more, with new anchors, and the median of the three counts: one disturbed timing must
     not rule out a model, and the minimum of three would favour a lucky one.
     """
-    assert pricer.predictor is not None
     one = Pass(model, text_tokens(tokens, pricer.context), pricer.context, device)
     costs = dict(pricer.measured(model.architecture, loads))
     count = sum(parameter.numel() for parameter in model.parameters())
     costs["parameters"] = float(count)
     costs["memory"] = float(4 * count + peak_activation_bytes(one))
+    if pricer.predictor is None:
+        return MeasuredCosts(costs, None)
     timing = time_pass(one, pricer.predictor, device)
     if timing.corrected_ms > limit_ms:
         again = [time_pass(one, pricer.predictor, device) for _ in range(2)]
@@ -150,4 +171,5 @@ def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> Anchore
 
 def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:
     architectures = [anchor.architecture for anchor in predictor.anchors]
-    return random_passes(architectures, predictor.context, device, predictor.anchor_seed)
+    vocab_sizes = [anchor.vocab_size for anchor in predictor.anchors]
+    return random_passes(architectures, predictor.context, device, predictor.anchor_seed, vocab_sizes)

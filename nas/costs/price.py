@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moesaic.nas.context import Context
-from moesaic.nas.costs.analytic import activation_memory, active_parameters, flops, parameters, weight_memory
+from moesaic.nas.costs.analytic import active_parameters, flops, parameters
 from moesaic.nas.costs.latency.predictor import LatencyPredictor
+from moesaic.nas.costs.memory import activation_memory, weight_memory
 from moesaic.nas.costs.use import LayerUse, Occupancy, dense_use, measured_use, worst_use
 from moesaic.search_spaces import Architecture, FeedForward, Slot
 from moesaic.supernet.evaluate import LayerLoad

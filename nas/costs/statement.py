@@ -11,6 +11,7 @@ from rich.text import Text
 from moesaic.nas.config import DeviceConfig
 from moesaic.nas.context import Context
 from moesaic.nas.costs.analytic import flops_breakdown
+from moesaic.nas.costs.count import Counted
 from moesaic.nas.costs.latency.probe import random_passes
 from moesaic.nas.costs.latency.timing import Timer, time_alone
 from moesaic.nas.costs.price import Costs, Pricer
@@ -22,7 +23,8 @@ from moesaic.search_spaces import Architecture, draw
 
 @dataclass(frozen=True)
 class Statement:
-    """Costs in base units; ``flops_per_layer`` by part, under the names of the layers' slots."""
+    """Costs in base units; ``flops_per_layer`` by part, under the names of the layers' slots; ``counted`` are FLOPs by
+    several counters, if asked for."""
 
     fingerprint: str
     context: Context
@@ -32,6 +34,7 @@ class Statement:
     device: str
     flops_per_layer: dict[str, dict[str, float]]
     flops_vocabulary: float
+    counted: tuple[Counted, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,6 +74,11 @@ def print_statement(console: Console, architecture: Architecture, statement: Sta
         layers.add_row(name, *(form(layer[part]) if layer[part] else "-" for part in parts))
     layers.add_row("vocabulary", form(statement.flops_vocabulary))
     console.print(layers)
+    if statement.counted:
+        counted = plain_table("FLOPs per token under the load of one pass", "by|counted|leaves out", "by|leaves out")
+        for row in statement.counted:
+            counted.add_row(row.counter, f"{row.flops:,.0f}", row.leaves_out)
+        console.print(counted)
     console.print(Text(what_costs_are_per(statement.context)))
     console.print(
         Text(

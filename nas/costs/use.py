@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from moesaic.kernels.workspace import product_rows
 from moesaic.nas.context import Extent
 from moesaic.search_spaces import FeedForward, Router, Slot
 from moesaic.supernet.evaluate import LayerLoad
@@ -23,14 +24,15 @@ class LayerUse:
     """How the tokens of one pass use a layer's routed experts.
 
     Per token: ``pairs`` (experts it is sent to), their ``neurons``, ``tiled_neurons`` (the same with each expert's
-    rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most). Per
-    pass: ``live_experts`` that have a token.
+    rows rounded up to whole tiles), ``largest_neurons`` (the part of ``neurons`` in the expert that has most),
+    ``largest_pairs`` (the part of ``pairs`` of the most loaded expert). Per pass: ``live_experts`` that have a token.
     """
 
     pairs: float
     neurons: float
     tiled_neurons: float
     largest_neurons: float
+    largest_pairs: float
     live_experts: float
 
 
@@ -100,19 +102,22 @@ def worst_use(part: FeedForward, extent: Extent) -> LayerUse:
         return dense_use(part)
     neurons = part.worst_active_neurons - part.shared_size
     live = min(part.experts, extent.tokens * part.router.max_experts)
-    waste = (extent.row_tile - 1) / extent.tokens * sum(part.expert_sizes[:live])
-    return LayerUse(part.router.max_experts, neurons, neurons + waste, part.expert_sizes[0], live)
+    waste = (_row_tile(part.experts, part.router, extent) - 1) / extent.tokens * sum(part.expert_sizes[:live])
+    return LayerUse(part.router.max_experts, neurons, neurons + waste, part.expert_sizes[0], 1, live)
 
 
 def measured_use(part: FeedForward, load: LayerLoad, extent: Extent) -> LayerUse:
     """Use in a pass over text like that of ``load``."""
+    assert part.router is not None
     loads = load.pairs_per_token
-    return _use(part, loads, _expected_live(loads, extent), _expected_rows(loads, extent), extent)
+    rows = _expected_rows(loads, extent, _row_tile(part.experts, part.router, extent))
+    return _use(part, loads, _expected_live(loads, extent), rows, extent)
 
 
 def counted_use(part: FeedForward, rows: Sequence[int], extent: Extent) -> LayerUse:
     """Use in one pass that sent ``rows[e]`` tokens to expert e."""
-    tile, tokens = extent.row_tile, extent.tokens
+    assert part.router is not None
+    tile, tokens = _row_tile(part.experts, part.router, extent), extent.tokens
     live = [float(count > 0) for count in rows]
     return _use(part, [count / tokens for count in rows], live, [-(-count // tile) * tile for count in rows], extent)
 
@@ -122,7 +127,7 @@ def _use(
 ) -> LayerUse:
     neurons = [load * size for load, size in zip(loads, part.expert_sizes, strict=True)]
     tiled = sum(count * size for count, size in zip(rows, part.expert_sizes, strict=True))
-    return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), sum(live))
+    return LayerUse(sum(loads), sum(neurons), tiled / extent.tokens, max(neurons), max(loads), sum(live))
 
 
 def size_weights(
@@ -132,18 +137,19 @@ def size_weights(
     ``tiled_neurons`` of the expected use under ``loads``, or of the worst use (None). Both are linear in the sizes."""
     if router is None:
         return np.ones(1), np.ones(1)
+    tile = _row_tile(experts, router, extent)
     if loads is not None:
-        return np.array(loads), np.array(_expected_rows(loads, extent)) / extent.tokens
+        return np.array(loads), np.array(_expected_rows(loads, extent, tile)) / extent.tokens
     at = np.arange(experts)
     taken = (at < router.max_experts).astype(float)
     live = at < min(experts, extent.tokens * router.max_experts)
-    return taken, taken + live * (extent.row_tile - 1) / extent.tokens
+    return taken, taken + live * (tile - 1) / extent.tokens
 
 
 def dense_use(part: FeedForward) -> LayerUse:
     """A layer of one expert that every token uses."""
     neurons = part.neurons - part.shared_size
-    return LayerUse(1, neurons, neurons, neurons, 1)
+    return LayerUse(1, neurons, neurons, neurons, 1, 1)
 
 
 @lru_cache(maxsize=1024)
@@ -153,11 +159,15 @@ def _expected_live(loads: tuple[float, ...], extent: Extent) -> list[float]:
     return [1 - (1 - min(load, 1.0)) ** tokens for load in loads]
 
 
+def _row_tile(experts: int, router: Router, extent: Extent) -> int:
+    return product_rows(extent.implementation, extent.tokens, experts, router.max_experts)
+
+
 @lru_cache(maxsize=1024)
-def _expected_rows(loads: tuple[float, ...], extent: Extent) -> list[float]:
+def _expected_rows(loads: tuple[float, ...], extent: Extent, tile: int) -> list[float]:
     """Rows of each expert rounded up to whole tiles, approximately: at least one tile for a live expert, and half a
     tile of waste for an expert with many rows."""
-    tokens, tile = extent.tokens, extent.row_tile
+    tokens = extent.tokens
     return [
         max(tokens * load + share * (tile - 1) / 2, tile * share)
         for load, share in zip(loads, _expected_live(loads, extent), strict=True)

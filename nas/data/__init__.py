@@ -1,4 +1,4 @@
-"""Text into token streams: finding files, splitting them, a tokenizer, memory-mapped streams."""
+"""Text into token streams: finding files, dividing them, a tokenizer, memory-mapped streams."""
 
 from moesaic.nas.data.corpus import Corpus, load_corpus, open_corpus
 

@@ -1,142 +1,203 @@
-"""Finds the files of a corpus and assigns each to a split."""
+"""Finds the text files of a corpus, and says which files were left out and why."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import os
+import re
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from moesaic.nas.config import DataConfig
+from moesaic.nas.data.cache import cache_directory, expanded
+from moesaic.nas.data.file_search import FileSearch, shown
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.errors import nearest_name
 
-SPLITS = ("train", "validation", "test")
-FEW_FILES = 20
-"""With fewer files, a split by file would be too random: each file is cut into three parts instead."""
-_CHUNK = 1 << 20
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+_WORDS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Words in names of files and folders that tell the split."""
+_NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+"""Folders beside the standard library that are no part of it, and test suites, which some distributions leave out."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file under the ``name`` that decides its split, so that the split is the same on every machine."""
+    """A text file. Its ``digest``, that of its bytes, identifies it wherever it is; ``split`` is its own, if any."""
 
-    name: str
     path: Path
+    digest: str
+    size: int
+    split: Split | None = None
 
-    def text(self) -> str | None:
-        """Its text, or None if it is not UTF-8 text."""
+    def text(self) -> str:
+        """Its text. Raises MoesaicError when it cannot be read any more, or was changed since it was found."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise MoesaicError(f"cannot be read: {error.strerror}", where=str(self.path)) from None
-        if b"\0" in data:
-            return None
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
+            raise MoesaicError(f"cannot be read: {error.strerror}", where=shown(self.path)) from None
+        if _digest(data) != self.digest:
+            raise MoesaicError(
+                "was changed while the corpus was read", where=shown(self.path), allowed="a file that stays as it is"
+            )
+        return data.decode()
 
 
-def find_files(config: DataConfig, where: str) -> list[TextFile]:
-    """The corpus's text files in a stable order.
+@dataclass(frozen=True)
+class Found:
+    """The text files of a corpus, each content once, in an order that names and places do not affect; and lines that
+    tell the user what was found and left out."""
+
+    files: list[TextFile]
+    notes: list[str]
+
+
+def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Found:
+    """The text files of ``config``. ``own`` files and folders are this program's own and no part of a corpus.
 
     Raises
     ------
     MoesaicError : a path is missing, a file named directly is not text, or nothing is found.
     """
-    found = _standard_library() if config.kind == "stdlib" else _named(config.files, where)
-    if not found:
-        raise MoesaicError(
-            "the corpus is empty: no text file found",
-            where=where,
-            found=", ".join(config.files) or "no standard library source beside this interpreter",
+    search = FileSearch([*own, cache_directory()], _NOT_LIBRARY if config.kind == "stdlib" else ())
+    wanted = _patterns(config)
+    found: dict[tuple[str, Split | None], TextFile] = {}
+    names: dict[Path, str] = {}
+    for split, patterns in wanted.items():
+        for pattern in patterns:
+            matches = search.find(pattern)
+            if not matches and not os.path.isdir(pattern):
+                raise _missing(pattern, where)
+            for path, name in matches.items():
+                key = os.path.realpath(path), split
+                if key not in found and (file := _read(path, split, search, where)):
+                    found[key], names[path] = file, name
+    files, notes = list(found.values()), []
+    if None in wanted and config.kind == "text":
+        files, notes = _own_splits(files, names)
+    files = _each_once(files, search)
+    left_out = search.summary()
+    if not files:
+        raise MoesaicError("the corpus is empty: its files hold no text", where=where, found=left_out or None)
+    for split, patterns in wanted.items():
+        if split and patterns and not any(file.split == split for file in files):
+            raise MoesaicError(f"the files for {split} hold no text of their own", where=where, found=left_out or None)
+    size = sum(file.size for file in files)
+    amount = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    notes.append(f"{len(files)} text {'file' if len(files) == 1 else 'files'}, {amount}{left_out and '; ' + left_out}")
+    return Found(files, notes)
+
+
+def absolute_files(config: DataConfig) -> DataConfig:
+    """``config`` with absolute paths and globs, which mean the same in every working directory."""
+
+    def absolute(patterns: Sequence[str]) -> list[str]:
+        return [str(expanded(pattern, "data.files").absolute()) for pattern in patterns]
+
+    if isinstance(config.files, list):
+        return config.model_copy(update={"files": absolute(config.files)})
+    given = {split: absolute(getattr(config.files, split)) for split in SPLITS}
+    return config.model_copy(update={"files": config.files.model_copy(update=given)})
+
+
+def _patterns(config: DataConfig) -> dict[Split | None, list[Path]]:
+    """What to look for, for each split that the user gives, or for all."""
+    if config.kind == "stdlib":
+        return {None: [Path(sysconfig.get_paths()["stdlib"], "**", "*.py")]}
+    if isinstance(config.files, list):
+        return {None: [expanded(pattern, "data.files") for pattern in config.files]}
+    return {split: [expanded(p, "data.files") for p in getattr(config.files, split)] for split in SPLITS}
+
+
+def _read(path: Path, split: Split | None, search: FileSearch, where: str) -> TextFile | None:
+    """The file, or None if it is left out."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        data, problem = b"", f"unreadable ({error.strerror})"
+    else:
+        problem = _no_text(data)
+    if problem is None:
+        return TextFile(path, _digest(data), len(data), split)
+    if problem != "empty" and search.named_directly(path):
+        raise MoesaicError(f"the file is {problem}", where=where, found=shown(path), allowed="text in UTF-8")
+    search.leave_out(problem, path)
+    return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _no_text(data: bytes) -> str | None:
+    """Why ``data`` is no text to learn from, or None if it is."""
+    if not data.strip():
+        return "empty"
+    if b"\0" in data:
+        return "binary"
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return None
+
+
+def _own_splits(files: list[TextFile], names: dict[Path, str]) -> tuple[list[TextFile], list[str]]:
+    """Files with the splits that their names tell, if all names do so without doubt; and a line that says so."""
+    told = {file: {_WORDS[word] for word in _words(names[file.path]) if word in _WORDS} for file in files}
+    clear = {split for splits in told.values() if len(splits) == 1 for split in splits}
+    if len(clear) < 2:
+        return files, []
+    if (doubtful := [file for file, splits in told.items() if len(splits) != 1]) or "train" not in clear:
+        reason = f"{shown(Path(names[doubtful[0].path]))} does not name one" if doubtful else "none is for training"
+        return files, [
+            f"some files are named after splits, but {reason}: all are divided by content "
+            "(data.files: {train: ..., validation: ..., test: ...} says which is which)"
+        ]
+    counts = [sum(splits == {split} for splits in told.values()) for split in SPLITS]
+    text = ", ".join(f"{count} {split}" for split, count in zip(SPLITS, counts, strict=True) if count)
+    return [replace(file, split=min(splits)) for file, splits in told.items()], [f"split by file names: {text}"]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", name.lower())
+
+
+def _each_once(files: list[TextFile], search: FileSearch) -> list[TextFile]:
+    """Files with different contents, sorted by digest. Of equal ones, that for testing or validation stays, since text
+    that was trained on measures nothing."""
+    kept: dict[str, TextFile] = {}
+    for file in sorted(files, key=lambda file: (-SPLITS.index(file.split or "train"), file.path)):
+        if file.digest in kept:
+            search.leave_out("repeated", file.path)
+        else:
+            kept[file.digest] = file
+    return sorted(kept.values(), key=lambda file: file.digest)
+
+
+def _missing(path: Path, where: str) -> MoesaicError:
+    if os.path.lexists(path):
+        return MoesaicError(
+            "is no file and no folder", where=where, found=shown(path), allowed="a text file or a folder"
         )
-    return sorted(found, key=lambda file: file.name)
-
-
-def _standard_library() -> list[TextFile]:
-    """Every module's source except test suites, which some Python distributions leave out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [
-        TextFile(path.relative_to(root).as_posix(), path)
-        for path in root.rglob("*.py")
-        if not skipped.intersection(path.relative_to(root).parts) and path.is_file()
-    ]
-
-
-def _named(patterns: list[str], where: str) -> list[TextFile]:
-    found: dict[Path, TextFile] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            entries = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
-            named_directly = False
-        elif path.is_file():
-            entries, named_directly = [(path.name, path)], True
-        else:
-            entries = [(Path(p).name, Path(p)) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-            named_directly = False
-            if not entries:
-                siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                raise MoesaicError(
-                    "no such file",
-                    where=where,
-                    found=pattern,
-                    allowed="a text file, a folder or a glob",
-                    nearest=nearest_name(path.name, siblings),
-                )
-        for name, entry in entries:
-            file = TextFile(name, entry)
-            if file.text() is not None:
-                found[entry.resolve()] = file
-            elif named_directly:
-                raise MoesaicError("is a binary file", where=where, found=pattern, allowed="text in UTF-8")
-    return list(found.values())
-
-
-def split_texts(files: list[TextFile], split: str) -> Iterator[str]:
-    """The texts of one split, one file at a time: by a hash of the file's name (90 / 5 / 5 %), or cut by position."""
-    for file in files:
-        text = file.text()
-        if not text:
-            continue
-        if len(files) >= FEW_FILES:
-            bucket = int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:4], "big") % 100
-            if SPLITS[0 if bucket < 90 else 1 if bucket < 95 else 2] == split:
-                yield text
-        else:
-            index = SPLITS.index(split)
-            cuts = [0, *(_line_end(text, share) for share in (0.90, 0.95)), len(text)]
-            if piece := text[cuts[index] : cuts[index + 1]]:
-                yield piece
-
-
-def _line_end(text: str, share: float) -> int:
-    """Position after the line at ``share`` of the text, or exactly at ``share`` in a text of one line."""
-    at = int(len(text) * share)
-    end = text.find("\n", at)
-    return end + 1 if 0 <= end < len(text) - 1 else at
-
-
-def chunks(text: str) -> Iterator[str]:
-    """Pieces of about a million characters that end at a line, so that a huge file is not encoded at once."""
-    at = 0
-    while at < len(text):
-        end = text.find("\n", at + _CHUNK)
-        end = len(text) if end < 0 else end + 1
-        yield text[at:end]
-        at = end
-
-
-def content_hash(files: list[TextFile]) -> str:
-    """16 hexadecimal digits of all names and contents."""
-    digest = hashlib.sha256()
-    for file in files:
-        data = file.path.read_bytes()
-        digest.update(f"{file.name}\0{len(data)}\0".encode())
-        digest.update(data)
-    return digest.hexdigest()[:16]
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    return MoesaicError(
+        "no such file",
+        where=where,
+        found=shown(path),
+        allowed="a text file, a folder or a glob; a relative one starts at the current folder",
+        nearest=nearest_name(path.name, [shown(Path(name)) for name in siblings]),
+    )

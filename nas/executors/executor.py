@@ -1,8 +1,8 @@
-"""The interface of an executor: it takes architectures while it has a free lane, and returns each outcome."""
+"""The interface of an executor: it takes architectures from a piece of work, and tells it each outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +14,9 @@ from moesaic.supernet.evaluate import Evaluation
 class Outcome:
     """One evaluation that ended.
 
-    ``evaluation`` is None where it failed, and ``reason`` says why. ``attempts`` counts the lanes it used: more than
-    one if a lane died. ``seconds`` is the time of the last attempt in its lane, without transport.
+    ``evaluation`` is None where it failed, and ``reason`` says why. The failure is ``transient`` where another attempt
+    may succeed: a dead lane, a time limit, memory that ran out. ``attempts`` counts the lanes it used: more than one if
+    a lane died. ``seconds`` is the time of the last attempt in its lane, without transport.
     """
 
     architecture: Architecture
@@ -24,6 +25,19 @@ class Outcome:
     seconds: float
     attempts: int = 1
     reason: str | None = None
+    transient: bool = False
+
+
+class Work(Protocol):
+    """Architectures to evaluate, all different while they run."""
+
+    def ask(self) -> Architecture | None:
+        """The next architecture; None while there is none, which is final once nothing runs."""
+        ...
+
+    def tell(self, outcome: Outcome) -> None:
+        """The outcome of an architecture that was asked for."""
+        ...
 
 
 class Executor(Protocol):
@@ -31,17 +45,9 @@ class Executor(Protocol):
 
     lanes: int
 
-    @property
-    def free(self) -> int:
-        """How many more architectures can be submitted now."""
-        ...
-
-    def submit(self, architecture: Architecture) -> None:
-        """Start an evaluation; only while ``free`` is positive."""
-        ...
-
-    def next(self) -> Outcome:
-        """Wait for the first submitted evaluation to end."""
+    def run(self, work: Work) -> None:
+        """Evaluate whatever ``work`` gives, until it gives nothing and all evaluations have ended. Both methods of
+        ``work`` are called in this thread; what they raise ends the run."""
         ...
 
     def close(self) -> None:
@@ -49,13 +55,26 @@ class Executor(Protocol):
         ...
 
 
-def evaluate_all(executor: Executor, architectures: Sequence[Architecture]) -> list[Outcome]:
-    """The outcome of each architecture (all different), in their order, using all lanes."""
-    waiting = list(reversed(architectures))
-    outcomes: dict[Architecture, Outcome] = {}
-    while len(outcomes) < len(architectures):
-        while waiting and executor.free:
-            executor.submit(waiting.pop())
-        outcome = executor.next()
-        outcomes[outcome.architecture] = outcome
-    return [outcomes[architecture] for architecture in architectures]
+def evaluate_all(
+    executor: Executor, architectures: Sequence[Architecture], on_outcome: Callable[[int], None] = lambda done: None
+) -> list[Outcome]:
+    """The outcome of each architecture (all different), in their order, using all lanes. ``on_outcome`` gets how many
+    have ended; what it raises ends the rest."""
+    work = _List(architectures, on_outcome)
+    executor.run(work)
+    return [work.outcomes[architecture] for architecture in architectures]
+
+
+class _List:
+    """Given architectures as work."""
+
+    def __init__(self, architectures: Sequence[Architecture], on_outcome: Callable[[int], None]):
+        self._left, self._on_outcome = iter(architectures), on_outcome
+        self.outcomes: dict[Architecture, Outcome] = {}
+
+    def ask(self) -> Architecture | None:
+        return next(self._left, None)
+
+    def tell(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.architecture] = outcome
+        self._on_outcome(len(self.outcomes))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from moesaic.nas.executors.executor import Outcome
+import torch
+
+from moesaic.nas.executors.executor import Outcome, Work
 from moesaic.search_spaces import Architecture
 from moesaic.supernet.evaluate import Evaluation
 
@@ -17,20 +19,10 @@ class LocalExecutor:
 
     def __init__(self, evaluate: Callable[[Architecture], Evaluation]):
         self._evaluate = evaluate
-        self._submitted: Architecture | None = None
 
-    @property
-    def free(self) -> int:
-        return int(self._submitted is None)
-
-    def submit(self, architecture: Architecture) -> None:
-        assert self._submitted is None, "the lane is taken"
-        self._submitted = architecture
-
-    def next(self) -> Outcome:
-        architecture, self._submitted = self._submitted, None
-        assert architecture is not None, "nothing was submitted"
-        return attempt(self._evaluate, architecture, lane=0)
+    def run(self, work: Work) -> None:
+        while (architecture := work.ask()) is not None:
+            work.tell(attempt(self._evaluate, architecture, lane=0))
 
     def close(self) -> None:
         pass
@@ -40,9 +32,17 @@ def attempt(evaluate: Callable[[Architecture], Evaluation], architecture: Archit
     """Evaluate; an error (out of memory, a kernel that refuses a shape) fails this architecture's evaluation, not the
     search."""
     started = time.perf_counter()
-    evaluation, reason = None, None
+    evaluation, reason, transient = None, None, False
     try:
         evaluation = evaluate(architecture)
     except (RuntimeError, MemoryError, ArithmeticError) as error:  # running out of memory is one of the first two
         reason = f"{type(error).__name__}: {str(error).strip()}"[:300]
-    return Outcome(architecture, evaluation, lane, time.perf_counter() - started, reason=reason)
+        transient = _is_transient(error)
+    return Outcome(architecture, evaluation, lane, time.perf_counter() - started, reason=reason, transient=transient)
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the state of the machine caused the error: too little memory, a failing GPU. For too little memory on a
+    CPU, torch has no class of its own."""
+    classes = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, classes) or "can't allocate memory" in str(error)

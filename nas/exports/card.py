@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from moesaic.nas import __version__
 from moesaic.nas.costs.compliance import MeasuredLine, over_text, refused_text
-from moesaic.nas.exports.figures import ExportFigures
+from moesaic.nas.costs.measure import latency_text
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, ExportFigures
 from moesaic.nas.tasks import Metric
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, draw
@@ -30,8 +31,9 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
             draw(architecture),
             "```",
             "",
-            f"Weights: {figures.weights}. Loss on the test split: {figures.loss:.4f} nats per token "
-            f"(standard error {figures.standard_error:.4f}, {figures.tokens} tokens), {scores}.",
+            f"Weights: {figures.weights}. Their loss on the test split: {figures.loss:.4f} nats per token "
+            f"(standard error {figures.standard_error:.4f} over sequences, {figures.tokens} tokens), {scores}.",
+            _other_weights(figures),
             "",
             *([f"**{over}.**", ""] if over else []),
             "| budget line | limit | predicted | measured | status |",
@@ -44,20 +46,32 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
             *costs,
             "",
             "FLOPs are 2 x multiply-accumulates of a forward pass, attention counted unfused; predicted from the",
-            "expected load of each expert, measured from the load on the test text. Latency is that of a pass over",
-            f"{figures.context} on {figures.device}.",
-            "Memory is the weights in float32 and the peak of activations of such a pass.",
+            "expected load of each expert, measured from the load on the test text. Memory is the weights in float32",
+            f"and the peak of activations of a pass over {figures.context} on {figures.device}.",
             "",
-            str(figures.latency),
+            latency_text(figures.latency),
             "",
-            "Slice of the supernet against this model: largest logit difference "
-            f"{figures.slice_max_logit_difference:.2g}; "
-            f"this model against itself read back from disk: {figures.reload_max_logit_difference or 0:.2g}.",
+            f"Largest logit difference: {_differences(figures)}.",
             "",
             "Load it with `moesaic.load(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
             "",
         ]
     )
+
+
+def _other_weights(figures: ExportFigures) -> str:
+    """What is known of the same architecture with other weights."""
+    if figures.inherited is not None:
+        return f"With weights inherited from the supernet, before this training, it was {figures.inherited.loss:.4f}."
+    trained = f", as in `{BEST}`" if figures.name == INHERITED_BEST else ""
+    return f"Trained alone{trained}, the architecture has another loss; the run's verdict is about trained models."
+
+
+def _differences(figures: ExportFigures) -> str:
+    read_back = f"to itself read back from disk {figures.reload_max_logit_difference or 0:.2g}"
+    if figures.slice_max_logit_difference is None:
+        return read_back
+    return f"to the slice of the supernet {figures.slice_max_logit_difference:.2g}, {read_back}"
 
 
 def _budget_row(line: MeasuredLine) -> str:

@@ -10,12 +10,17 @@ from moesaic.nas.costs.measure import LatencyFigures
 from moesaic.nas.trust.scores import Difference, MeanScores, Scores
 from moesaic.search_spaces.architecture import ArchitectureField
 
+BEST, INHERITED_BEST = "best", "best-inherited"
+"""Names of the chosen model's exports: retrained, which the verdict is about, and with weights of the supernet."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFigures(Scores):
     """Scores are on the test split. ``predicted`` and ``measured`` are costs by name, in base units; ``refused`` are
-    the candidates with a lower loss that were over the budget. The last two say how far logits are from those of the
-    supernet's slice, and from those of the model read back from disk (None: not read back yet)."""
+    the candidates with a lower loss that were over the budget. The search ranked the model by ``validation_loss``. Of a
+    model that was trained alone ``inherited`` are the scores with the supernet's weights. The last two say how far
+    logits are from those of the supernet's slice (None: other weights), and from those of the model read back from disk
+    (None: not read back yet)."""
 
     name: str
     trial: int
@@ -24,12 +29,13 @@ class ExportFigures(Scores):
     validation_loss: float | None
     predicted: dict[str, float]
     measured: dict[str, float]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     budget: tuple[MeasuredLine, ...]
     refused: tuple[Refused, ...]
     device: str
     context: Context
-    slice_max_logit_difference: float
+    inherited: Scores | None = None
+    slice_max_logit_difference: float | None = None
     reload_max_logit_difference: float | None = None
 
 
@@ -47,7 +53,7 @@ class RetrainedModel(MeanScores):
     above_searched: Difference
     predicted: dict[str, float]
     measured: dict[str, float]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     budget: tuple[MeasuredLine, ...]
     steps: int
     init: str

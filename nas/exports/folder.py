@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -13,18 +14,28 @@ from torch import Tensor
 
 from moesaic.nas import __version__
 from moesaic.nas.config import Config
+from moesaic.nas.data.files import absolute_files
 from moesaic.nas.exports.card import model_card
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, read_value, unwritable, write_text, write_value
+from moesaic.search_spaces.files import (
+    PathLike,
+    complete_replacement,
+    read_json,
+    read_value,
+    replace_folder,
+    temporary_beside,
+    unwritable,
+    write_atomically,
+    write_text,
+    write_value,
+)
 from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
-BEST = "best"
-"""Name of the export that is retrained and reported as the chosen model."""
 
 
 @dataclass(frozen=True)
@@ -41,48 +52,59 @@ class ModelFacts:
 
 def export_model(
     directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, tokens: Tensor
-) -> None:
+) -> ExportFigures:
     """Write ``model`` to ``directory`` (replaced as a whole, or not at all), and check it by reading it back.
 
-    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S].
+    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S]. Other files
+    in the folder stay. Returns the figures with that comparison.
 
     Raises
     ------
-    MoesaicError : the folder cannot be written.
+    MoesaicError : the folder cannot be written, or is not an export.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary = temporary_beside(directory)
     architecture = model.architecture
-    facts = ModelFacts(
-        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
-    )
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        complete_replacement(directory)
+        if os.path.lexists(directory) and not _is_export(directory):
+            raise MoesaicError("is not an exported model, and stays", where=str(directory), allowed="move it away")
         temporary.mkdir(parents=True)
         save_tensors(
             temporary / "model.safetensors",
             dict(model.named_parameters()),
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
-        write_value(temporary / "config.json", facts)
-        write_text(temporary / "architecture.yaml", architecture.to_yaml())
-        shutil.copyfile(task.tokenizer, temporary / "tokenizer.json")
-        write_text(temporary / "retrain.yaml", _retrain_yaml(config))
+        write_facts(temporary, model, task)
+        write_retrain_file(temporary, config)
         reloaded = load_exported(temporary)
         with torch.inference_mode():
             difference = (reloaded(tokens) - model.cpu()(tokens)).abs().max().item()
         figures = replace(figures, reload_max_logit_difference=difference)
         write_value(temporary / "figures.json", figures)
         write_text(temporary / "README.md", model_card(architecture, figures, task.metrics))
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
+        replace_folder(directory, temporary)
     except OSError as error:
         raise unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return figures
 
 
-def load_exported(directory: str | os.PathLike[str]) -> Transformer:
-    """The model of an export, on the CPU, in evaluation mode. No code from the folder is executed.
+def write_facts(directory: Path, model: Transformer, task: Task) -> None:
+    """Write what ``load_exported`` and a user of ``model`` need beside its weights: ``config.json``,
+    ``architecture.yaml`` and ``tokenizer.json``."""
+    architecture = model.architecture
+    facts = ModelFacts(
+        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
+    )
+    write_value(directory / "config.json", facts)
+    write_text(directory / "architecture.yaml", architecture.to_yaml())
+    write_atomically(directory / "tokenizer.json", lambda path: shutil.copyfile(task.tokenizer, path))
+
+
+def load_exported(directory: PathLike) -> Transformer:
+    """The model of an export, or of a training's folder, on the CPU, in evaluation mode. No code from the folder is
+    executed.
 
     Raises
     ------
@@ -111,16 +133,20 @@ def load_exported(directory: str | os.PathLike[str]) -> Transformer:
     return model.eval()
 
 
-def _retrain_yaml(config: Config) -> str:
+def retrain_settings(config: Config) -> dict[str, Any]:
     """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
-    data = config.model_dump(mode="json", include=keep)
-    data["data"]["files"] = [
-        str(Path(name).expanduser().resolve()) if not _is_glob(name) else name for name in data["data"]["files"]
-    ]
+    return config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
+
+
+def write_retrain_file(directory: Path, config: Config) -> None:
+    """Write ``retrain.yaml`` of an export."""
     head = "# How this model is retrained: `moesaic retrain DIRECTORY`, with KEY=VALUE to change a setting.\n"
-    return head + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+    text = yaml.safe_dump(retrain_settings(config), sort_keys=False, default_flow_style=None, width=100)
+    write_text(directory / "retrain.yaml", head + text)
 
 
-def _is_glob(name: str) -> bool:
-    return any(character in name for character in "*?[")
+def _is_export(directory: Path) -> bool:
+    path = directory / "config.json"
+    plain = read_json(path) if path.is_file() else None
+    return isinstance(plain, dict) and plain.get("model_type") == MODEL_TYPE

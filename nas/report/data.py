@@ -15,12 +15,12 @@ from moesaic.nas.costs.analytic import flops_breakdown
 from moesaic.nas.costs.compliance import MeasuredLine, margin_text, worst_status
 from moesaic.nas.costs.price import Costs
 from moesaic.nas.costs.use import LayerUse
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import INHERITED_BEST
 from moesaic.nas.search.loop import SearchResult, hypervolume_history
 from moesaic.nas.search.pareto import non_dominated
 from moesaic.nas.search.trials import Trial
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture
+from moesaic.search_spaces import Architecture, Damaged
 from moesaic.supernet.metrics import read_metrics
 
 COSTS = tuple(DIMENSIONS)
@@ -125,7 +125,7 @@ def pareto_points(
             unevaluated.setdefault(trial.architecture.fingerprint, Point("refused", label, trial.architecture, costs))
         elif trial.state == "evaluated":
             if trial.number in exports:
-                kind = "best" if exports[trial.number] == BEST else "exported"
+                kind = "best" if exports[trial.number] == INHERITED_BEST else "exported"
                 label = f"{label}, exported as {exports[trial.number]}"
             elif trial.number in front:
                 kind = "front"
@@ -180,12 +180,17 @@ def _curve(label: str, model: str | None, folder: Path) -> Curve:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The calibration's measurements of the latency stage."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Measurement(row["kind"], float(row["measured_ms"]), float(row["predicted_ms"]))
-            for row in csv.DictReader(file)
-        ]
+    """The calibration's measurements of the latency stage. Raises Damaged for a missing or damaged file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [
+                Measurement(row["kind"], float(row["measured_ms"]), float(row["predicted_ms"]))
+                for row in csv.DictReader(file)
+            ]
+    except FileNotFoundError:
+        raise Damaged("no such file", path) from None
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise Damaged("is damaged: not a table of measurements", path) from None
 
 
 def budget_text(lines: Sequence[MeasuredLine]) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from moesaic.nas.costs.compliance import margin_text, predicted_text, refused_text, worst_status
-from moesaic.nas.exports.figures import RetrainedModel
+from moesaic.nas.costs.measure import latency_text
+from moesaic.nas.exports.figures import BEST, RetrainedModel
 from moesaic.nas.report.data import Model, batch_text, budget_text, cost_name, per_text
 from moesaic.nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
 from moesaic.nas.report.findings import Findings
@@ -24,6 +25,13 @@ from moesaic.nas.units import DIMENSIONS
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """Content policy: the page must not load anything from outside."""
+_COMPARED = {
+    "flops": "FLOPs per token",
+    "latency": "latency",
+    "active_parameters": "active parameters",
+    "parameters": "parameters",
+}
+"""Costs of retrained models, with the heads of their columns."""
 
 
 def build_page(findings: Findings) -> str:
@@ -64,20 +72,22 @@ def _result(findings: Findings) -> Iterator[str]:
     if over := over_sentence(summary):
         yield paragraph(over, "verdict bad")
     yield paragraph(verdict(summary), "verdict")
-    yield "<h3>Costs of the chosen architecture</h3>"
+    yield f"<h3>Costs of the retrained model, exports/{BEST}</h3>"
     yield table(
         ("cost", "limit", "predicted", "measured", "budget"),
-        [_cost_row(findings, cost, chosen) for cost in DIMENSIONS],
+        [_cost_row(findings, cost, chosen) for cost in chosen.measured],
     )
     yield paragraph(
-        f"Predicted without running the model; measured on the exported model, with routing on the test split. "
-        f"Latency and memory are for one forward pass over a {batch_text(context)} on this device.",
+        "Predicted without running the model; measured on the retrained model of the first seed, with routing on the "
+        f"test split, FLOPs and active parameters of a budget line on the most expensive seed. Latency and memory are "
+        f"for one forward pass over a {batch_text(context)} on this device.",
         "muted",
     )
     if refused := refused_text(chosen.refused):
         yield paragraph(refused, "warn")
-    yield paragraph(str(chosen.latency), "muted")
+    yield paragraph(latency_text(chosen.latency), "muted")
     results = [chosen.retrained, *summary.rivals]
+    costs = [cost for cost in _COMPARED if cost in chosen.measured]
     start = "scratch" if results[0].init == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, evaluated on the test split</h3>"
     yield table(
@@ -85,18 +95,16 @@ def _result(findings: Findings) -> Iterator[str]:
             "model",
             "loss, nats per token",
             *(metric.title for metric in summary.metrics),
-            "FLOPs per token",
-            "latency",
-            "active parameters",
-            "parameters",
+            *(_COMPARED[cost] for cost in costs),
             "budget",
         ),
-        [_result_row(result, summary.metrics) for result in results],
+        [_result_row(result, summary.metrics, costs) for result in results],
         chosen=0,
     )
+    per = f", latency {per_text('latency', context)}" if "latency" in costs else ""
     yield paragraph(
-        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}, latency "
-        f"{per_text('latency', context)}.",
+        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}{per}. With inherited weights, "
+        f"before training, the searched model had a test loss of {chosen.inherited.loss:.4f}.",
         "muted",
     )
 
@@ -111,8 +119,8 @@ def _about_seeds(result: RetrainedModel) -> str:
         )
     return (
         f"once with each of {seeds} seeds, all on the same batches; figures are means, ± half the 95 % interval of the "
-        f"mean (Student). Costs are measured on the first seed's model; for the budget, FLOPs and active parameters "
-        "are those of the most expensive seed"
+        "mean over seeds (Student). Costs are measured on the first seed's model; for the budget, FLOPs and active "
+        "parameters are those of the most expensive seed"
     )
 
 
@@ -132,15 +140,12 @@ def _cost_row(findings: Findings, cost: str, chosen: Chosen) -> tuple:
     )
 
 
-def _result_row(result: RetrainedModel, metrics: Sequence[Metric]) -> tuple:
+def _result_row(result: RetrainedModel, metrics: Sequence[Metric], costs: Sequence[str]) -> tuple:
     return (
         result.name,
         f"{result.loss:.4f} ± {result.error:.4f}",
         *(metric.format(result.metrics[metric.name]) for metric in metrics),
-        *(
-            DIMENSIONS[cost].format(result.measured[cost])
-            for cost in ("flops", "latency", "active_parameters", "parameters")
-        ),
+        *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
         flag(budget_text(result.budget), worst_status(result.budget)),
     )
 
@@ -233,8 +238,11 @@ def _training(findings: Findings) -> Iterator[str]:
 
 
 def _predictions(findings: Findings) -> Iterator[str]:
-    yield paragraph(f"Latency: {findings.summary.latency_predictor.text}.")
-    yield plot("latency", latency_figure(findings.measurements, findings.context))
+    if predictor := findings.summary.latency_predictor:
+        yield paragraph(f"Latency: {predictor.text}.")
+        yield plot("latency", latency_figure(findings.measurements, findings.context))
+    else:
+        yield paragraph("Latency was not calibrated: no budget line and no objective needs it.")
     yield paragraph(flops_sentence(findings.summary.trust.flops))
 
 

@@ -34,7 +34,8 @@ def trust_section(trust: Trust) -> Iterator[str]:
         "paired difference. p is from a paired t-test with Holm's correction for all pairs of these models; "
         "below 0.05 a difference is called significant. A level ends before the first member that differs "
         f"significantly from the level's first: {trust.levels} levels, {len(trust.front)} members. The tests ignore "
-        "training-seed variance and that the front was selected from all trials by these same losses.",
+        "training-seed variance, of the supernet too, and that the front was selected from all trials by these same "
+        "losses.",
         "muted",
     )
 
@@ -78,7 +79,8 @@ def _check(check: Check) -> Iterator[str]:
         )
         yield paragraph(
             "Agreement with the losses of the same architectures trained from scratch. Regret: how far the best of a "
-            "judge's top k is above the best of all. The interval is a bootstrap over the members.",
+            "judge's top k is above the best of all. The interval is exact in Mallows's model, where the "
+            "chance of a ranking falls by one factor with every pair in the wrong order.",
             "muted",
         )
     if any(member.retrained_loss is not None for member in check.members):

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from moesaic.nas.context import Context
-from moesaic.nas.costs.compliance import MeasuredLine, Refused, over_text
+from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, over_text
 from moesaic.nas.costs.latency.fitting import Accuracy
 from moesaic.nas.costs.measure import LatencyFigures
-from moesaic.nas.exports.figures import RetrainedModel
+from moesaic.nas.exports.figures import ExportFigures, RetrainedModel
 from moesaic.nas.search.loop import SearchFigures
 from moesaic.nas.tasks import Metric
 from moesaic.nas.trust.findings import Trust
-from moesaic.nas.trust.scores import Scores
+from moesaic.nas.trust.significance import LEVEL, holm
 from moesaic.search_spaces.architecture import ArchitectureField
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The searched model. ``inherited`` are its scores before training, ``predicted`` and ``measured`` its costs."""
+    """The searched model, as exported in ``best``: ``retrained`` is what the verdict is about, and ``predicted``,
+    ``measured`` and ``latency`` are its costs. ``inherited`` are the scores and costs of the same architecture with
+    weights of the supernet, by which it was chosen from the ``refused`` ones."""
 
     fingerprint: str
     architecture: ArchitectureField
     picture: tuple[str, ...]
-    inherited: Scores
+    inherited: ExportFigures
     predicted: dict[str, float]
     measured: dict[str, float]
     refused: tuple[Refused, ...]
-    latency: LatencyFigures
+    latency: LatencyFigures | None
     retrained: RetrainedModel
 
 
@@ -41,8 +45,8 @@ class PredictorFigures:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything a run found for one budget. ``metrics`` are those of its task, ``exports`` the names of all
-    exports."""
+    """Everything a run found for one budget. ``metrics`` are those of its task, ``budget`` the lines of the exported
+    ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model."""
 
     name: str
     date: str
@@ -55,35 +59,60 @@ class Summary:
     rivals: tuple[RetrainedModel, ...]
     search: SearchFigures
     supernet: dict[str, float]
-    latency_predictor: PredictorFigures
+    latency_predictor: PredictorFigures | None
     trust: Trust
     exports: tuple[str, ...]
     stage_seconds: dict[str, float]
     context: Context
+    more_seeds: str
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence: did the search pay, by paired losses of models retrained with the same seeds?
+    """Did the search pay, by paired losses of models retrained with the same seeds, and what does its model cost?
 
-    The difference is significant exactly where its 95 % interval excludes 0.
+    The difference to the best rival is significant where its p-value, Holm-corrected for the number of rivals, is below
+    5 %. One training seed gives no verdict: two trainings of one model differ by more than an interval over sequences.
     """
     searched, rivals = summary.chosen.retrained, summary.rivals
     if not rivals:
         return "No rival was trained, so it is unknown whether the search paid."
     best = min(rivals, key=lambda rival: rival.loss)
-    above = best.above_searched
-    many = above.seeds > 1
+    above, many = best.above_searched, best.above_searched.seeds > 1
     figures = (
         f"{'mean ' if many else ''}test loss {searched.loss:.4f} against {best.loss:.4f} of the best rival "
-        f"({best.name}), difference {above.mean:+.4f} with a 95 % interval of {above.low:+.4f} to {above.high:+.4f} "
-        "over " + (f"{above.seeds} training seeds, in pairs" if many else "sequences, in pairs, one training seed each")
+        f"({best.name}), difference {above.mean:+.4f}"
     )
-    if above.low <= 0 <= above.high:
-        return f"The search made no significant difference: {figures}."
-    return f"The search {'paid' if above.low > 0 else 'did not pay'}: {figures}."
+    interval = f"95 % interval of {above.low:+.4f} to {above.high:+.4f}"
+    costs = costs_sentence(searched, best)
+    if not many:
+        return (
+            f"One training seed gives no verdict: {figures}. Its {interval} is over test sequences alone; another "
+            f"training seed often changes a difference by more than that. {costs} To train two more seeds of every "
+            f"model: `{summary.more_seeds}`"
+        )
+    p_values = holm(np.array([rival.above_searched.p_value for rival in rivals]))
+    p_value = float(p_values[rivals.index(best)])
+    chance = f"with a {interval} over {above.seeds} training seeds and the test sequences, in pairs; p = {p_value:.3f}"
+    chance += f" (Holm-corrected for {len(rivals)} rivals)" if len(rivals) > 1 else ""
+    if p_value >= LEVEL:
+        return f"The search made no significant difference: {figures} {chance}. {costs}"
+    return f"The search {'paid' if above.mean > 0 else 'did not pay'}: {figures} {chance}. {costs}"
+
+
+def costs_sentence(searched: RetrainedModel, rival: RetrainedModel) -> str:
+    """The searched model's measured costs as multiples of a rival's; latency where both were timed."""
+    shares = [
+        f"{searched.measured[cost] / rival.measured[cost]:.2f} times the {name}"
+        for cost, name in (("latency", "latency"), ("parameters", "parameters"), ("flops", "FLOPs"))
+        if cost in searched.measured and cost in rival.measured
+    ]
+    return f"The searched model has {', '.join(shares[:-1])} and {shares[-1]} of that rival."
 
 
 def over_sentence(summary: Summary) -> str | None:
     """The warning shown first when the chosen model is over its budget; None when it is not."""
     over = over_text(summary.budget)
-    return over and f"{over}. No candidate met the budget; this one exceeds it least."
+    if over is None:
+        return None
+    none_inside = lines_over(summary.chosen.inherited.budget)
+    return f"{over}. No candidate met the budget; this one exceeds it least." if none_inside else f"{over}."

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from moesaic.nas.costs.compliance import MeasuredLine, Status, predicted_text, refused_text, worst_status
-from moesaic.nas.exports.figures import RetrainedModel
+from moesaic.nas.costs.measure import latency_text
+from moesaic.nas.exports.figures import BEST, RetrainedModel
 from moesaic.nas.report.summary import Chosen, Summary, over_sentence, verdict
 from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
-from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
+from moesaic.nas.terminal.tables import PlainTable, plain_table, what_costs_are_per
 from moesaic.nas.trust.sentences import sentences
 from moesaic.nas.units import DIMENSIONS
 
@@ -36,7 +36,7 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
         console.print(Text(refused, style=_STYLES["within tolerance"]))
     console.print(_costs_table(chosen))
     console.print(Text(what_costs_are_per(summary.context)))
-    console.print(Text(str(chosen.latency)))
+    console.print(Text(latency_text(chosen.latency)))
     console.print()
     console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics))
     console.print(Text(verdict(summary)))
@@ -52,8 +52,8 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
     console.print(Text(f"{'time':13} {duration(sum(seconds.values()))} ({', '.join(parts)})"))
 
 
-def _budget_table(lines: Sequence[MeasuredLine]) -> Table:
-    table = plain_table("Budget of the chosen architecture", "line|limit|predicted|re-measured|", "line|")
+def _budget_table(lines: Sequence[MeasuredLine]) -> PlainTable:
+    table = plain_table(f"Budget of the retrained model (exports/{BEST})", "line|limit|predicted|re-measured|", "line|")
     for line in lines:
         form = DIMENSIONS[line.name].format
         name = line.name if line.bind == "expected" else f"{line.name} (worst case)"
@@ -66,19 +66,22 @@ def _status_text(status: Status, lines: str = "") -> Text:
     return Text(f"{name} {lines}".strip(), style=_STYLES[status])
 
 
-def _costs_table(chosen: Chosen) -> Table:
+def _costs_table(chosen: Chosen) -> PlainTable:
     table = plain_table("Its costs", "cost|predicted|measured", "cost")
-    for name, dimension in DIMENSIONS.items():
-        table.add_row(name, dimension.format(chosen.predicted[name]), dimension.format(chosen.measured[name]))
+    for name, measured in chosen.measured.items():
+        form = DIMENSIONS[name].format
+        table.add_row(name, form(chosen.predicted[name]), form(measured))
     return table
 
 
-def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) -> Table:
+def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) -> PlainTable:
     first = results[0]
     start = "scratch" if first.init == "scratch" else "inherited weights"
     seeds = len(first.runs)
     alike = f"{first.steps} steps from {start}" + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
-    columns = ["model", "loss", *(metric.title for metric in metrics), "FLOPs", "latency", "active", "budget"]
+    costs = {"flops": "FLOPs", "latency": "latency", "active_parameters": "active", "parameters": "parameters"}
+    costs = {cost: title for cost, title in costs.items() if cost in first.measured}
+    columns = ["model", "loss", *(metric.title for metric in metrics), *costs.values(), "budget"]
     title = f"Retrained alike ({alike}), evaluated on the test split"
     table = plain_table(title, "|".join(columns), "model|budget")
     best = min(result.loss for result in results)
@@ -90,7 +93,7 @@ def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) 
             result.name,
             Text(loss, style="bold" if result.loss == best else ""),
             *(metric.format(result.metrics[metric.name]) for metric in metrics),
-            *(DIMENSIONS[name].format(result.measured[name]) for name in ("flops", "latency", "active_parameters")),
+            *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
             _status_text(status, ", ".join(lines)),
         )
     return table

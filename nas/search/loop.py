@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from moesaic.nas.search.trials import Trial, TrialLog
 from moesaic.search_spaces import Architecture, Interrupted, StageFailed
 
 _HOPELESS = 20
-"""With this many failures and no single loss, the architectures are not the cause."""
+"""With this many failures in a row, the architectures are not the cause."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,119 @@ class BudgetSearch:
                 self.seen[trial.architecture.fingerprint] = trial
 
     def evaluated(self) -> int:
-        """Evaluations that were proposed for this budget."""
-        return sum(trial.ended and trial.budget == self.name for trial in self.trials)
+        """Number of architectures that were proposed for this budget and evaluated."""
+        return len({t.architecture.fingerprint for t in self.trials if t.ended and t.budget == self.name})
+
+
+class Search:
+    """A search as its executor sees it: it is asked for architectures and told their outcomes.
+
+    A proposal is made when one is asked for, for the budget with the fewest evaluations so far; there is no waiting for
+    a generation. A finished trial is logged before anything else happens, and every budget learns from it. Transient
+    failures of an earlier start are evaluated again first.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        searches: Sequence[BudgetSearch],
+        log: TrialLog,
+        seed: int = 0,
+        on_trial: Callable[[list[Trial]], None] = lambda trials: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.config, self.searches, self.log, self.seed = config, searches, log, seed
+        self._on_trial, self._should_stop = on_trial, should_stop
+        self._counts = {search.name: search.evaluated() for search in searches}
+        by_name = {search.name: search for search in searches}
+        self._again = deque(
+            (by_name[trial.budget], Proposal(trial.architecture, engine=trial.engine))
+            for trial in to_repeat(log.trials)
+            if trial.budget in by_name and trial.architecture.fingerprint in by_name[trial.budget].seen
+        )
+        self._running: dict[str, tuple[BudgetSearch, Proposal]] = {}
+        self._failures = 0
+        self._exhausted = self._stopped = False
+
+    def ask(self) -> Architecture | None:
+        """The next architecture; None after a request to stop, when there are enough trials, and when no sampler finds
+        a new one inside its budget, which is tried again after the next outcome."""
+        if self._exhausted:
+            return None
+        self._stopped = self._stopped or self._should_stop()
+        if self._stopped:
+            return None
+        found = self._again.popleft() if self._again else self._propose()
+        if found is None:
+            self._exhausted = True
+            return None
+        self._running[found[1].architecture.fingerprint] = found
+        return found[1].architecture
+
+    def tell(self, outcome: Outcome) -> None:
+        """Log an outcome, and the proposals that were skipped before it.
+
+        Raises
+        ------
+        StageFailed : ``_HOPELESS`` evaluations in a row have failed.
+        """
+        search, proposal = self._running.pop(outcome.architecture.fingerprint)
+        self._exhausted = False
+        number = len(self.log.trials)
+        finished = [_skipped(number + i, one, search, self.seed) for i, one in enumerate(proposal.skipped)]
+        trial = _judge(self.config, search, outcome, number + len(finished), self.seed, proposal.engine)
+        finished.append(trial)
+        self.log.append(finished)
+        for each in self.searches:
+            each.take(finished)
+        self._on_trial(finished)
+        self._failures = self._failures + 1 if trial.state == "failed" else 0
+        if self._failures == _HOPELESS:
+            raise StageFailed(
+                f"{_HOPELESS} evaluations in a row failed",
+                where=str(self.log.path),
+                found=trial.reason,
+                allowed="once the cause is mended, the same command evaluates them again",
+            )
+
+    def end(self, say: Callable[[str], None]) -> None:
+        """Tell ``say`` which budgets have no more architectures. Raises Interrupted after a request to stop."""
+        wanted = self.config.trials
+        left = sum(wanted - count for count in self._counts.values()) + len(self._again)
+        if left and self._stopped:
+            done = sum(self._counts.values()) - len(self._again)
+            raise Interrupted(f"stopped after {done} of {done + left} trials; the same command continues")
+        for name, count in self._counts.items():
+            if count < wanted:
+                of = f" {name}" if name else ""
+                say(f"search: ends after {count} of {wanted} trials: no other architecture was found inside budget{of}")
+
+    def _propose(self) -> tuple[BudgetSearch, Proposal] | None:
+        """The next proposal: from the search with the fewest evaluations that wants more and still finds one."""
+        running = tuple(proposal.architecture for _, proposal in self._running.values())
+        for search in sorted(self.searches, key=lambda search: self._counts[search.name]):
+            if self._counts[search.name] < self.config.trials:
+                proposal = search.sampler.propose(SearchState(search.trials, search.seen, running))
+                if proposal is not None:
+                    self._counts[search.name] += 1
+                    return search, proposal
+        return None
+
+
+def to_repeat(trials: Sequence[Trial]) -> list[Trial]:
+    """The failed trials of a log that are evaluated again when a search starts: transient failures, and all that failed
+    in a row at its end if they are so many that the architectures are not the cause."""
+    ended = [trial for trial in trials if trial.ended]
+    tail = list(takewhile(lambda trial: trial.state == "failed", reversed(ended)))
+    hopeless = {trial.number for trial in tail} if len(tail) >= _HOPELESS else set()
+    last = {trial.architecture.fingerprint: trial for trial in ended}
+    return [t for t in last.values() if t.state == "failed" and (t.transient or t.number in hopeless)]
+
+
+def without_repeated(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials without failures that were evaluated again later."""
+    last = {trial.architecture.fingerprint: trial.number for trial in trials if trial.ended}
+    return [t for t in trials if t.state != "failed" or last[t.architecture.fingerprint] == t.number]
 
 
 def run_search(
@@ -98,61 +210,19 @@ def run_search(
     seed: int = 0,
     on_trial: Callable[[list[Trial]], None] = lambda trials: None,
     should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Evaluate until ``log`` holds ``config.trials`` evaluations for each search, or nothing new is found inside its
-    budget.
-
-    A free lane gets a proposal at once, for the search with the fewest so far; there is no waiting for a generation. A
-    finished trial is logged before anything else happens, and every search learns from it.
+    """Evaluate until ``log`` holds ``config.trials`` architectures for each search, or nothing new is found inside its
+    budget, which ``say`` is told.
 
     Raises
     ------
     Interrupted : after ``should_stop``, once running evaluations have ended; everything finished is in the log.
-    StageFailed : no evaluation of the first ``_HOPELESS`` gave a loss.
+    StageFailed : ``_HOPELESS`` evaluations in a row have failed.
     """
-    counts = {search.name: search.evaluated() for search in searches}
-    running: dict[str, tuple[BudgetSearch, Proposal]] = {}
-    while True:
-        while executor.free and not should_stop():
-            proposed = tuple(proposal.architecture for _, proposal in running.values())
-            found = _next_proposal(searches, counts, config.trials, proposed)
-            if found is None:
-                break
-            search, proposal = found
-            counts[search.name] += 1
-            running[proposal.architecture.fingerprint] = found
-            executor.submit(proposal.architecture)
-        if not running:
-            break
-        outcome = executor.next()
-        search, proposal = running.pop(outcome.architecture.fingerprint)
-        number = len(log.trials)
-        finished = [_skipped(number + i, one, search, seed) for i, one in enumerate(proposal.skipped)]
-        trial = _judge(config, search, outcome, number + len(finished), seed, proposal.engine)
-        finished.append(trial)
-        log.append(finished)
-        for each in searches:
-            each.take(finished)
-        on_trial(finished)
-        if len(search.seen) == _HOPELESS and all(one.state == "failed" for one in search.seen.values()):
-            problem = f"none of the first {_HOPELESS} architectures could be evaluated"
-            raise StageFailed(problem, where=str(log.path), found=trial.reason)
-    left = sum(config.trials - count for count in counts.values())
-    if left and should_stop():
-        done = sum(counts.values())
-        raise Interrupted(f"stopped after {done} of {done + left} trials; the same command continues")
-
-
-def _next_proposal(
-    searches: Sequence[BudgetSearch], counts: dict[str, int], trials: int, running: tuple[Architecture, ...]
-) -> tuple[BudgetSearch, Proposal] | None:
-    """The next proposal: from the search with the fewest evaluations that wants more and still finds one."""
-    for search in sorted(searches, key=lambda search: counts[search.name]):
-        if counts[search.name] < trials:
-            proposal = search.sampler.propose(SearchState(search.trials, search.seen, running))
-            if proposal is not None:
-                return search, proposal
-    return None
+    search = Search(config, searches, log, seed, on_trial, should_stop)
+    executor.run(search)
+    search.end(say)
 
 
 def _skipped(number: int, skipped: Skipped, search: BudgetSearch, seed: int) -> Trial:
@@ -183,6 +253,7 @@ def _judge(config: SearchConfig, search: BudgetSearch, outcome: Outcome, number:
         "budget": search.name,
         "lane": outcome.lane,
         "attempts": outcome.attempts,
+        "transient": outcome.transient,
         "engine": engine,
     }
     excess = budget.excess(architecture)

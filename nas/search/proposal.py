@@ -42,7 +42,7 @@ class SearchState:
     @property
     def asked(self) -> int:
         """Number of evaluations finished or running; with one lane, it determines the next trial's number."""
-        return len(self.seen) + len(self.running)
+        return len(self.seen) + sum(a.fingerprint not in self.seen for a in self.running)
 
     def unknown(self, architecture: Architecture) -> bool:
         """Whether the architecture is neither evaluated nor running."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -28,26 +29,33 @@ class Rival:
     costs: Costs
 
 
-def judge_rivals(space: SearchSpace, budget: Budget, executor: Executor) -> dict[str, list[Rival]]:
+def judge_rivals(
+    space: SearchSpace,
+    budget: Budget,
+    executor: Executor,
+    on_judged: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Rival]]:
     """Uniform and dense layouts inside the budget by rising inherited loss, with the same evaluation, weights and
-    budget as the search. A kind is left out if no member fits or none can be evaluated."""
-    rivals = {}
+    budget as the search. A kind is left out if no member fits or none can be evaluated. ``on_judged`` gets how many of
+    all layouts were evaluated, at the start too."""
     kinds: tuple[tuple[Literal["uniform", "dense"], list[Architecture]], ...] = (
         ("uniform", uniform_layouts(space, sparse=True)),
         ("dense", uniform_layouts(space, sparse=False)),
     )
+    chosen: dict[Architecture, Literal["uniform", "dense"]] = {}
     for kind, layouts in kinds:
         inside = [a for a in layouts if budget.fits(a)]
         inside.sort(key=lambda a: (-budget.pricer.expected(a)["flops"], a.fingerprint))
-        judged = []
-        for outcome in evaluate_all(executor, inside[:JUDGED]):
-            architecture, evaluation = outcome.architecture, outcome.evaluation
-            if evaluation is not None and math.isfinite(evaluation.loss):
-                costs = budget.pricer.measured(architecture, evaluation.loads)
-                judged.append(Rival(kind, architecture, evaluation.loss, costs))
-        if judged:
-            rivals[kind] = sorted(judged, key=lambda rival: rival.loss)
-    return rivals
+        chosen |= dict.fromkeys(inside[:JUDGED], kind)
+    on_judged(0, len(chosen))
+    rivals: dict[str, list[Rival]] = {}
+    for outcome in evaluate_all(executor, list(chosen), lambda done: on_judged(done, len(chosen))):
+        architecture, evaluation = outcome.architecture, outcome.evaluation
+        if evaluation is not None and math.isfinite(evaluation.loss):
+            costs = budget.pricer.measured(architecture, evaluation.loads)
+            kind = chosen[architecture]
+            rivals.setdefault(kind, []).append(Rival(kind, architecture, evaluation.loss, costs))
+    return {kind: sorted(judged, key=lambda rival: rival.loss) for kind, judged in rivals.items()}
 
 
 def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:

@@ -18,16 +18,16 @@ from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder
 from moesaic.nas.terminal.tables import write_csv
 from moesaic.nas.training.recipe import single_recipe
+from moesaic.nas.training.trainer import WEIGHTS
 from moesaic.nas.trust.findings import Check, CheckedMember, Errors, FlopsErrors, Standing, Trust
 from moesaic.nas.trust.judges import compare_judges, correction_of, judged_rival, judged_trial
 from moesaic.nas.trust.scores import paired_difference
 from moesaic.nas.trust.sentences import corrects
-from moesaic.nas.trust.significance import adjusted_p_values, levels
+from moesaic.nas.trust.significance import LEVEL, adjusted_p_values, levels
 from moesaic.search_spaces import Architecture, StageFailed
 from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Evaluation
 
-_LEVEL = 0.05
 _FLOPS_MODELS = 16
 
 
@@ -40,6 +40,11 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
         "fidelity": config["fidelity"],
         "training": {name: config["retrain"][name] for name in sorted(training)},
     }
+
+
+def passes(part: BudgetRun) -> float:
+    config = part.run.config
+    return 3.0 * config.fidelity.check * config.fidelity.steps * config.retrain.batch_size
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
@@ -70,8 +75,8 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
         chosen_rivals=tuple(_best_of_kind(rivals, marks)),
     )
     write_value(directory.path / "fidelity.json", trust)
-    for weights in directory.path.glob("*/*.safetensors"):  # of models trained too briefly to be useful
-        weights.unlink()
+    for member in check.members if check else ():  # trained too briefly to be useful
+        (directory.path / member.fingerprint / WEIGHTS).unlink(missing_ok=True)
     return fingerprint({str(number): loss for number, loss in corrected.items()})
 
 
@@ -88,15 +93,10 @@ def _tell_apart(
     best = _best_of_kind(rivals, [rival.loss for rival in rivals])
     models |= {rival.kind: rival.architecture for rival in best}
     judge = part.run.judge("validation", part.run.config.search.evaluation_windows)
-    evaluations: list[Evaluation] = []
-    with part.reporter.progress("front") as bar:
-        for name, architecture in models.items():
-            bar.update(len(evaluations), len(models), name)
-            evaluations.append(judge(architecture))
-        bar.update(len(models), len(models))
+    evaluations = [judge(models[name]) for name in part.run.each("front", list(models))]
     p_values = adjusted_p_values(np.array([evaluation.sequence_losses for evaluation in evaluations]))
     size = len(result.front)
-    differ = p_values[:size, :size] < _LEVEL
+    differ = p_values[:size, :size] < LEVEL
     steps = [*levels(differ), *[None] * len(best)]
     standings = [
         Standing(
@@ -106,7 +106,7 @@ def _tell_apart(
             evaluation.standard_error,
             paired_difference(evaluation, evaluations[0]),
             float(p_value),
-            bool(p_value < _LEVEL),
+            bool(p_value < LEVEL),
             level,
         )
         for (name, architecture), evaluation, p_value, level in zip(
@@ -121,15 +121,12 @@ def _flops_errors(part: BudgetRun, trials: list[Trial]) -> FlopsErrors | None:
     models = choose_members([trial for trial in trials if has_threshold_router(trial.architecture)], _FLOPS_MODELS)
     judge, pricer = part.run.judge("test", part.run.config.search.evaluation_windows), part.run.pricer
     before, after = [], []
-    with part.reporter.progress("FLOPs") as bar:
-        for done, trial in enumerate(models):
-            bar.update(done, len(models), f"trial {trial.number}")
-            unseen = pricer.measured(trial.architecture, judge(trial.architecture).loads)["flops"]
-            before.append(abs(pricer.expected(trial.architecture)["flops"] / unseen - 1))
-            after.append(abs(trial.costs["flops"] / unseen - 1))
-        bar.update(len(models), len(models))
     if not models:
         return None
+    for trial in part.run.each("FLOPs", models):
+        unseen = pricer.measured(trial.architecture, judge(trial.architecture).loads)["flops"]
+        before.append(abs(pricer.expected(trial.architecture)["flops"] / unseen - 1))
+        after.append(abs(trial.costs["flops"] / unseen - 1))
     return FlopsErrors(len(models), *(Errors(float(np.median(errors)), max(errors)) for errors in (before, after)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 
 from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, lines_text, over_text, worst_excess
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import ExportFigures
-from moesaic.nas.exports.folder import BEST, export_model
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, ExportFigures
+from moesaic.nas.exports.folder import export_model, retrain_settings, write_retrain_file
 from moesaic.nas.search.loop import SearchResult
 from moesaic.nas.search.pareto import evenly_spread
 from moesaic.nas.search.trials import Trial
@@ -45,21 +45,33 @@ class Candidate:
 
 
 def inputs(part: BudgetRun) -> dict[str, Any]:
-    return part.run.config.model_dump(mode="json", include={"export"})
+    config = part.run.config
+    return {
+        "export": config.export.model_dump(mode="json"),
+        "evaluation_windows": config.retrain.evaluation_windows,
+        "device": asdict(part.run.device),
+        "context": asdict(part.run.context),
+        "retrain_file": retrain_settings(config),
+    }
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> str:
-    """Writes a folder for ``best`` and each ``front-N``, and ``exports.json``.
+    """Writes a folder for ``best-inherited`` and each ``front-N``, and ``exports.json``. Stage retrain adds ``best``.
 
-    ``best`` is the best-ranked trial that is inside the budget when measured. Members of the front that are over it
-    are exported and flagged.
+    ``best-inherited`` is the best-ranked trial that is inside the budget when measured. Members of the front that are
+    over it are exported and flagged.
     """
+    if (exports := _standing(directory)) is not None:  # only settings of retraining changed
+        for name in {BEST, *(figures.name for figures in exports)}:
+            if (directory.path / name / "retrain.yaml").exists():
+                write_retrain_file(directory.path / name, part.run.config)
+        return _digest(exports)
     trials, result = load_search(part)
     count = part.run.config.export.front
     with part.reporter.progress("export") as bar:
-        bar.update(0, 1 + count, BEST)
+        bar.update(0, 1 + count, INHERITED_BEST)
         best, refused = choose_best(part, trials)
-        exports = [_export(part, directory.path / BEST, best, refused)]
+        exports = [_export(part, directory.path / INHERITED_BEST, best, refused)]
         known = {best.trial.number, *(candidate.trial for candidate in refused)}
         others = _spread_front(result, known, count)
         for place, trial in enumerate(others, start=1):
@@ -71,7 +83,19 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
                 part.reporter.say(f"export: {name} (trial {trial.number}) is {over}")
         bar.update(len(exports), len(exports))
     write_value(directory.path / "exports.json", exports, list[ExportFigures])
-    # Measurements decide which trials are exported, so later stages depend on more than the inputs.
+    return _digest(exports)
+
+
+def _standing(directory: StageDirectory) -> list[ExportFigures] | None:
+    """The exports of an earlier, complete stage in this folder."""
+    path = directory.path / "exports.json"
+    exports = read_value(path, list[ExportFigures]) if path.exists() else []
+    whole = all((directory.path / figures.name / "config.json").exists() for figures in exports)
+    return exports if exports and whole else None
+
+
+def _digest(exports: list[ExportFigures]) -> str:
+    """Measurements decide which trials are exported, so later stages depend on more than the inputs."""
     return fingerprint({figures.name: figures.fingerprint for figures in exports})
 
 
@@ -118,6 +142,7 @@ def _spread_front(result: SearchResult, known: set[int], count: int) -> list[Tri
 
 def _measure(part: BudgetRun, trial: Trial) -> Candidate:
     run = part.run
+    run.check_stop("export")
     model = run.supernet.extract(trial.architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(trial.architecture)
@@ -147,5 +172,4 @@ def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tup
         context=run.context,
         slice_max_logit_difference=difference,
     )
-    export_model(directory, model.cpu(), run.config, run.task, figures, tokens)
-    return figures
+    return export_model(directory, model.cpu(), run.config, run.task, figures, tokens)

@@ -10,7 +10,7 @@ from moesaic.nas.config import load_retrain_file
 from moesaic.nas.data import load_corpus
 from moesaic.nas.device import choose_device
 from moesaic.nas.exports.folder import load_exported
-from moesaic.nas.stages.directory import RunDirectory, fingerprint
+from moesaic.nas.stages.directory import LOCK, RunDirectory, check_place, fingerprint
 from moesaic.nas.stages.retrain_models import seed_directory
 from moesaic.nas.tasks import LanguageModelling, Metric
 from moesaic.nas.terminal.progress import Reporter
@@ -18,7 +18,7 @@ from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import write_value
+from moesaic.search_spaces.files import sweep, write_value
 from moesaic.supernet import Judge, slice_of
 
 
@@ -47,6 +47,7 @@ def retrain_export(
         str(directory / "retrain.yaml"),
         lambda text: reporter.say(f"data: {text}"),
         tokenizer=directory / "tokenizer.json",
+        own=[directory],
     )
     task = LanguageModelling(corpus)
     if task.vocab_size != model.vocab_size:
@@ -65,7 +66,9 @@ def retrain_export(
         "architecture": model.architecture.fingerprint,
     }
     target, runs, steps = RunDirectory(directory / "retrained"), [], file.retrain.steps
+    check_place(target.path, LOCK)
     with target.locked(), reporter.progress("retrain") as bar:
+        sweep(target.path)
         for seed in range(file.seed, file.seed + file.retrain.seeds):
             trained = trainer.finish(
                 single_recipe(model.architecture, file.retrain, seed, device.bfloat16),

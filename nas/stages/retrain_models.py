@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import RetrainedModel
-from moesaic.nas.exports.folder import BEST, load_exported
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel
+from moesaic.nas.exports.folder import export_model, load_exported, write_facts
 from moesaic.nas.search.thresholds import lower_thresholds_to_fit
 from moesaic.nas.stages.check_fidelity import load_trust
-from moesaic.nas.stages.directory import StageDirectory, fingerprint, stopwatch
+from moesaic.nas.stages.directory import RunDirectory, StageDirectory, fingerprint, stopwatch
 from moesaic.nas.stages.export_models import load_exports
 from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun, difference_over_seeds
 from moesaic.search_spaces import Architecture
-from moesaic.search_spaces.files import read_value, write_text, write_value
+from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Evaluation, slice_of
 
 SEARCHED = "searched"
@@ -37,15 +37,24 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
     return part.run.config.model_dump(mode="json", include={"seed", "retrain"})
 
 
+def passes(part: BudgetRun) -> float:
+    config = part.run.config.retrain
+    models = 3 if config.rivals else 1
+    return 3.0 * models * config.seeds * config.steps * config.batch_size
+
+
 def work(part: BudgetRun, directory: StageDirectory) -> None:
-    """Writes a folder per model and seed (weights, architecture, metrics) and ``results.json``, the searched model
-    first.
+    """Writes a folder per model and seed (a model that loads, and metrics) and ``results.json``, the searched model
+    first; exports the searched model of the first seed as ``best``.
 
     If a model's threshold routers keep more experts after training than its budget allows, its thresholds are
     lowered.
     """
     config = part.run.config.retrain
     models = compared_models(part)
+    best = part.folder("export").path / BEST
+    if best.exists():  # of other settings, or of fewer seeds
+        RunDirectory(part.path).set_aside(best, f"exports-{BEST}")
     results: list[RetrainedModel] = []
     searched: list[Evaluation] = []
     steps = len(models) * config.seeds * config.steps
@@ -79,6 +88,7 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
                     seconds=round(sum(one.run.seconds for one in trained), 2),
                 )
             )
+    _export(part, best, results[0], seed_directory(directory.path / SEARCHED, part.run.config.seed))
     write_value(directory.path / "results.json", results, list[RetrainedModel])
 
 
@@ -125,7 +135,7 @@ def _train_seeds(
             model = model.extract(held).eval()
         judge = run.judge("test", config.evaluation_windows, model)
         evaluation = judge(held)
-        write_text(folder / "architecture.yaml", held.to_yaml())
+        write_facts(folder, model, run.task)
         costs = costs or [part.measure(model, evaluation.loads, judge.batch.tokens)]
         scores = SeedRun(
             **vars(Scores.of(run.task, "test", evaluation)),
@@ -136,6 +146,33 @@ def _train_seeds(
         )
         trained.append(Trained(held, evaluation, scores))
     return trained, costs[0]
+
+
+def _export(part: BudgetRun, directory: Path, searched: RetrainedModel, folder: Path) -> None:
+    """Export the model in ``folder``, the searched one of the first seed, which was measured."""
+    run, inherited, first = part.run, load_exports(part)[0], searched.runs[0]
+    start = "from scratch" if searched.init == "scratch" else "from the supernet's weights"
+    weights = f"trained {start} for {searched.steps} steps with seed {first.seed}"
+    if searched.interval is not None:
+        low, high = searched.interval
+        weights += f", the first of {len(searched.runs)}, whose mean loss is {searched.loss:.4f} "
+        weights += f"(95 % interval over seeds {low:.4f} to {high:.4f})"
+    scores = {field.name: getattr(first, field.name) for field in fields(Scores)}
+    before = Scores(**{name: getattr(inherited, name) for name in scores})
+    figures = replace(
+        inherited,
+        **scores,
+        name=BEST,
+        fingerprint=searched.fingerprint,
+        weights=weights,
+        predicted=searched.predicted,
+        measured=searched.measured,
+        latency=searched.latency,
+        budget=part.measured_lines(searched.architecture, searched.measured),
+        inherited=before,
+        slice_max_logit_difference=None,
+    )
+    export_model(directory, load_exported(folder), run.config, run.task, figures, run.task.held_out("test", 4).tokens)
 
 
 def _identity(directory: StageDirectory, architecture: Architecture, seed: int) -> str:
@@ -152,7 +189,7 @@ def _most_by_routing(part: BudgetRun, trained: Sequence[Trained]) -> dict[str, f
 
 def compared_models(part: BudgetRun) -> dict[str, tuple[Architecture, float | None]]:
     """Name, architecture and inherited validation loss of every model to train, the searched one first."""
-    best = load_exported(part.folder("export").path / BEST).architecture
+    best = load_exported(part.folder("export").path / INHERITED_BEST).architecture
     models: dict[str, tuple[Architecture, float | None]] = {SEARCHED: (best, load_exports(part)[0].validation_loss)}
     if part.run.config.retrain.rivals:
         models |= {rival.kind: (rival.architecture, rival.loss) for rival in load_trust(part).chosen_rivals}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
 from moesaic.nas.costs.compliance import MeasuredLine, most_tolerated, status_of
@@ -22,16 +24,18 @@ from moesaic.nas.data import load_corpus
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
-from moesaic.nas.stages.stage import BY_NAME, Stage
+from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.tasks import LanguageModelling, Task
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture, SearchSpace
+from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
 from moesaic.supernet import Judge, LayerLoad, Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -42,11 +46,18 @@ class Run:
     path: Path
     reporter: Reporter = field(default_factory=Reporter)
     should_stop: Callable[[], bool] = lambda: False
+    tune_callbacks: Sequence[Any] = ()
+    """Objects of ``ray.tune.Callback`` for a search under Ray Tune."""
     calibration: Path | None = None
     """Folder of the latency calibration that this process uses, once known."""
+    latency_asked: bool = False
+    """Calibrate latency even where no budget line and no objective needs it."""
     spent_ahead: dict[str, float] = field(default_factory=dict)
     """Seconds of a stage's work that were already spent before its turn."""
     _folders: dict[str, StageDirectory] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)  # programs give a str
 
     @cached_property
     def budgets(self) -> tuple[BudgetRun, ...]:
@@ -66,6 +77,18 @@ class Run:
         """The file that the configuration was read from."""
         return self.loaded.source.name
 
+    def command(self, name: str, *settings: str) -> str:
+        """The command line that does ``name`` in this run's folder, with further ``settings``, quoted to be pasted."""
+        words = ["moesaic", name, self.source_name, *self.loaded.overrides, *settings, "--out", str(self.path)]
+        return shlex.join(words)
+
+    @property
+    def own_files(self) -> list[Path]:
+        """What this run reads and writes itself: never part of its corpus, even where that is all around it."""
+        stages = (stage.folder_name for stage in STAGES)
+        written = (*stages, "previous", "budgets", "config.yaml", "env.json", "summary.json")
+        return [Path(self.loaded.source.name), self.path, *(self.path / name for name in written)]
+
     @cached_property
     def device(self) -> Device:
         return choose_device(self.config.device)
@@ -73,7 +96,10 @@ class Run:
     @cached_property
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
-        return LanguageModelling(load_corpus(self.config.data, where, lambda text: self.reporter.say(f"data: {text}")))
+        corpus = load_corpus(
+            self.config.data, where, lambda text: self.reporter.say(f"data: {text}"), own=self.own_files
+        )
+        return LanguageModelling(corpus)
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -81,7 +107,7 @@ class Run:
 
     @cached_property
     def context(self) -> Context:
-        """The pass whose costs count, as ``latency`` describes it. On a GPU, the row tile is that of the kernels."""
+        """The pass whose costs count, as ``latency`` describes it."""
         latency = self.config.latency
         return Context(
             self.task.vocab_size,
@@ -89,8 +115,14 @@ class Run:
             latency.batch_size,
             self.device.bytes_per_value,
             latency.phase,
-            row_tile=64 if self.device.kind == "cuda" else 16,
+            implementation_on(self.device.torch_device),
         )
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a budget line, an objective or the command is of latency."""
+        lines = [name for limits in self.config.budgets_by_name.values() for name in limits]
+        return self.latency_asked or "latency" in (*lines, *self.config.search.objectives)
 
     def folder(self, name: str) -> StageDirectory:
         """The folder of a shared stage, with the inputs that decide its result, including the results it needs."""
@@ -103,6 +135,20 @@ class Run:
         self._folders.clear()
         for part in self.budgets:
             part.folders.clear()
+
+    def check_stop(self, what: str) -> None:
+        """Raises Interrupted where a stop was requested, for work that leaves nothing to continue from."""
+        if self.should_stop():
+            raise Interrupted(f"stopped in {what}; the same command repeats it")
+
+    def each(self, name: str, items: Sequence[Item]) -> Iterator[Item]:
+        """``items`` one by one, with progress under ``name``. Raises Interrupted as ``check_stop``."""
+        with self.reporter.progress(name) as bar:
+            for done, item in enumerate(items):
+                self.check_stop(name)
+                bar.update(done, len(items))
+                yield item
+            bar.update(len(items), len(items))
 
     def judge(self, split: Split, windows: int, model: Transformer | None = None) -> Judge:
         """Evaluates slices of ``model`` (by default of the supernet) on held-out sequences of a split."""
@@ -120,13 +166,15 @@ class Run:
 
     @cached_property
     def pricer(self) -> Pricer:
-        """Costs with the measured occupancy and the calibrated latency."""
+        """Costs with the measured occupancy and, where it is needed, the calibrated latency."""
         rows = read_value(self.folder("supernet").path / "occupancy.json", list[OccupancyRow])
         return Pricer(self.context, Occupancy.of(rows), self.predictor)
 
     @cached_property
-    def predictor(self) -> LatencyPredictor:
-        return LatencyPredictor.load(self.folder("latency").path / "predictor.json", self.device)
+    def predictor(self) -> LatencyPredictor | None:
+        """None where nothing needs latency."""
+        folder = self.folder("latency")
+        return LatencyPredictor.load(folder.path / "predictor.json", self.device) if folder.inputs["needed"] else None
 
 
 @dataclass
@@ -158,9 +206,8 @@ class BudgetRun:
     def spent_ahead(self) -> dict[str, float]:
         return self.run.spent_ahead
 
-    @property
-    def source_name(self) -> str:
-        return self.run.source_name
+    def command(self, name: str) -> str:
+        return self.run.command(name)
 
     def folder(self, name: str) -> StageDirectory:
         """The folder of any stage; shared stages have theirs in the run's folder."""
@@ -203,4 +250,4 @@ class BudgetRun:
 def _folder(stage: Stage, run: Run | BudgetRun) -> StageDirectory:
     inputs: dict[str, Any] = stage.inputs(run)
     inputs |= {needed: run.folder(needed).result_id() for needed in stage.needs}
-    return RunDirectory(run.path).stage(stage.folder or stage.name, inputs)
+    return RunDirectory(run.path).stage(stage.folder_name, inputs, stage.private)

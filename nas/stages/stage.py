@@ -13,8 +13,9 @@ class Stage:
 
     ``module``, in this folder, has two functions. ``inputs(run)`` gives what decides the result, besides the results
     of the stages that it ``needs``. ``work(run, directory)`` writes the stage's files to ``directory.path`` and returns
-    a digest of the result, or None where the inputs alone identify it. ``run`` is the ``Run`` for a stage that all
-    budgets share (``shared``), else the ``BudgetRun``. A change of ``extendable`` inputs keeps earlier work.
+    a digest of the result, or None where the inputs alone identify it. A long stage has a third, ``passes(run)``, for
+    an estimate of its time. ``run`` is the ``Run`` for a stage that all budgets share (``shared``), else the
+    ``BudgetRun``. A change of ``extendable`` inputs keeps earlier work; later stages do not depend on ``private`` ones.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     shared: bool = False
     extendable: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
     folder: str = ""
     """The folder of its files, where that differs from the name."""
 
@@ -31,6 +33,14 @@ class Stage:
 
     def work(self, run: Any, directory: Any) -> str | None:
         return self._module.work(run, directory)
+
+    def passes(self, run: Any) -> float:
+        """About how many sequences pass forward through a model; each that trains counts as three. 0: takes little."""
+        return getattr(self._module, "passes", lambda run: 0.0)(run)
+
+    @property
+    def folder_name(self) -> str:
+        return self.folder or self.name
 
     @property
     def _module(self) -> Any:
@@ -46,7 +56,8 @@ STAGES = (
         "Search for the best architectures inside the budget.",
         needs=("supernet", "latency"),
         shared=True,
-        extendable=("search.trials", "budgets"),
+        extendable=("search.trials", "budgets.*", "mirror"),
+        private=("mirror",),
     ),
     Stage("fidelity", "check_fidelity", "Test how far the search's ranking can be trusted.", needs=("search",)),
     Stage(
@@ -54,6 +65,8 @@ STAGES = (
         "export_models",
         "Write the best architecture and the Pareto front as separate models, and measure them.",
         needs=("search", "fidelity"),
+        extendable=("retrain_file",),
+        private=("retrain_file",),
         folder="exports",
     ),
     Stage(

@@ -14,16 +14,21 @@ from moesaic.nas.stages.run import Run
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.search_spaces import Architecture, FeedForward, Router, SearchSpace, Slot
 from moesaic.search_spaces.files import write_json, write_value
-from moesaic.supernet import Judge, Transformer
+from moesaic.supernet import Transformer
 from moesaic.supernet.checkpoint import save_tensors
 from moesaic.supernet.train import CHECKPOINT
 
-_OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS = 16, 96
+_OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS, _EVALUATION_WINDOWS = 16, 96, 128
 
 
 def inputs(run: Run) -> dict[str, Any]:
     config = run.config.model_dump(mode="json", include={"seed", "data", "space", "supernet"})
     return config | {"corpus": run.task.fingerprint, "device": run.device.computing}
+
+
+def passes(run: Run) -> float:
+    config = run.config.supernet
+    return 3.0 * config.steps * config.batch_size
 
 
 def work(run: Run, directory: StageDirectory) -> None:
@@ -37,7 +42,7 @@ def work(run: Run, directory: StageDirectory) -> None:
         model = run.trainer.train(recipe, directory.path, directory.fingerprint, on_step)
     occupancy = measure_occupancy(run, model)
     write_value(directory.path / "occupancy.json", occupancy.rows(), list[OccupancyRow])
-    judge = run.judge("validation", run.config.search.evaluation_windows, model)
+    judge = run.judge("validation", _EVALUATION_WINDOWS, model)
     ends = {"largest": run.space.largest, "smallest": run.space.smallest}
     write_json(directory.path / "evaluation.json", {name: judge(member).loss for name, member in ends.items()})
     weights = directory.path / "model.safetensors"
@@ -51,12 +56,8 @@ def measure_occupancy(run: Run, model: Transformer) -> Occupancy:
     judge, rng = run.judge("validation", _OCCUPANCY_WINDOWS, model), Random(f"{run.config.seed}/occupancy")
     hosts = dict.fromkeys(_with_router(run.space, experts, router) for _, experts, router in routers(run.space))
     hosts |= dict.fromkeys(run.space.sample_balanced(rng) for _ in range(_OCCUPANCY_MEMBERS))
-    return _mean_occupancy(judge, list(hosts))
-
-
-def _mean_occupancy(judge: Judge, hosts: list[Architecture]) -> Occupancy:
     seen: dict[tuple[Slot, int, Router], list[tuple[float, ...]]] = {}
-    for host in hosts:
+    for host in run.each("loads", list(hosts)):
         for (slot, layer), load in zip(host.layers.items(), judge(host).loads, strict=True):
             part = layer.feed_forward
             if part.router is not None and load is not None:

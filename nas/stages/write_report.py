@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 from moesaic.nas.device import versions
-from moesaic.nas.exports.folder import BEST
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST
 from moesaic.nas.report.data import (
     Model,
     Point,
@@ -21,17 +21,20 @@ from moesaic.nas.search.loop import SearchFigures
 from moesaic.nas.stages.check_fidelity import load_trust
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.export_models import load_exports
+from moesaic.nas.stages.provenance import SUMMARY, OwnFiles
 from moesaic.nas.stages.retrain_models import SEARCHED, load_results, seed_directory
 from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder, write_front
 from moesaic.nas.stages.stage import STAGES
-from moesaic.nas.trust.scores import Scores
 from moesaic.search_spaces import Architecture, draw
-from moesaic.search_spaces.files import read_json, read_value, write_text, write_value
+from moesaic.search_spaces.files import read_json, read_value, value_text, write_text
 
 
 def inputs(part: BudgetRun) -> dict[str, Any]:
-    return part.run.config.model_dump(mode="json", include={"name"})
+    run, settings = part.run, part.run.config.model_dump(mode="json")  # the page shows all of them
+    if part.name:
+        settings |= {"budget": settings["budgets"][part.name], "budgets": {}}
+    return settings | {"device_name": str(run.device), "versions": versions()}
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
@@ -41,23 +44,27 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
     from moesaic.nas.report.paper import write_paper_figures
 
     summary = build_summary(part)
-    write_value(part.path / "summary.json", summary)
+    write_summary(part, summary)
     findings = gather(part, summary)
     write_front(directory.path / "pareto.csv", findings.result)
     write_paper_figures(directory.path, findings.points, findings.budget, findings.context, findings.default_cost)
     write_text(directory.path / "index.html", build_page(findings))
 
 
+def write_summary(part: BudgetRun, summary: Summary) -> None:
+    OwnFiles(part.path).write(SUMMARY, value_text(summary))
+
+
 def load_summary(part: BudgetRun) -> Summary:
-    return read_value(part.path / "summary.json", Summary)
+    return read_value(part.path / SUMMARY, Summary)
 
 
 def build_summary(part: BudgetRun) -> Summary:
     """Everything the run found for a budget, from its artifacts."""
     run, exports, results = part.run, load_exports(part), load_results(part)
-    best = exports[0]
-    architecture = Architecture.from_yaml(part.folder("export").path / BEST / "architecture.yaml")
+    inherited, chosen = exports[0], results[0]
     folders = {stage.name: part.folder(stage.name) for stage in STAGES}
+    predictor = run.predictor
     return Summary(
         name=run.config.name,
         date=datetime.date.today().isoformat(),
@@ -65,28 +72,27 @@ def build_summary(part: BudgetRun) -> Summary:
         device=str(run.device),
         versions=versions(),
         metrics=run.task.metrics,
-        budget=best.budget,
+        budget=chosen.budget,
         chosen=Chosen(
-            fingerprint=architecture.fingerprint,
-            architecture=architecture,
-            picture=tuple(draw(architecture).split("\n")),
-            inherited=Scores(
-                loss=best.loss, standard_error=best.standard_error, metrics=best.metrics, tokens=best.tokens
-            ),
-            predicted=best.predicted,
-            measured=best.measured,
-            refused=best.refused,
-            latency=best.latency,
-            retrained=results[0],
+            fingerprint=chosen.fingerprint,
+            architecture=chosen.architecture,
+            picture=tuple(draw(chosen.architecture).split("\n")),
+            inherited=inherited,
+            predicted=chosen.predicted,
+            measured=chosen.measured,
+            refused=inherited.refused,
+            latency=chosen.latency,
+            retrained=chosen,
         ),
         rivals=tuple(results[1:]),
         search=read_value(search_folder(part) / "search.json", SearchFigures),
         supernet=read_json(part.folder("supernet").path / "evaluation.json"),
-        latency_predictor=PredictorFigures(run.predictor.accuracy, run.predictor.describe()),
+        latency_predictor=predictor and PredictorFigures(predictor.accuracy, predictor.describe()),
         trust=load_trust(part),
-        exports=tuple(figures.name for figures in exports),
+        exports=(BEST, *(figures.name for figures in exports)),
         stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
         context=run.context,
+        more_seeds=run.command("run", "retrain.seeds=3"),
     )
 
 
@@ -104,7 +110,7 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
     first_seeds = {model.name: seed_directory(folder / model.name, model.runs[0].seed) for model in retrained}
     return Findings(
         summary=summary,
-        configuration=(part.path / "config.yaml").read_text(encoding="utf-8"),
+        configuration=run.loaded.resolved_yaml(part.name),
         context=run.context,
         objectives=tuple(run.config.search.objectives),
         budget=part.budget.lines,
@@ -115,10 +121,14 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
             _model(part, SEARCHED, summary.chosen.architecture),
             *(_model(part, rival.label, rival.architecture) for rival in rivals),
         ],
-        exported=[_model(part, name, by_number[number].architecture) for number, name in names.items() if name != BEST],
+        exported=[
+            _model(part, name, by_number[number].architecture)
+            for number, name in names.items()
+            if name != INHERITED_BEST
+        ],
         exports=exports,
         curves=training_curves(part.folder("supernet").path, first_seeds),
-        measurements=read_measurements(part.folder("latency").path / "measurements.csv"),
+        measurements=read_measurements(part.folder("latency").path / "measurements.csv") if run.predictor else [],
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesaic.nas.data import Corpus, open_corpus
 from moesaic.nas.tasks.task import Metric, Split
+from moesaic.search_spaces import MoesaicError
 from moesaic.supernet import Batch
 
 
@@ -39,7 +40,11 @@ class LanguageModelling:
 
     @property
     def tokenizer(self) -> Path:
-        return self.corpus.tokenizer_path
+        path = self.corpus.tokenizer_path
+        if not path.is_file():
+            problem = "is gone: the cache was cleared while it was in use"
+            raise MoesaicError(problem, where=str(path), allowed="the same command again, which rebuilds it")
+        return path
 
     def batch(self, size: int, seed: int, step: int) -> Batch:
         return next_tokens(self.corpus.batch("train", size, seed, step))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
+from moesaic.nas.data.files import Split
 from moesaic.supernet import Batch
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

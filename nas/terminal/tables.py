@@ -1,32 +1,73 @@
-"""Tables: in one style for a terminal, within 80 columns where the content allows it; and as CSV files."""
+"""Tables: in one style for a terminal, which never cut a figure whatever its width; and as CSV files."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from moesaic.nas.context import Context
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces.files import write_atomically
 
 _PIPE_WIDTH = 120
+_UNBOUNDED = 10_000
+"""Columns that any table has room in."""
 
 
-def plain_table(title: str, columns: str, texts: str) -> Table:
+class PlainTable:
+    """A table that cuts no cell: where the lines of its rows do not fit, it prints each row as a block, a line per
+    cell."""
+
+    def __init__(self, title: str, columns: Sequence[str], left: Collection[str]):
+        self._title, self._columns, self._left = title, columns, left
+        self._rows: list[tuple[str | Text, ...]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table()
+        if Measurement.get(console, options.update_width(_UNBOUNDED), table).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._blocks()
+
+    def _table(self) -> Table:
+        table = Table(
+            title=self._title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1),
+        )
+        for name in self._columns:
+            table.add_column(name, justify="left" if name in self._left else "right", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+    def _blocks(self) -> Iterator[Text]:
+        yield Text(self._title, style="bold")
+        widest = max(map(len, self._columns))
+        for first, *others in self._rows:
+            yield Text.assemble(first)
+            for name, cell in zip(self._columns[1:], others, strict=True):
+                if len(cell):
+                    yield Text.assemble(f"  {name:{widest}}  ", cell)
+
+
+def plain_table(title: str, columns: str, texts: str) -> PlainTable:
     """A table with ``columns`` (names separated by ``|``); those in ``texts`` are left-aligned, the others right."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
-    left = texts.split("|")
-    for name in columns.split("|"):
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return table
+    return PlainTable(title, columns.split("|"), texts.split("|"))
 
 
 def output_console() -> Console:

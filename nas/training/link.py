@@ -13,6 +13,7 @@ from typing import Any
 # The documented name; the type stubs define the class elsewhere.
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from moesaic.nas.training.store import serve_on_loopback
 from moesaic.search_spaces import Interrupted, MoesaicError, StageFailed
 
 _CONNECT = timedelta(seconds=60)
@@ -26,8 +27,8 @@ class Link:
         self._store = store
 
     @classmethod
-    def serve(cls, host: str = "127.0.0.1") -> Link:
-        return cls(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+    def serve(cls) -> Link:
+        return cls(serve_on_loopback())
 
     @classmethod
     def connect(cls, address: str) -> Link:

@@ -16,7 +16,7 @@ from moesaic.nas.device import Device
 from moesaic.nas.tasks import Task
 from moesaic.nas.training.recipe import Recipe
 from moesaic.search_spaces import MoesaicError
-from moesaic.search_spaces.files import write_json
+from moesaic.search_spaces.files import PathLike, write_json
 from moesaic.supernet import Transformer, Weights, train
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.train import CHECKPOINT, load_trained, save_initial
@@ -42,7 +42,7 @@ class Trainer:
     def train(
         self,
         recipe: Recipe,
-        directory: Path,
+        directory: PathLike,
         identity: str,
         on_step: OnStep = lambda step, record: None,
         weights: Weights | None = None,
@@ -59,6 +59,7 @@ class Trainer:
         StageFailed, Interrupted, MoesaicError : as ``supernet.train``.
         WorkersLost : as ``moesaic.nas.training.elastic.launch``.
         """
+        directory = Path(directory)
         model = (weights or recipe.weights(self.task))(recipe.architecture).to(self.device.torch_device)
         if self.config.workers == 1:
             data = recipe.data(self.task)
@@ -78,13 +79,14 @@ class Trainer:
     def finish(
         self,
         recipe: Recipe,
-        directory: Path,
+        directory: PathLike,
         identity: str,
         on_step: OnStep = lambda step, record: None,
         weights: Weights | None = None,
     ) -> Transformer:
         """As ``train``, but leaves ``model.safetensors`` in place of a checkpoint, and loads it where it exists for
         ``identity``."""
+        directory = Path(directory)
         path = directory / WEIGHTS
         tensors, metadata = load_tensors(path) if path.exists() else ({}, {})
         if metadata.get("identity") == identity:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from moesaic.nas.tasks import Task
 from moesaic.nas.tasks.task import Split
@@ -77,20 +79,50 @@ class MeanScores(Scores):
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences in loss, its standard error and 95 % interval, over ``seeds`` seeds, or over sequences
-    for one seed."""
+    """Mean of paired differences in loss, its standard error, 95 % interval and two-sided p-value.
+
+    With several ``seeds`` they hold for other training seeds and other sequences. With one they hold for other
+    sequences alone: the variance between training seeds is not known.
+    """
 
     mean: float
     standard_error: float
     low: float
     high: float
+    p_value: float
     seeds: int = 1
 
     @staticmethod
-    def of(differences: np.ndarray, seeds: int = 1) -> Difference:
-        low, high = mean_interval(differences)
-        error = float(differences.std(ddof=1) / len(differences) ** 0.5)
-        return Difference(float(differences.mean()), error, low, high, seeds)
+    def of(differences: np.ndarray) -> Difference:
+        """From ``differences`` [seeds, sequences].
+
+        Seeds and sequences are crossed random factors: every seed's models are judged on the same sequences, whose
+        choice therefore shifts all seeds alike and does not show in the variance between them. The variance of the
+        mean is (MS_seeds + MS_sequences - MS_residual) / (seeds * sequences), without the last two where they would
+        lower it; the degrees of freedom are Satterthwaite's (1946).
+        """
+        mean, squares = float(differences.mean()), _mean_squares(differences)
+        total = sum(square for square, _ in squares)
+        error = (total / differences.size) ** 0.5 if squares else math.inf
+        freedom = total**2 / sum(square**2 / freedom for square, freedom in squares) if total else 1
+        half = float(stats.t.ppf(0.975, freedom)) * error
+        statistic = abs(mean) / error if error else math.inf if mean else 0.0
+        p_value = 2 * float(stats.t.sf(statistic, freedom))
+        return Difference(mean, error, mean - half, mean + half, p_value, len(differences))
+
+
+def _mean_squares(differences: np.ndarray) -> list[tuple[float, int]]:
+    """Mean squares of ``differences`` [seeds, sequences] that add up to the variance of their mean, times their number,
+    each with its degrees of freedom; none for a single value."""
+    seeds, sequences = differences.shape
+    by_seed, by_sequence = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    of_seeds = [(sequences * float(by_seed.var(ddof=1)), seeds - 1)] if seeds > 1 else []
+    of_sequences = [(seeds * float(by_sequence.var(ddof=1)), sequences - 1)] if sequences > 1 else []
+    if not (of_seeds and of_sequences):
+        return of_seeds or of_sequences
+    freedom = (seeds - 1) * (sequences - 1)
+    residual = float(((differences - by_seed - by_sequence + differences.mean()) ** 2).sum()) / freedom
+    return of_seeds + ([*of_sequences, (-residual, freedom)] if of_sequences[0][0] > residual else [])
 
 
 def paired_difference(evaluation: Evaluation, reference: Evaluation) -> Difference:
@@ -99,13 +131,10 @@ def paired_difference(evaluation: Evaluation, reference: Evaluation) -> Differen
     What two models share (easy and hard text) cancels, so the error is far smaller than that of either loss.
     Training-seed variance is not included.
     """
-    return Difference.of(np.array(evaluation.sequence_losses) - np.array(reference.sequence_losses))
+    return difference_over_seeds([evaluation], [reference])
 
 
 def difference_over_seeds(evaluations: Sequence[Evaluation], references: Sequence[Evaluation]) -> Difference:
-    """The difference of two models trained with the same seeds, seed by seed, so it includes training-seed variance;
-    with one seed it is that over sequences."""
-    pairs = list(zip(evaluations, references, strict=True))
-    if len(pairs) == 1:
-        return paired_difference(*pairs[0])
-    return Difference.of(np.array([mine.loss - other.loss for mine, other in pairs]), len(pairs))
+    """The difference of two models trained with the same seeds and evaluated on the same sequences, in pairs."""
+    mine, other = (np.array([one.sequence_losses for one in models]) for models in (evaluations, references))
+    return Difference.of(mine - other)

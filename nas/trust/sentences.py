@@ -32,7 +32,8 @@ def front_sentence(trust: Trust) -> str:
         f"Inherited losses have a standard error of up to {error:.4f}. Paired over the same {trust.sequences} "
         f"sequences, they tell {trust.levels} levels apart among the {len(front)} members of the front: "
         f"{sum(member.differs for member in front)} of the {len(front) - 1} others differ from the best one, and "
-        f"{trust.neighbours_that_differ} of {len(front) - 1} pairs of neighbours differ."
+        f"{trust.neighbours_that_differ} of {len(front) - 1} pairs of neighbours differ. These tests are about these "
+        "weights and other text; training again may change the order."
     )
 
 

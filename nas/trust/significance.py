@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.05
+"""A difference is called significant where its p-value is below this."""
+
 
 def adjusted_p_values(losses: np.ndarray) -> np.ndarray:
     """[m, m] Holm-adjusted p-values of the paired t-tests between all pairs of m models, from ``losses`` [m, n].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,32 @@ MEMBERS = [
 
 def test_an_identical_model_makes_no_difference_and_a_worse_one_shows_that_the_search_paid():
     rows = {row["name"]: row for row in summary.compare(MEMBERS, trainings())}
+    summary.correct([{"models": list(rows.values())}])
     assert list(rows) == ["searched", "searched, best of 2", "random", "uniform, best of 2", "dense"]
     same = rows["random"]["above"]["searched"]
-    assert same == {"mean": 0.0, "interval": (0.0, 0.0), "verdict": "no significant difference"}
+    assert (same["mean"], same["interval"], same["p_value"]) == (0.0, (0.0, 0.0), 1.0)
+    assert same["verdict"] == "no significant difference"
     assert rows["uniform, best of 2"]["above"]["searched"]["verdict"] == "paid"
     assert rows["uniform, best of 2"]["above"]["searched"]["mean"] == pytest.approx(0.305 / 3)
-    assert summary.verdict(-0.2, -0.1) == "did not pay"
+    assert summary.verdict(-0.2, 0.049) == "did not pay"
+
+
+def test_every_comparison_of_the_result_is_one_of_the_tests_that_are_corrected():
+    """A difference that is significant alone is not beside fourteen others."""
+
+    def rows(*p_values: float) -> list[dict[str, Any]]:
+        models = [{"kind": "dense", "above": {"searched": {"mean": 0.1, "p_value": p}}} for p in p_values]
+        return [{"models": [{"kind": "searched", "above": {}}, model]} for model in models]
+
+    def tests(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        summary.correct(results)
+        return [one["models"][1]["above"]["searched"] for one in results]
+
+    (alone,) = tests(rows(0.004))
+    first, *others = tests(rows(0.004, *[0.3] * 14))
+    assert (alone["verdict"], first["verdict"]) == ("paid", "no significant difference")
+    assert first["corrected_p_value"] == pytest.approx(0.06)
+    assert {other["corrected_p_value"] for other in others} == {1.0}
 
 
 def test_the_best_of_a_kind_is_the_one_of_least_mean_test_loss():
@@ -79,6 +100,7 @@ def test_only_seeds_that_everyone_was_trained_with_count():
     assert summary.compare(MEMBERS, [row for row in rows if row["fingerprint"] != "bad"]) == []
     alone = summary.compare(MEMBERS, trainings(seeds=1))
     assert alone[-1]["interval"] is None
+    summary.correct([{"models": alone}])
     assert alone[-1]["above"]["searched"]["verdict"] == "one seed says nothing"
 
 
@@ -167,10 +189,32 @@ def test_the_whole_experiment_in_small(tmp_path: Path, micro_config: Path, monke
     assert {row["kind"] for row in result["models"]} == set(models.COUNTS)
 
 
+def test_the_committed_result_is_that_of_the_committed_rows():
+    result = json.loads(json.dumps(summary.collect(run.HERE)))
+    assert result == read_value(run.HERE / "result.json", dict)
+    assert (run.HERE / "result.md").read_text(encoding="utf-8") == summary.tables(result)
+    tests = [
+        row["above"]["searched"] for one in result["results"] for row in one["models"] if "searched" in row["above"]
+    ]
+    assert sum("verdict" in test for test in tests) == 15
+
+
+def test_the_readme_has_the_corrected_verdicts_of_the_committed_result():
+    result = read_value(run.HERE / "result.json", dict)
+    text = (run.HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    bold = set(re.findall(r"\*\*(\+0\.\d{3} \[[^]]*\])\*\*", text))
+    paid = {
+        summary.difference_text(row, "searched")
+        for one in result["results"]
+        for row in one["models"]
+        if row["above"].get("searched", {}).get("verdict") == "paid"
+    }
+    assert bold == paid
+    assert len(paid) == 1
+
+
 @pytest.mark.parametrize("folder", [run.HERE, run.HERE / "tight"], ids=lambda folder: folder.name)
-def test_the_committed_result_is_that_of_the_committed_rows(folder: Path):
-    again = json.loads(json.dumps(summary.collect(folder)))
-    assert again == read_value(folder / "result.json", dict)
+def test_committed_rows_are_of_models_that_can_be_read(folder: Path):
     for path in folder.glob("*.models.json"):
         budgets = read_value(path, dict)["budgets"]
         rows = [row for budget in budgets.values() for row in budget["models"]]

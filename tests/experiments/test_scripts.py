@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from experiments import common
+from experiments.latency import large
 from experiments.latency import run as latency
 from experiments.pricing import run as pricing
 from moesaic import Context, MoesaicError, read_value
+from moesaic.search_spaces import load_space, preset_source
 
 ROOT = Path(__file__).parents[2]
 MODULES = [
@@ -58,11 +60,18 @@ def test_rows_are_read_as_they_were_appended(tmp_path):
 
 def test_architectures_are_priced(tmp_path, monkeypatch):
     monkeypatch.setattr(pricing, "COUNT", 50)
+    monkeypatch.setattr(pricing, "MEASURED", 3)
     monkeypatch.setattr(sys, "argv", ["pricing", "--out", str(tmp_path / "result.json")])
     pricing.main()
     result = read_value(tmp_path / "result.json", dict)
     assert result["priced_per_second"] > 100
-    assert set(result) == {"date", "device", "versions", "seed", "architectures", "priced_per_second"}
+    assert [row["dtype"] for row in result["measured_over_priced_memory"]] == ["float32", "bfloat16"] * 2
+
+
+def test_the_committed_memory_is_within_its_worst_case_and_near_its_price():
+    for row in read_value(pricing.HERE / "result.json", dict)["measured_over_priced_memory"]:
+        assert row["worst_case"]["most"] <= 1
+        assert 0.85 <= row["counted_load"]["least"] <= row["counted_load"]["most"] <= 1
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -78,6 +87,17 @@ def test_the_predictor_is_judged_on_new_models(tmp_path, monkeypatch, phase):
     assert len(result["rows"]) == 6
     assert 0 < result["new_models"]["predictor"]["mape"] < 5
     assert len(result["baselines"]) == 4
+
+
+def test_a_limited_calibration_is_judged_on_whole_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "HERE", tmp_path)
+    monkeypatch.setattr(large, "SPACE", load_space(preset_source("tiny")))
+    monkeypatch.setattr(large, "CONTEXT", Context(64, 16, 2))
+    monkeypatch.setattr(sys, "argv", ["large", "--limit", "0.01", "--models", "4"])
+    large.main()
+    result = read_value(tmp_path / "large.json", dict)
+    assert result["calibration"]["shallow"] >= 20
+    assert len(result["rows"]) == result["new_models"]["count"] == 4
 
 
 def test_the_committed_latency_results_are_of_the_models_that_the_script_draws():

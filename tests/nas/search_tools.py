@@ -64,13 +64,22 @@ class Stop:
         return self.left < 0
 
 
-def search(space, budget, log_path, config: SearchConfig, evaluate=formula, should_stop=lambda: False, seed=0):
+def search(
+    space,
+    budget,
+    log_path,
+    config: SearchConfig,
+    evaluate=formula,
+    should_stop=lambda: False,
+    seed=0,
+    say=lambda text: None,
+):
     """Run a search to its end, or raise what it raises; returns the log's trials."""
     feasible = FeasibleSampler(space, budget, find_feasible(space, budget))
     log = TrialLog(log_path)
     try:
         goal = BudgetSearch("", budget, lambda history: make_sampler(config, feasible, seed, history), log.trials)
-        run_search(config, [goal], LocalExecutor(evaluate), log, seed, should_stop=should_stop)
+        run_search(config, [goal], LocalExecutor(evaluate), log, seed, should_stop=should_stop, say=say)
     finally:
         log.close()
     return log.trials

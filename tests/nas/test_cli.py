@@ -66,17 +66,40 @@ def test_cost_prices_an_architecture(tmp_path):
     assert total == pytest.approx(data["expected"]["flops"])
 
 
-def test_plan_trains_nothing_and_tells_all(micro_config, tmp_path):
+def test_an_export_is_counted_beside_its_closed_form(quick_run):
+    data = json.loads(moesaic("cost", quick_run / "exports" / "best", "--count", "--json").stdout)
+    assert data["context"]["vocab_size"] == 300
+    assert [row["counter"] for row in data["counted"]] == ["closed form", "torch FlopCounterMode", "fvcore"]
+    assert len({round(row["flops"]) for row in data["counted"]}) == 1
+    wrong = moesaic("cost", quick_run / "exports" / "best", "--vocab-size", 7)
+    assert wrong.returncode == 2
+    assert "its own vocabulary" in wrong.stderr
+
+
+def test_plan_trains_and_times_nothing_and_tells_all(micro_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
     result = moesaic("plan", micro_config, "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["cardinality"] == load_space(preset_source("tiny")).cardinality
-    assert set(plan["costs"]) == {"flops", "latency", "parameters", "active_parameters", "memory"}
+    assert set(plan["costs"]) == {"flops", "parameters", "active_parameters", "memory"}
     assert 0 < plan["share_inside"] <= 1
-    assert set(plan["seconds"]) == {"supernet", "search", "fidelity", "retrain"}
-    text = moesaic("plan", micro_config)
+    assert (plan["seconds"], plan["latency_error"], plan["unchecked"]) == ({}, None, [])
+    assert not (tmp_path / "cache" / "latency").exists()
+    text = moesaic("plan", micro_config, "budget.latency=50%")
+    assert text.returncode == 0, text.stderr
     assert "can be met" in text.stdout
-    assert not list(tmp_path.iterdir())
+    assert "latency line is not checked: add --latency" in " ".join(text.stdout.split())
+
+
+def test_plan_times_the_machine_where_it_is_asked_to(micro_config):
+    result = moesaic("plan", micro_config, "--latency", "--json", "budget.latency=90%", "latency.models=8")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert set(plan["costs"]) == {"flops", "latency", "parameters", "active_parameters", "memory"}
+    assert set(plan["seconds"]) == {"supernet", "search", "fidelity", "retrain"}
+    assert min(plan["seconds"][stage] for stage in ("supernet", "search", "retrain")) > 0
+    assert plan["latency_error"] > 0
 
 
 def test_plan_of_an_impossible_budget_says_what_can_be_reached(micro_config):

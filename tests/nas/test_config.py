@@ -1,8 +1,12 @@
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from moesaic.nas.config import load_config
+from moesaic.nas.config import Config, load_config
 from moesaic.search_spaces import MoesaicError
 
 GOOD = """\
@@ -75,6 +79,10 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path):
         ),
         (GOOD + "space:\n  preset: tiny\n  layers: {9: {experts: [1]}}\n", ":9: space.layers.9", "no such layer", None),
         (GOOD + "data: {kind: text}\n", ":7: data", "needs files", None),
+        (GOOD + "data: {kind: text, files: {tain: a}}\n", ":7: data.files.tain", "unknown key", "train"),
+        (GOOD + "data: {kind: text, files: {test: a}}\n", ":7: data.files.train", "missing key", None),
+        (GOOD + "data: {kind: text, files: {train: []}}\n", ":7: data.files.train", "at least 1 item", None),
+        (GOOD + "data: {kind: text, files: 3}\n", ":7: data.files", "valid list", None),
         (GOOD + "data: {kind: sdtlib}\n", ":7: data.kind", "not one of", "stdlib"),
         (GOOD + "fidelity: {check: 2}\n", ":7: fidelity.check", "too few to estimate a rank correlation", "4"),
         (GOOD + "fidelity: {check: -1}\n", ":7: fidelity.check", "greater than or equal to 0", None),
@@ -142,3 +150,44 @@ def test_a_password_is_refused_and_not_repeated(tmp_path, url):
     error = refusal(tmp_path, GOOD, f"mirror={url}")
     assert "secret" not in str(error)
     assert "PGPASSWORD" in str(error)
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and annotation of every setting that is no section itself."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, inner
+
+
+FLOATS = [key for key, kind in leaves(Config) if "float" in str(kind)]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", [*FLOATS, "budget.flops", "budgets.a.flops.limit"])
+def test_a_number_that_is_not_finite_is_refused_or_kept_as_data(tmp_path: Path, key: str, value: str):
+    text = GOOD + "executor: {kind: ray}\n"
+    if key.startswith("budgets"):
+        text = text.replace("budget:\n  flops: 60%\n  latency: 12 ms\n", "")
+    try:
+        config = load_config(write(tmp_path, text), [f"{key}={value}"]).config
+    except MoesaicError as error:
+        assert key.removesuffix(".limit") in str(error.where)
+    else:
+        json.dumps(config.model_dump(mode="json"), allow_nan=False)
+
+
+def test_an_infinite_clip_norm_turns_clipping_off(tmp_path: Path):
+    for value in (".inf", "null"):
+        loaded = load_config(write(tmp_path, GOOD), [f"retrain.clip_norm={value}"])
+        assert loaded.config.retrain.clip_norm is None
+        assert load_config(write(tmp_path, loaded.resolved_yaml())).config == loaded.config
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path: Path):
+    config = load_config(write(tmp_path, GOOD), ["search.trials=010", "seed=0777"]).config
+    assert (config.search.trials, config.seed) == (10, 777)
+    error = refusal(tmp_path, GOOD, "search.trials=1e3")
+    assert (error.problem, error.nearest) == ("not a whole number", 1000)

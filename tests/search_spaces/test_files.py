@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +16,18 @@ from hypothesis import strategies as st
 
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, read_value, write_atomically, write_json, write_text, write_value
+from moesaic.search_spaces.files import (
+    complete_replacement,
+    read_json,
+    read_value,
+    replace_folder,
+    sweep,
+    temporary_beside,
+    write_atomically,
+    write_json,
+    write_text,
+    write_value,
+)
 from tests.search_spaces.test_architecture import architectures, pinned
 
 
@@ -46,6 +63,99 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path: 
     if isinstance(caught.value, MoesaicError):
         assert caught.value.where == str(path)
         assert "No space left on device" in caught.value.problem
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_link_its_place(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "a.txt", tmp_path / "a.txt"
+    write_text(target, "old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o7777 == 0o640
+
+
+def test_a_name_of_full_length_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    write_text(path, "x")
+    assert contents(tmp_path) == {path.name: "x"}
+
+
+def test_another_file_that_cannot_be_read_is_not_called_a_failed_write(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "a.txt", lambda path: path.write_bytes((tmp_path / "source").read_bytes()))
+    assert caught.value.filename == str(tmp_path / "source")
+    assert contents(tmp_path) == {}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(40))
+def test_a_folder_whose_replacement_is_killed_at_any_moment_is_old_or_new_and_keeps_a_persons_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    folder, new = tmp_path / "best", tmp_path / "new"
+    for name in ("model", "sub/a", "notes.txt", "sub/mine.txt"):
+        write_text(folder / name, "old" if name in ("model", "sub/a") else "mine")
+    (folder / "link").symlink_to("notes.txt")
+    for name in ("model", "sub/a", "card"):
+        write_text(new / name, "new")
+    done = 0
+
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: Any, **named: Any) -> object:
+            nonlocal done
+            done += 1
+            if done > moment:
+                raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("link", "rename", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            replace_folder(folder, new)
+        except Killed:
+            pass
+        else:
+            assert moment > 8, "the faults were never reached"
+    complete_replacement(folder)
+    left = {
+        name: path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+        for name in [str(path)[len(str(folder)) + 1 :]]
+    }
+    whose = "new" if "card" in left else "old"
+    expected = {"model": whose, "sub/a": whose, "notes.txt": "mine", "sub/mine.txt": "mine", "link": "mine"}
+    assert left == expected | ({"card": "new"} if whose == "new" else {})
+    assert (folder / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} <= {"best", "new"}
+
+
+def test_sweeping_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    code = f"""
+import pathlib
+from moesaic.search_spaces.files import temporary_beside
+temporary_beside(pathlib.Path({str(tmp_path)!r}, "a.txt")).write_text("half")
+folder = temporary_beside(pathlib.Path({str(tmp_path)!r}, "best"))
+folder.mkdir()
+(folder / "model").write_text("half")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    mine, old = temporary_beside(tmp_path / "mine"), temporary_beside(tmp_path / "old")
+    users = [tmp_path / "notes.tmp", tmp_path / ".moesaic-notes.tmp", tmp_path / ".b.txt.4000000.tmp"]
+    for path in (mine, old, *users):
+        path.write_text("x")
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    assert len(list(tmp_path.iterdir())) == 7
+    sweep(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, *users}
 
 
 def test_a_failed_first_write_leaves_an_empty_folder(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_an_invalid_value_is_refused_with_its_line(value: str) -> None:
     assert refused(f"a: 1\nb: {value}\n").where == "a.yaml:2:4"
 
 
+@given(st.integers(0, 10**30), st.integers(0, 4), st.sampled_from(["", "-", "+"]))
+def test_an_integer_is_read_in_base_ten_whatever_zeros_lead(number: int, zeros: int, sign: str) -> None:
+    value = parse_yaml(f"a: {sign}{'0' * zeros}{number}", "a.yaml").data["a"]
+    assert (value, type(value)) == (-number if sign == "-" else number, int)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("010.5", 10.5), ("1e-3", 1e-3), ("1.e3", 1e3), (".5", 0.5), ("-.inf", -math.inf), (".INF", math.inf)],
+        *[("1_000", 1000), ("0x1F", 31), ("0o17", 15), ("-0b11", -3), ("1_0.5", 10.5)],
+        *[(text, text) for text in ("1:30", "190:20:30.15", "1.2.3", ".", "0x", "+")],
+    ],
+)
+def test_a_number_is_read_as_it_is_written(text: str, value: object) -> None:
+    assert parse_yaml(f"a: {text}", "a.yaml").data["a"] == value
+
+
+def test_no_number_is_read_from_nan_but_nan() -> None:
+    assert math.isnan(parse_yaml("a: .nan", "a.yaml").data["a"])
+
+
 @pytest.mark.parametrize(
     ("text", "where", "first"),
     [
@@ -72,6 +95,7 @@ def test_an_invalid_value_is_refused_with_its_line(value: str) -> None:
         ("a:\n  b: 1\n  c: 2\n\n  b: 3\n", "a.yaml:5: a.b", 2),
         ("a:\n- {b: 1}\n- b: 1\n  b: 2\n", "a.yaml:4: a.1.b", 3),
         ("1: x\n0x1: y\n", "a.yaml:2: 1", 1),
+        ("10: x\n010: y\n", "a.yaml:2: 10", 1),
     ],
 )
 def test_a_duplicate_key_is_refused(text: str, where: str, first: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from random import Random
 
@@ -51,6 +52,27 @@ def test_the_size_of_batches_does_not_matter(make_model, make_tokens) -> None:
         assert found.loss == pytest.approx(whole.loss, rel=1e-5)
         for one, other in zip(found.loads, whole.loads, strict=True):
             assert (one and one.pairs_per_token) == (other and other.pairs_per_token)
+
+
+@pytest.mark.parametrize("make", [shifted, lambda windows: padded_batch([(0, 8), (2, 5), (3, 4)], 8)])
+def test_few_logits_are_held_at_once_and_the_loss_is_the_same(make, make_model, make_tokens, monkeypatch) -> None:
+    model, batch = make_model(mixed_layers()), make(make_tokens(3, 9))
+    whole, largest = evaluate(model, batch), []
+    logits = Transformer.logits
+
+    def recorded(self: Transformer, states: torch.Tensor) -> torch.Tensor:
+        found = logits(self, states)
+        largest.append(found.numel())
+        return found
+
+    monkeypatch.setattr(Transformer, "logits", recorded)
+    for allowed in (1, 3 * model.vocab_size, 7 * model.vocab_size):
+        monkeypatch.setattr(sys.modules["moesaic.supernet.evaluate"], "_LOGITS", allowed)
+        found = evaluate(model, batch)
+        assert max(largest) <= max(allowed, 3 * model.vocab_size)  # one position of the three sequences at least
+        largest.clear()
+        assert found.sequence_losses == pytest.approx(whole.sequence_losses, rel=1e-6, nan_ok=True)
+        assert found.loads == whole.loads
 
 
 def test_loads_add_up_to_the_experts_per_token(make_model, make_tokens) -> None:

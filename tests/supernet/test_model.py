@@ -350,3 +350,23 @@ def test_run_returns_the_routing_of_every_sparse_layer(make_model, make_tokens) 
     assert output.balance_loss().item() == pytest.approx(expected.item())
     dense_alone = make_model(Architecture(Stack(32, (dense,)), Backbone(16)))
     assert dense_alone.run(make_tokens()).balance_loss() == 0
+
+
+# ---------------------------------------------------------------- batches at the edge
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0), (0, 0), (1, 1), (3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_empty_and_one_token_batches_give_logits_of_their_shape(
+    tiny_space: SearchSpace, make_model: MakeModel, shape: tuple[int, int], masked: bool
+) -> None:
+    for member in some_members(tiny_space, 6):
+        model = make_model(member)
+        tokens = torch.zeros(shape, dtype=torch.long)
+        mask = torch.ones(shape, dtype=torch.bool) if masked else None
+        logits = model(tokens, mask=mask)
+        assert logits.shape == (*shape, model.vocab_size)
+        if logits.numel():
+            longer = model(torch.cat((tokens, tokens + 1), dim=1))
+            torch.testing.assert_close(logits, longer[:, : shape[1]], rtol=1e-4, atol=1e-5)

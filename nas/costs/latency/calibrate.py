@@ -1,7 +1,7 @@
 """Calibrates the latency predictor: chooses models, measures them until their times are precise, and fits.
 
-Whole models are measured, not blocks: caches differ when a block is timed alone. A fit to models alone predicted new
-models better than one to blocks and models (docs/latency.md).
+Models are measured, not blocks: caches differ when a block is timed alone. A fit to models alone predicted new models
+better than one to blocks and models (docs/latency.md). ``selection`` chooses the models.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -22,12 +23,12 @@ from moesaic.nas.context import Context
 from moesaic.nas.costs.latency.fitting import Accuracy, Interval, fit, leave_one_out
 from moesaic.nas.costs.latency.predictor import LEVEL, TERMS, Anchor, LatencyPredictor, Measured, model_terms
 from moesaic.nas.costs.latency.probe import random_passes
+from moesaic.nas.costs.latency.selection import FEWEST_ROUNDS, flops_of, select, shallow
 from moesaic.nas.costs.latency.timing import Figure, Series, Timer, drift_of, time_round
-from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, SearchSpace
 
-VERSION = 3
+VERSION = 4
 """Part of a calibration's key: raise it when terms or the cost of kernels change."""
 NOISY = 0.15
 """Spread of repeats, after drift correction, above which a calibration is not trusted."""
@@ -36,13 +37,9 @@ _PRECISE, _QUICK_SECONDS, _MOST = 0.012, 20.0, 10
 a model's time is this small, as long as that takes only seconds."""
 _ROUGH, _PATIENCE = 0.03, 3
 """Rounds continue, even when it takes longer, until the error is at most this."""
-_HELD_OUT = 4
-"""One model in this many is held out of the fit."""
 _SUSPICIOUS = 4.0
 """A model is measured again when its repeats spread by this many times the usual, or its residual exceeds this many
 standard deviations."""
-_ANCHORS = 5
-"""Several anchors represent the models better than one: a slower machine does not slow all models alike."""
 _ANCHOR_SEED = 20_090
 
 
@@ -56,7 +53,7 @@ class Calibration:
 
 def calibration_key(space: SearchSpace, context: Context, config: LatencyConfig, device: Device) -> str:
     """Everything a calibration depends on. The same key on the same machine gives the same predictor from the cache."""
-    facts = [VERSION, TERMS, space.envelope.to_dict(), asdict(context), config.model_dump(), asdict(device)]
+    facts = [VERSION, TERMS, repr(replace(space, name="")), asdict(context), config.model_dump(), asdict(device)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -68,32 +65,51 @@ def calibrate(
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Measure ``config.models`` random models of ``space`` and fit a predictor to three quarters of them.
+    """Measure models of ``space`` and fit a predictor.
 
-    The rest estimates its error. Weights and tokens are random: latency depends on the shape and the load, and both are
+    Where time allows, these are ``config.models`` random members; a quarter is held out of the fit and estimates its
+    error. Else they are shallow models, since terms add up over layers, and few whole ones, each of which is predicted
+    by a fit to all the others. Weights and tokens are random: latency depends on the shape and the load, and both are
     known for every measurement.
     """
-    rng = Random(f"{seed}/latency")
-    architectures = [space.sample_balanced(rng) for _ in range(config.models)]
-    passes = random_passes(architectures, context, device, seed)
-    chosen = spread_by_flops(architectures, context, _ANCHORS)
-    anchors = random_passes(chosen, context, device, _ANCHOR_SEED)
-    terms = np.stack([model_terms(a, one.uses(), context) for a, one in zip(architectures, passes, strict=True)])
-    fitted = np.arange(len(passes)) % _HELD_OUT < _HELD_OUT - 1
-
-    timer = Timer.of(device.kind)
+    rng, timer = Random(f"{seed}/latency"), Timer.of(device.kind)
     started = timer.clock()
-    survey = Survey([Series(one) for one in passes], [Series(one) for one in anchors], timer, rng)
-    survey.measure(config.repeats, on_progress)
-    doubtful = survey.doubtful(terms)
-    survey.time(doubtful, config.repeats)
+    members = [space.sample_balanced(rng) for _ in range(config.models)]
+    chosen = select(members, context, config, seconds_per_flop(members[0], context, device), rng)
+    passes = random_passes(chosen.architectures, context, device, seed, chosen.vocab_sizes)
+    near = chosen.near_anchors(context)
+    anchors = random_passes(
+        [chosen.architectures[i] for i in near], context, device, _ANCHOR_SEED, [chosen.vocab_sizes[i] for i in near]
+    )
+    terms = np.stack([model_terms(one.model.architecture, one.uses(), one.context) for one in passes])
+
+    cases = [Series(one) for one in passes]
+    survey = Survey(cases, [Series(one) for one in anchors], timer, rng)
+    deadline = started + config.time_limit
+    often = [case for case, whole in zip(cases, chosen.held_out, strict=True) if not (chosen.shallow and whole)]
+    survey.time([case for case in cases if case not in often], 1)
+    survey.measure(chosen.rounds, on_progress, often, deadline)
+    doubtful = [case for case in survey.doubtful(terms) if case in often] if timer.clock() < deadline else []
+    survey.time(doubtful, chosen.rounds)
     milliseconds, seconds = survey.milliseconds(), timer.clock() - started
 
-    coefficients = fit(terms[fitted], milliseconds[fitted])
-    residuals = np.log(milliseconds[fitted] / leave_one_out(terms[fitted], milliseconds[fitted]))
+    held_out = chosen.held_out
+    if chosen.shallow:
+        coefficients = fit(terms, milliseconds)
+        judged = leave_one_out(terms, milliseconds, np.flatnonzero(held_out))
+        residuals = np.log(milliseconds[held_out] / judged)
+        intervals = [Interval.of(np.delete(residuals, i), LEVEL) for i in range(len(residuals))]
+    else:
+        fitted = ~held_out
+        coefficients = fit(terms[fitted], milliseconds[fitted])
+        judged = terms[held_out] @ coefficients
+        residuals = np.log(milliseconds[fitted] / leave_one_out(terms[fitted], milliseconds[fitted]))
+        intervals = [Interval.of(residuals, LEVEL)] * len(judged)
+    ratios = (milliseconds[held_out] / judged).tolist()
+    inside = [interval.low <= ratio <= interval.high for interval, ratio in zip(intervals, ratios, strict=True)]
     predicted = terms @ coefficients
-    interval, held_out = Interval.of(residuals, LEVEL), milliseconds[~fitted] / predicted[~fitted]
-    depths = np.array([len(architecture.layers) for architecture in architectures])
+    predicted[held_out] = judged
+    depths = np.array([len(architecture.layers) for architecture in chosen.architectures])
     predictor = LatencyPredictor(
         tuple(map(float, coefficients)),
         tuple(map(float, residuals)),
@@ -101,21 +117,22 @@ def calibrate(
         str(device),
         device.fingerprint,
         tuple(
-            Anchor(architecture, milliseconds)
-            for architecture, milliseconds in zip(chosen, survey.anchor_milliseconds().tolist(), strict=True)
+            Anchor(chosen.architectures[i], chosen.vocab_sizes[i], milliseconds)
+            for i, milliseconds in zip(near, survey.anchor_milliseconds().tolist(), strict=True)
         ),
         _ANCHOR_SEED,
-        Accuracy.of(predicted[~fitted], milliseconds[~fitted], depths[~fitted]),
-        float(((interval.low <= held_out) & (held_out <= interval.high)).mean()),
-        survey.summary(seconds, len(doubtful), clock_mhz(device)),
+        Accuracy.of(judged, milliseconds[held_out], depths[held_out]),
+        float(np.mean(inside)),
+        survey.summary(seconds, len(doubtful), clock_mhz(device), int((~held_out).sum()) if chosen.shallow else 0),
     )
     rows: list[dict[str, float | str]] = [
         {
-            "kind": "model" if fitted[i] else "held-out model",
+            "kind": "held-out model" if held_out[i] else "model",
             "measured_ms": float(milliseconds[i]),
             "raw_ms": float(np.median(survey.cases[i].milliseconds)),
             "predicted_ms": float(predicted[i]),
             "layers": int(depths[i]),
+            "vocabulary": chosen.vocab_sizes[i],
             "measurements": len(survey.cases[i].milliseconds),
             **dict(zip(TERMS, terms[i].tolist(), strict=True)),
         }
@@ -129,16 +146,26 @@ class Survey:
 
     def __init__(self, cases: Sequence[Series], anchors: Sequence[Series], timer: Timer, rng: Random):
         self.cases, self.anchors, self.timer, self.rng = list(cases), list(anchors), timer, rng
-        for series in (*self.anchors, *self.cases):
-            series.run()  # the first pass also pays for allocations
+        for series in self.anchors:
+            series.run()  # the first pass also pays for allocations; that of a case counted its load
 
-    def measure(self, rounds: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Time every case ``rounds`` times, and more often until the figures are precise or time runs out."""
-        started, done, total = self.timer.clock(), 0, rounds
+    def measure(
+        self,
+        rounds: int,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        cases: Sequence[Series] | None = None,
+        deadline: float = math.inf,
+    ) -> None:
+        """Time ``cases`` (default: all) ``rounds`` times, and more often until the figures are precise or time runs
+        out. After ``deadline`` on the timer's clock, the fewest rounds that give a figure are enough."""
+        cases, started, done, total = self.cases if cases is None else cases, self.timer.clock(), 0, rounds
         while done < total:
-            self.time(self.cases, 1)
+            self.time(cases, 1)
             done += 1
-            if done == total and self._goes_on(done / rounds, self.timer.clock() - started):
+            now = self.timer.clock()
+            if now > deadline and done >= FEWEST_ROUNDS:
+                total = done
+            elif done == total and self._goes_on(done / rounds, now - started):
                 total += 1
             on_progress(done, total)
 
@@ -175,11 +202,12 @@ class Survey:
         doubt = far | (errors > _SUSPICIOUS * np.median(errors))
         return [case for case, doubted in zip(self.cases, doubt, strict=True) if doubted]
 
-    def summary(self, seconds: float, remeasured: int, clock: float | None) -> Measured:
+    def summary(self, seconds: float, remeasured: int, clock: float | None, shallow: int = 0) -> Measured:
         drift = drift_of(self.anchors)
         factors = drift.factor(drift.times)
         return Measured(
             models=len(self.cases),
+            shallow=shallow,
             measurements=sum(len(series.moments) for series in (*self.anchors, *self.cases)),
             seconds=seconds,
             noise=float(np.median([figure.spread for figure in self.figures()])),
@@ -191,13 +219,6 @@ class Survey:
             date=datetime.date.today().isoformat(),
             clock_mhz=clock,
         )
-
-
-def spread_by_flops(architectures: Sequence[Architecture], context: Context, count: int) -> list[Architecture]:
-    """``count`` of the models, evenly spread by FLOPs, without the extremes."""
-    pricer = Pricer(context)
-    ranked = sorted(architectures, key=lambda a: (pricer.expected(a)["flops"], a.fingerprint))
-    return [ranked[int((index + 0.5) * len(ranked) / count)] for index in range(count)]
 
 
 def clock_mhz(device: Device) -> float | None:
@@ -213,3 +234,11 @@ def clock_mhz(device: Device) -> float | None:
         return None
     clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     return sum(clocks) / len(clocks) if clocks else None
+
+
+def seconds_per_flop(architecture: Architecture, context: Context, device: Device) -> float:
+    """A rough speed of this machine, from a pass through one layer of ``architecture`` and a small vocabulary."""
+    (small,), vocab_size = shallow([architecture], 1), min(context.vocab_size, 256)
+    (one,) = random_passes([small], context, device, _ANCHOR_SEED, [vocab_size])
+    one()
+    return Timer.of(device.kind)(one)[1] / 1e3 / flops_of(small, one.context)

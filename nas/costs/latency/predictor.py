@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.latency.fitting import Accuracy, Interval
 from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.device import Device
-from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError
+from moesaic.search_spaces import Architecture, Backbone, Damaged, Layer, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
-from moesaic.search_spaces.files import read_json, write_json
+from moesaic.search_spaces.files import PathLike, read_json, write_json
 from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
@@ -94,6 +93,7 @@ class Anchor:
     """
 
     architecture: ArchitectureField
+    vocab_size: int
     milliseconds: float
 
 
@@ -104,10 +104,12 @@ class Measured:
     ``noise`` is the spread of repeats (interquartile range over median; median over models) after drift correction,
     ``raw_noise`` before. A pass took ``fastest`` to ``slowest`` of its median time (5th and 95th percentile);
     ``drift_seconds`` is the time scale of that change (None: no drift). ``remeasured`` models had repeats that
-    disagreed, or an extreme residual.
+    disagreed, or an extreme residual. ``shallow`` of the models have few layers and a small vocabulary, because whole
+    ones would have taken longer than the time limit.
     """
 
     models: int
+    shallow: int
     measurements: int
     seconds: float
     noise: float
@@ -124,8 +126,8 @@ class Measured:
 class LatencyPredictor:
     """Coefficients in milliseconds per unit of each term, for one device and context.
 
-    ``log_residuals`` are log(measured / predicted) of each fitted model when it is left out; ``accuracy`` and
-    ``coverage`` (share inside the interval at ``LEVEL``) are of models that were never fitted.
+    ``log_residuals`` are log(measured / predicted) of each fitted whole model when it is left out; ``accuracy`` and
+    ``coverage`` (share inside the interval at ``LEVEL``) are of whole models that the prediction was not fitted to.
     The weights of all ``anchors`` follow from ``anchor_seed``.
     """
 
@@ -162,7 +164,9 @@ class LatencyPredictor:
         """The predictor's accuracy on held-out models, and how steady the machine was."""
         good, measured = self.accuracy, self.measured
         within = "" if good.tau_within_depth is None else f" ({good.tau_within_depth:.2f} among models of equal depth)"
+        shallow = f"calibrated on {measured.shallow} models of 1 or 2 layers, since whole ones take too long; "
         return (
+            f"{shallow if measured.shallow else ''}"
             f"on {good.count} held-out models the mean absolute error is {good.mape:.1%} (bias {good.bias:+.1%}), "
             f"{good.within_5_percent:.0%} are within 5 %, {good.within_10_percent:.0%} within 10 %, "
             f"{self.coverage:.0%} inside the {LEVEL:.0%} interval, Kendall's tau is {good.tau:.2f}{within}; "
@@ -171,13 +175,13 @@ class LatencyPredictor:
             f"{measured.noise:.1%} after drift correction, {measured.raw_noise:.1%} before"
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: PathLike) -> None:
         data = adapter(LatencyPredictor).dump_python(self, mode="json")
         data["coefficients"] = dict(zip(TERMS, self.coefficients, strict=True))
         write_json(path, data | {"interval": asdict(self.interval())})
 
     @staticmethod
-    def load(path: Path, device: Device) -> LatencyPredictor:
+    def load(path: PathLike, device: Device) -> LatencyPredictor:
         """Read a predictor. Raises MoesaicError for a damaged file or one calibrated on another device."""
         data: dict[str, Any] = read_json(path)
         try:
@@ -188,9 +192,8 @@ class LatencyPredictor:
                 raise ValueError
             predictor.interval()
         except (KeyError, TypeError, ValueError):  # pydantic's errors are ValueErrors
-            raise MoesaicError(
-                "is not a latency predictor of this version", where=str(path), allowed="the output of `moesaic latency`"
-            ) from None
+            problem = "is not a latency predictor of this version"
+            raise Damaged(problem, path, allowed="the output of `moesaic latency`") from None
         if predictor.device_fingerprint != device.fingerprint:
             raise MoesaicError(
                 "was calibrated on another device", where=str(path), found=predictor.device, allowed=str(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,14 @@ _PASSES = 3
 _LEAST_MS = 6.0
 """Least duration of a measurement: a short pass is repeated more often."""
 _MOST_PASSES = 12
+_LONG_MS = 200.0
+"""A measurement this long needs no further pass: disturbances average out, and caches matter little."""
 _PAIRS = (12, 60)
 """Fewest and most measurements of a model beside the anchors."""
 _PRECISION = 0.008
 """Relative standard error at which these measurements stop."""
+_LONG_SECONDS, _LONG_PAIRS = 60.0, 3
+"""After so long, so many are enough."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Timer:
         """
         begin = self.clock()
         best, passes, now = float("inf"), 0, begin
-        while passes < _PASSES or (passes < _MOST_PASSES and (now - begin) * 1e3 < _LEAST_MS):
+        while passes < _MOST_PASSES and (now - begin) * 1e3 < (_LONG_MS if passes < _PASSES else _LEAST_MS):
             start = self.clock()
             run()
             self.synchronise()
@@ -58,6 +63,11 @@ class Timer:
         if not 0 < best < float("inf"):
             raise StageFailed("impossible duration measured", found=f"{best} ms", allowed="a clock that runs forward")
         return (begin + now) / 2, best
+
+
+def passes_of(seconds: float) -> int:
+    """Passes of about so many seconds that a measurement takes, if they are not short."""
+    return min(_PASSES, math.ceil(_LONG_MS / 1e3 / seconds))
 
 
 @dataclass
@@ -146,7 +156,7 @@ def time_with_anchors(
     precise or the most measurements are made. Each is compared with the anchors just before and just after."""
     for one in (run, *(anchor for anchor, _ in anchors)):
         timer(one)
-    case = Series(run)
+    case, started = Series(run), timer.clock()
     slowness = [_slowness(anchors[0], timer)]
     while True:
         case.time(timer)
@@ -154,7 +164,8 @@ def time_with_anchors(
         around = (np.array(slowness[:-1]) + slowness[1:]) / 2
         ratios = np.log(case.milliseconds) - around
         error, count = _error(ratios), len(ratios)
-        if count >= _PAIRS[1] or (count >= _PAIRS[0] and error <= _PRECISION):
+        long = timer.clock() - started > _LONG_SECONDS
+        if count >= _PAIRS[1] or (count >= _PAIRS[0] and error <= _PRECISION) or (long and count >= _LONG_PAIRS):
             break
     raw, corrected = _middle(np.log(case.milliseconds)), _middle(ratios)
     return AnchoredTiming(raw, corrected, raw / corrected, error)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.nas.costs.latency.fitting import Accuracy, Drift, Interval, fit, leave_one_out
+from moesaic.nas.costs.latency.fitting import Accuracy, Drift, Interval, fit, informative, leave_one_out
 
 SEEDS = st.integers(0, 10_000)
 
@@ -230,3 +230,29 @@ def test_few_measurements_have_one_factor():
     assert same.factor(np.array([0.0])) == pytest.approx(np.exp(0.1))
     with pytest.raises(ValueError, match="at least one"):
         Drift.of(np.array([]), np.array([]))
+
+
+def test_rows_that_settle_a_coefficient_are_preferred_and_the_budget_is_kept():
+    rng = np.random.default_rng(0)
+    common, rare = rng.uniform(1, 2, (60, 3)), np.zeros((60, 1))
+    rare[:6] = 1.0
+    terms, seconds = np.hstack([common, rare]), np.full(60, 2.0)
+    chosen = informative(terms, seconds, 20.0, fewest=4, most=60)
+    assert len(chosen) == len(set(chosen)) == 10
+    assert sum(row < 6 for row in chosen) >= 2  # of six rows among sixty, those alone tell of the last coefficient
+    assert informative(terms, seconds, 0.0, fewest=4, most=60) == chosen[:4]
+    assert informative(terms, seconds, 1e9, fewest=4, most=7) == chosen[:7]
+
+
+def test_cheap_rows_are_preferred_where_they_tell_the_same():
+    terms = np.repeat(np.eye(3), 2, axis=0)
+    seconds = np.array([1.0, 9.0, 9.0, 1.0, 1.0, 9.0])
+    scaled = terms * seconds[:, None]  # the same relative error
+    assert set(informative(scaled, seconds, 3.0, fewest=1, most=6)) == {0, 3, 4}
+
+
+def test_single_rows_are_left_out():
+    rng = np.random.default_rng(1)
+    terms = rng.uniform(0.5, 2, (12, 3))
+    measured = terms @ np.array([1.0, 2.0, 3.0]) * np.exp(rng.normal(0, 0.1, 12))
+    assert leave_one_out(terms, measured, np.array([3, 7])) == pytest.approx(leave_one_out(terms, measured)[[3, 7]])

@@ -11,6 +11,7 @@ from moesaic.nas.context import Context
 from moesaic.nas.costs.latency.calibrate import calibrate, calibration_key
 from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
 from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
+from moesaic.nas.costs.latency.selection import flops_of, select
 from moesaic.nas.costs.measure import LatencyFigures, time_pass
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import choose_device
@@ -132,14 +133,100 @@ def test_a_prediction_is_of_the_order_of_a_measurement(calibration):
 
 
 def test_a_calibration_belongs_to_device_context_and_space():
+    other_layers = replace(SPACE, decoder=replace(SPACE.decoder, widths=SPACE.decoder.widths[-1:]))
+    assert other_layers.envelope == SPACE.envelope
+    other_backbone = replace(SPACE, backbone=replace(SPACE.backbone, rotary_base=500.0))
     keys = {
+        calibration_key(other_layers, CONTEXT, CONFIG, CPU),
+        calibration_key(other_backbone, CONTEXT, CONFIG, CPU),
+        calibration_key(SPACE, CONTEXT, CONFIG.model_copy(update={"time_limit": 9.0}), CPU),
+        calibration_key(SPACE, CONTEXT, CONFIG, replace(CPU, dtype="bfloat16")),
         calibration_key(SPACE, CONTEXT, CONFIG, CPU),
         calibration_key(SPACE, replace(CONTEXT, batch_size=4), CONFIG, CPU),
         calibration_key(SPACE, CONTEXTS["decode"], CONFIG, CPU),
         calibration_key(SPACE, CONTEXT, CONFIG, replace(CPU, threads=7)),
         calibration_key(load_space(preset_source("small")), CONTEXT, CONFIG, CPU),
     }
-    assert len(keys) == 5
+    assert len(keys) == 9
+    assert calibration_key(replace(SPACE, name="other"), CONTEXT, CONFIG, CPU) in keys
+
+
+def test_decoding_models_share_the_memory_of_one_cache():
+    passes = random_passes(members(6), CONTEXTS["decode"], CPU, seed=1)
+    caches = [one.cache for one in passes]
+    assert len({cache.tensors[0].untyped_storage().data_ptr() for cache in caches}) == 1
+    assert caches[0].tensors[0].untyped_storage().nbytes() == max(cache.bytes for cache in caches)
+    for one in passes:
+        assert one().logits.isfinite().all()
+        first = one().logits
+        assert one().logits.equal(first)  # other models write to the same memory only at the last position
+
+
+@pytest.mark.parametrize("phase", list(CONTEXTS))
+def test_a_time_limit_is_kept_by_shallow_models_and_whole_ones_judge(phase):
+    config = CONFIG.model_copy(update={"time_limit": 0.01})
+    found = calibrate(SPACE, CONTEXTS[phase], config, CPU, seed=0)
+    whole = [row for row in found.rows if row["kind"] == "held-out model"]
+    assert len(whole) == found.predictor.accuracy.count == len(found.predictor.log_residuals) == 3
+    assert {row["vocabulary"] for row in whole} == {CONTEXT.vocab_size}
+    assert {row["measurements"] for row in whole} == {1}
+    assert found.predictor.measured.shallow == len(found.rows) - 3 >= len(TERMS)
+    assert any(row["vocabulary"] < CONTEXT.vocab_size for row in found.rows)
+    assert "models of 1 or 2 layers" in found.predictor.describe()
+    time_pass(random_passes([SPACE.largest], found.predictor.context, CPU, 0)[0], found.predictor, CPU)
+
+
+# ---------------------------------------------------------------- which models are measured
+
+
+MEDIUM = load_space(preset_source("medium"))
+
+
+def selection(limit: float, seconds_per_flop: float):
+    rng, context = Random(0), Context(32_000, 512, 8)
+    members = [MEDIUM.sample_balanced(rng) for _ in range(80)]
+    found = select(members, context, LatencyConfig(time_limit=limit), seconds_per_flop, rng)
+    return members, context, found
+
+
+def test_whole_models_are_measured_where_time_allows():
+    members, context, found = selection(180, 1e-16)
+    assert (found.architectures, found.shallow) == (members, False)
+    assert found.held_out.sum() == 20
+    assert set(found.vocab_sizes) == {context.vocab_size}
+
+
+@pytest.mark.parametrize("limit", [180, 600])
+def test_shallow_models_fill_the_time_limit(limit):
+    speed = 1e-11  # 100 GFLOP/s
+    members, context, found = selection(limit, speed)
+    assert found.shallow
+    whole = int(found.held_out.sum())
+    assert found.architectures[-whole:] == members[:whole]
+    assert {len(a.layers) for a in found.architectures[:-whole]} == {1, 2}
+    seconds = [
+        speed * flops_of(a, replace(context, vocab_size=v))
+        for a, v in zip(found.architectures, found.vocab_sizes, strict=True)
+    ]
+    passes = 2 * sum(seconds[-whole:]) + (1 + found.rounds * 1.25) * sum(seconds[:-whole])  # one long pass each
+    assert 0.5 * limit < passes <= 1.1 * limit
+    few = found.near_anchors(context)
+    assert len(few) == 5
+    assert not found.held_out[few].any()
+
+
+def test_shallow_models_tell_as_many_coefficients_apart_as_whole_ones():
+    members, context, found = selection(180, 1e-11)
+
+    def rank(architectures, vocab_sizes):
+        contexts = [replace(context, vocab_size=size) for size in vocab_sizes]
+        pairs = zip(architectures, contexts, strict=True)
+        terms = np.stack([model_terms(a, Pricer(own).expected_uses(a), own) for a, own in pairs])
+        return np.linalg.matrix_rank(terms / terms.max(axis=0))
+
+    fitted = int((~found.held_out).sum())
+    measured = rank(found.architectures[:fitted], found.vocab_sizes[:fitted])
+    assert measured >= rank(members, [context.vocab_size] * len(members)) >= len(TERMS) - 2  # every expert is live
 
 
 # ---------------------------------------------------------------- the file

@@ -5,7 +5,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +18,11 @@ import torch
 from ray.cluster_utils import Cluster
 
 from moesaic.nas.config import DeviceConfig, ExecutorConfig, LaneResources, SearchConfig
-from moesaic.nas.executors import LocalExecutor, ray_lanes
+from moesaic.nas.executors import LocalExecutor, cluster, ray_lanes, tune_trials
+from moesaic.nas.executors.lane import Lane
 from moesaic.nas.executors.local import attempt
-from moesaic.nas.executors.ray_lanes import Lane, RayExecutor
+from moesaic.nas.executors.ray_lanes import RayExecutor
+from moesaic.nas.executors.tune_trials import TuneExecutor
 from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.loop import BudgetSearch, run_search
@@ -51,8 +56,16 @@ def own_ray():
     ray.shutdown()
 
 
-def lanes(count: int, **changes) -> ExecutorConfig:
-    return ExecutorConfig(kind="ray", lanes=count, resources=HALF, **changes)
+EXECUTORS = {"ray": RayExecutor, "tune": TuneExecutor}
+KINDS = pytest.mark.parametrize("kind", EXECUTORS)
+
+
+def lanes(kind: str, count: int, **changes) -> ExecutorConfig:
+    return ExecutorConfig(kind=kind, lanes=count, **{"resources": HALF, **changes})
+
+
+def make(config: ExecutorConfig, judge: Judge, say=lambda text: None):
+    return EXECUTORS[config.kind](config, judge, DEVICE, say)
 
 
 def run(executor, path: Path, trials: int = 30, should_stop=lambda: False):
@@ -81,9 +94,10 @@ def whole(trials, count: int) -> None:
     assert all((t.loss is None) == (t.state == "failed") == (t.reason is not None) for t in ended)
 
 
-def test_one_lane_of_ray_searches_exactly_as_this_process_does(own_ray, judge, tmp_path):
+@KINDS
+def test_one_lane_searches_exactly_as_this_process_does(kind, own_ray, judge, tmp_path):
     here = run(LocalExecutor(judge), tmp_path / "here.jsonl")
-    there = run(RayExecutor(lanes(1), judge, DEVICE), tmp_path / "there.jsonl")
+    there = run(make(lanes(kind, 1), judge), tmp_path / "there.jsonl")
     whole(there, 30)
     assert [(t.architecture, t.state, t.values, t.loads) for t in there] == [
         (t.architecture, t.state, t.values, t.loads) for t in here
@@ -135,14 +149,16 @@ def faults(own_ray, monkeypatch, tmp_path):
     folder = tmp_path / "faults"
     folder.mkdir()
     monkeypatch.setenv("FAULTS", str(folder))
-    monkeypatch.setattr(ray_lanes, "Lane", Faulty)
+    for module in (ray_lanes, tune_trials):
+        monkeypatch.setattr(module, "Lane", Faulty)
     return lambda plan: (folder / "faults.json").write_text(json.dumps({str(n): fault for n, fault in plan.items()}))
 
 
-def test_a_search_survives_everything_that_happens_in_its_lanes(faults, judge, tmp_path):
+@KINDS
+def test_a_search_survives_everything_that_happens_in_its_lanes(kind, faults, judge, tmp_path):
     faults({4: "kill", 7: "memory", 10: "nan", 13: "hang", 16: "doom"})
     said: list[str] = []
-    trials = run(RayExecutor(lanes(2, time_limit=3.0), judge, DEVICE, said.append), tmp_path / "t.jsonl")
+    trials = run(make(lanes(kind, 2, time_limit=3.0), judge, said.append), tmp_path / "t.jsonl")
     whole(trials, 30)
     reasons = sorted(t.reason for t in trials if t.reason)
     assert len(reasons) == 4
@@ -158,7 +174,8 @@ def test_a_search_survives_everything_that_happens_in_its_lanes(faults, judge, t
             assert trial.loss == judge(trial.architecture).loss
 
 
-def test_a_node_may_die(faults, judge, tmp_path):
+@KINDS
+def test_a_node_may_die(kind, faults, judge, tmp_path):
     """On a cluster of three nodes, of which the last two have a lane each: one of them is killed in mid-evaluation."""
     cluster = Cluster()
     cluster.add_node(num_cpus=0)
@@ -174,8 +191,8 @@ def test_a_node_may_die(faults, judge, tmp_path):
         return False
 
     try:
-        config = ExecutorConfig(kind="ray", lanes=2, address=cluster.address, time_limit=100.0)
-        trials = run(RayExecutor(config, judge, DEVICE), tmp_path / "t.jsonl", should_stop=kill_when_it_hangs)
+        config = ExecutorConfig(kind=kind, lanes=2, address=cluster.address, time_limit=100.0)
+        trials = run(make(config, judge), tmp_path / "t.jsonl", should_stop=kill_when_it_hangs)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -185,14 +202,16 @@ def test_a_node_may_die(faults, judge, tmp_path):
     assert not any(t.reason for t in trials)
 
 
-def test_lanes_that_cannot_start_end_the_search_with_their_reason(own_ray, judge, monkeypatch, tmp_path):
+@KINDS
+def test_lanes_that_cannot_start_end_the_search_with_their_reason(kind, own_ray, judge, monkeypatch, tmp_path):
     class Broken(Lane):
         def __init__(self, *arguments):
             raise ModuleNotFoundError("No module named 'something'")
 
-    monkeypatch.setattr(ray_lanes, "Lane", Broken)
+    for module in (ray_lanes, tune_trials):
+        monkeypatch.setattr(module, "Lane", Broken)
     with pytest.raises(StageFailed, match=r"could not start[^$]*No module named 'something'"):
-        run(RayExecutor(lanes(1), judge, DEVICE), tmp_path / "t.jsonl")
+        run(make(lanes(kind, 1), judge), tmp_path / "t.jsonl")
 
 
 def test_a_search_in_which_nothing_can_be_evaluated_says_why(tmp_path):
@@ -214,25 +233,64 @@ def test_more_lanes_than_processors_and_a_cluster_that_is_not_there(own_ray, jud
             RayExecutor(ExecutorConfig(kind="ray", address=nowhere), judge, DEVICE)
 
 
-def test_a_cluster_without_room_is_said_once(own_ray, judge, monkeypatch):
-    monkeypatch.setattr(ray_lanes, "_PATIENCE", 0.0)
+def test_a_cluster_without_room_is_said_once(own_ray, monkeypatch):
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.0)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     said: list[str] = []
-    config = ExecutorConfig(kind="ray", lanes=1, resources=LaneResources(cpu=2), time_limit=100)
-    executor = RayExecutor(config, judge, DEVICE, said.append)
+    missing = cluster.Waiting(ExecutorConfig(kind="tune", lanes=1, resources=LaneResources(cpu=2)), said.append)
+    missing.look(lanes_run=True)
+    assert not said
     for _ in range(2):
-        executor._tell_what_is_missing()
-    executor.close()
+        missing.look(lanes_run=False)
     assert said == [
         "executor: waiting for a node with 2 CPUs and 0 GPUs for a lane; free in the cluster: 1 CPUs, 0 GPUs"
     ]
 
 
-def test_lanes_are_of_ray_alone():
-    with pytest.raises(ValueError, match="lanes is a setting of the ray executor"):
+def test_settings_of_another_executor_are_refused():
+    with pytest.raises(ValueError, match="lanes is a setting of the ray and tune executors"):
         ExecutorConfig(lanes=2)
+    with pytest.raises(ValueError, match="storage is a setting of the tune executor"):
+        ExecutorConfig(kind="ray", storage="s3://bucket")
+    with pytest.raises(ValueError, match="loggers need a storage"):
+        ExecutorConfig(kind="tune", loggers=["csv"])
     written = ExecutorConfig().model_dump(mode="json")
     assert ExecutorConfig.model_validate(written) == ExecutorConfig()
+
+
+def nodes_seen_at(address: str, environment: Mapping[str, str]) -> str | None:
+    """How many nodes another process sees there; None where Ray refuses to answer."""
+    asked = f"from ray._raylet import GcsClient; print(len(GcsClient(address={address!r}).get_all_node_info()))"
+    command = [sys.executable, "-c", asked]
+    answer = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def test_the_token_of_a_ray_of_ours_is_this_user_s_alone_and_ends_with_it(own_ray):
+    before = dict(os.environ)
+    with cluster.connected(lanes("ray", 1), DEVICE):
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        assert len(token.read_text()) == 64
+        assert token.parent.stat().st_mode & 0o077 == 0
+        here = ray.get_runtime_context().gcs_address
+        assert here.rpartition(":")[0] == "127.0.0.1"
+        assert nodes_seen_at(here, os.environ) == "1"
+        stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        assert nodes_seen_at(here, {**stranger, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}) is None
+        assert nodes_seen_at(here, {**stranger, "RAY_AUTH_MODE": "disabled"}) is None
+    assert not token.exists()
+    assert not [name for name in os.environ if name.startswith("RAY_AUTH") and name not in before]
+
+
+def test_a_cluster_of_the_user_s_keeps_its_own_token(own_ray, monkeypatch, tmp_path):
+    (tmp_path / "mine").write_text("0123456789abcdef0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "mine"))
+    with cluster.connected(lanes("ray", 1), DEVICE):
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "mine")
+    assert (tmp_path / "mine").exists()
 
 
 class TestLocal(ExecutorContract):
@@ -243,23 +301,31 @@ class TestLocal(ExecutorContract):
 @pytest.mark.usefixtures("own_ray")
 class TestRay(ExecutorContract):
     def make(self, judge: Judge) -> RayExecutor:
-        return RayExecutor(lanes(2), judge, DEVICE)
+        return RayExecutor(lanes("ray", 2), judge, DEVICE)
 
 
-RAY = ("executor.kind=ray", "executor.lanes=2", "executor.resources.cpu=0.5")
+@pytest.mark.usefixtures("own_ray")
+class TestTune(ExecutorContract):
+    def make(self, judge: Judge) -> TuneExecutor:
+        return TuneExecutor(lanes("tune", 2), judge, DEVICE)
 
 
-def test_a_driver_killed_with_all_it_started_continues(quick_run, micro_config, tmp_path):
+TWO_LANES = ("executor.lanes=2", "executor.resources.cpu=0.5")
+
+
+@KINDS
+def test_a_driver_killed_with_all_it_started_continues(kind, quick_run, micro_config, tmp_path):
     """kill -9 of the whole process group, then the last line torn, as by a machine that lost its power."""
     out = without_stages(quick_run, tmp_path / "killed", *AFTER_SEARCH)
-    process = start("search", micro_config, *SETTINGS, *RAY, "--out", out)
+    chosen = (*SETTINGS, f"executor.kind={kind}", *TWO_LANES)
+    process = start("search", micro_config, *chosen, "--out", out)
     log = out / "search" / "trials.jsonl"
     status, _ = interrupt_when(process, lambda: lines_in(log) >= 5, signal.SIGKILL)
     assert status == -signal.SIGKILL
     with log.open("ab") as file:
         file.write(b'{"number": 99, "state": "evalu')
     before = read_trials(log)
-    again = moesaic("search", micro_config, *SETTINGS, *RAY, "--out", out)
+    again = moesaic("search", micro_config, *chosen, "--out", out)
     assert again.returncode == 0, again.stderr
     trials = read_trials(log)
     assert [t.to_json() for t in trials[: len(before)]] == [t.to_json() for t in before]
@@ -267,11 +333,14 @@ def test_a_driver_killed_with_all_it_started_continues(quick_run, micro_config, 
     assert len(ended) == len({t.architecture for t in ended}) == 24
 
 
+@KINDS
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_drains_and_twice_stops_at_once(times, quick_run, micro_config, tmp_path):
+def test_ctrl_c_drains_and_twice_stops_at_once(times, kind, quick_run, micro_config, tmp_path):
     """As a terminal does it, to the whole process group."""
     out = without_stages(quick_run, tmp_path / "stopped", *AFTER_SEARCH)
-    process = start("search", micro_config, *SETTINGS, "search.trials=2000", *RAY, "--out", out)
+    process = start(
+        "search", micro_config, *SETTINGS, "search.trials=2000", f"executor.kind={kind}", *TWO_LANES, "--out", out
+    )
     log = out / "search" / "trials.jsonl"
     while lines_in(log) < 5:
         assert process.poll() is None
@@ -281,7 +350,7 @@ def test_ctrl_c_drains_and_twice_stops_at_once(times, quick_run, micro_config, t
         time.sleep(0.002)
     _, err = process.communicate(timeout=60)
     assert process.returncode in ((130,) if times == 1 else (130, -signal.SIGINT))
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     trials = read_trials(log)
     assert 0 < len(trials) < 2000
     assert not any(t.reason for t in trials)

@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOESAIC_CACHE", str(root / "cache"))
         quiet = Console(file=io.StringIO())
-        run = Run(load_config(root / "small.yaml"), root / "run", Reporter(quiet))
+        run = Run(load_config(root / "small.yaml"), root / "run", Reporter(quiet), latency_asked=True)
         run_stages(run, quiet)
         yield run
 

@@ -1,8 +1,6 @@
 """What a search makes of its trials: the front, several budgets, rivals, the mirror."""
 
-import errno
 import math
-import os
 from collections import Counter
 from contextlib import closing
 from functools import partial
@@ -17,13 +15,12 @@ from moesaic.nas.executors import LocalExecutor
 from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.nas.search.loop import BudgetSearch, hypervolume_history, result_of, run_search
-from moesaic.nas.search.mirror import Mirror, database, journal
 from moesaic.nas.search.rivals import judge_rivals, uniform_layouts
 from moesaic.nas.search.samplers import make_sampler
 from moesaic.nas.search.samplers.evolution import EvolutionSampler
 from moesaic.nas.search.samplers.genome import Genome
 from moesaic.nas.search.trials import TrialLog
-from moesaic.search_spaces import Interrupted, MoesaicError, load_space, preset_source
+from moesaic.search_spaces import Interrupted, load_space, preset_source
 from moesaic.supernet import Evaluation
 from tests.contracts.samplers import key
 from tests.nas.search_tools import Stop, budget_of, formula, search, small_space, tiny_space
@@ -124,56 +121,6 @@ def test_what_runs_in_another_lane_leaves_little_to_gain_at_its_place(tmp_path):
     assert after[best] < 0.2 * before[best]
     others = np.delete(before, best)
     assert np.delete(after, best).sum() > 0.5 * others.sum() > 0
-
-
-@pytest.mark.parametrize("kind", ["journal", "database"])
-def test_the_mirror_has_every_trial_and_is_made_again_when_it_differs(kind, tmp_path):
-    space = tiny_space()
-    trials = search(space, budget_of(space, flops="45%"), tmp_path / "t.jsonl", config("nsga2", 20))
-
-    def open_mirror(trials):
-        storage = journal(tmp_path / "journal.log") if kind == "journal" else database(f"sqlite:///{tmp_path}/t.db")
-        return Mirror(storage, "study", ["loss", "flops"], Genome(space), trials, pytest.fail)
-
-    with open_mirror(trials[:5]) as mirror:
-        mirror.append(trials[5:9])
-    (tmp_path / "journal.log.lock").write_text("left by a killed process")
-    for log in (trials, trials[:7], trials[::-1]):
-        with open_mirror(log) as mirror:
-            pass
-        assert [t.user_attrs["fingerprint"] for t in mirror.study.trials] == [t.architecture.fingerprint for t in log]
-        assert [tuple(t.values) for t in mirror.study.trials if t.values] == [t.values for t in log if t.values]
-
-
-def test_a_mirror_that_fails_says_so_once_and_the_next_opening_makes_up_for_it(tmp_path, monkeypatch):
-    space = tiny_space()
-    trials = search(space, budget_of(space, flops="45%"), tmp_path / "t.jsonl", config("random", 20))
-    said: list[str] = []
-
-    def open_mirror(trials):
-        storage = journal(tmp_path / "journal.log")
-        return Mirror(storage, "study", ["loss", "flops"], Genome(space), trials, said.append)
-
-    with monkeypatch.context() as patch, open_mirror(trials[:5]) as mirror:
-        patch.setattr(mirror.study, "add_trial", _full_disk)
-        for trial in trials[5:]:
-            mirror.append([trial])
-    assert len(said) == 1
-    assert "No space left" in said[0]
-    with open_mirror(trials) as mirror:
-        pass
-    assert len(mirror.study.trials) == len(trials)
-    assert len(said) == 1
-
-
-def _full_disk(trial):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////no/such/folder/t.db", "postgresql://user@localhost:1/name"])
-def test_a_database_that_does_not_open_is_one_message(url):
-    with pytest.raises(MoesaicError, match="mirror: cannot open the database"):
-        database(url)
 
 
 def test_rivals_are_uniform_inside_the_budget_and_the_best_of_their_kind():

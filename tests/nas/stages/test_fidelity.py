@@ -237,7 +237,7 @@ def test_the_verdict_says_when_counting_is_as_good_and_when_the_interval_is_wide
     mixed = [3.0, 2.0, 6.0, 5.0, 4.0, 7.0, 10.0, 9.0, 8.0, 11.0, 13.0, 12.0]
     path = tmp_path / "check.json"
     good = judged(path, rising, rising, mixed)
-    assert "tau 1.00 [1.00, 1.00]" in good
+    assert "tau 1.00 [0.87, 1.00]" in good
     assert "no better" not in good
     assert "wide" not in good
     equal = judged(path, [-f for f in mixed], rising, mixed)
@@ -321,8 +321,8 @@ def test_corrected_losses_choose_what_is_exported(micro_config, fresh, monkeypat
 
 
 def test_sentences_on_what_losses_tell_apart():
-    above = Difference(0.02, 0.004, 0.012, 0.028)
-    best = Standing("trial 3", "a", 3.0, 0.03, Difference(0, 0, 0, 0), 1.0, False, 1)
+    above = Difference(0.02, 0.004, 0.012, 0.028, 0.001)
+    best = Standing("trial 3", "a", 3.0, 0.03, Difference(0, 0, 0, 0, 1), 1.0, False, 1)
     near = replace(best, name="trial 5", loss=3.01)
     far = replace(best, name="trial 7", loss=3.4, differs=True, level=2)
     uniform = Standing("uniform", "b", 3.02, 0.03, above, 0.001, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -14,18 +15,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moesaic.nas.config import load_config
 from moesaic.nas.exports.figures import RetrainedModel
 from moesaic.nas.plan import build_plan
-from moesaic.nas.report.summary import Summary, verdict
+from moesaic.nas.report.summary import Summary, costs_sentence, verdict
 from moesaic.nas.stages.retrain_export import RetrainedExport, retrain_export
 from moesaic.nas.stages.retrain_models import load_results
 from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.write_report import load_summary
 from moesaic.nas.terminal.progress import Reporter
-from moesaic.nas.trust.scores import Difference, MeanScores, SeedRun, difference_over_seeds, paired_difference
+from moesaic.nas.trust.scores import Difference, MeanScores, SeedRun
 from moesaic.search_spaces import Interrupted
 from moesaic.search_spaces.files import read_value
-from moesaic.supernet import Evaluation, Judge, LayerLoad
-from tests.nas.run_tools import do_stage, finish, only, open_run, without_stages
+from moesaic.supernet import Judge, LayerLoad
+from tests.nas.run_tools import QUICK, do_stage, finish, only, open_run, without_stages
 
 SEEDS = ("retrain.seeds=2", "seed=0")
 
@@ -44,10 +47,6 @@ def results(run: Run) -> list[RetrainedModel]:
 
 def losses(run: Run) -> list[list[float]]:
     return [[one.loss for one in result.runs] for result in results(run)]
-
-
-def evaluation(*sequence_losses: float) -> Evaluation:
-    return Evaluation(float(np.mean(sequence_losses)), 0.1, 100, (), sequence_losses)
 
 
 # ---------------------------------------------------------------- figures
@@ -69,39 +68,64 @@ def test_figures_are_means_over_seeds_with_students_interval():
     assert (one.loss, one.interval, one.half_interval, one.error) == (3.0, None, None, 0.1)
 
 
-def test_one_seed_is_compared_over_sequences_and_several_seed_by_seed():
-    mine, other = evaluation(3.0, 4.0, 5.0), evaluation(2.9, 3.8, 4.7)
-    one = difference_over_seeds([mine], [other])
-    assert one == paired_difference(mine, other)
-    assert one.seeds == 1
-    interval = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
-    assert (one.mean, one.low, one.high) == pytest.approx((0.2, *interval))
-    several = difference_over_seeds([mine, evaluation(3.5, 3.9)], [other, evaluation(3.6, 3.7)])
-    interval = stats.t.interval(0.95, 1, loc=0.125, scale=stats.sem([0.2, 0.05]))
-    assert (several.mean, several.low, several.high) == pytest.approx((0.125, *interval))
-    assert several.seeds == 2
+def judged(mean: float, p_value: float, seeds: int, **costs: float) -> str:
+    """The verdict on a searched model beside a near rival and one that is far behind."""
+    above = Difference(mean, 0.1, mean - 0.05, mean + 0.05, p_value, seeds)
+    measured = {"flops": 1e6, "latency": 8.0, "parameters": 5e5}
+    far = SimpleNamespace(name="dense", loss=3.9, above_searched=replace(above, p_value=1e-9), measured=measured)
+    near = SimpleNamespace(name="uniform", loss=3.2, above_searched=above, measured={**measured, **costs})
+    mine = SimpleNamespace(loss=3.0, measured={"flops": 9e5, "latency": 10.0, "parameters": 8.5e5})
+    chosen, more = SimpleNamespace(retrained=mine), "moesaic run 'my run.yaml' retrain.seeds=3 --out runs/x"
+    return verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=(far, near), more_seeds=more)))
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("mean", "p_value", "words"),
     [
-        (0.001, 0.1, "The search paid"),
-        (-0.1, -0.001, "The search did not pay"),
-        (-0.001, 0.1, "The search made no significant difference"),
-        (0.0, 0.1, "The search made no significant difference"),
+        (0.06, 0.049, "The search paid"),
+        (-0.06, 0.001, "The search did not pay"),
+        (0.06, 0.051, "The search made no significant difference"),
     ],
 )
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_the_verdict_says_no_difference_exactly_where_the_interval_holds_zero(low, high, words, seeds):
-    above = Difference((low + high) / 2, 0.1, low, high, seeds)
-    worse = SimpleNamespace(name="dense", loss=3.9, above_searched=replace(above, low=5.0, high=6.0))
-    rivals = [worse, SimpleNamespace(name="uniform", loss=3.2, above_searched=above)]
-    chosen = SimpleNamespace(retrained=SimpleNamespace(loss=3.0))
-    text = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals)))
+def test_the_verdict_over_several_seeds_is_that_of_a_test(mean, p_value, words):
+    text = judged(mean, p_value, 3)
     assert text.startswith(words)
     assert "best rival (uniform)" in text
-    assert f"{low:+.4f} to {high:+.4f}" in text
-    assert ("one training seed" if seeds == 1 else "3 training seeds") in text
+    assert f"{mean - 0.05:+.4f} to {mean + 0.05:+.4f} over 3 training seeds and the test sequences" in text
+    assert "Holm-corrected for 2 rivals" in text
+
+
+@pytest.mark.parametrize("p_value", [1e-12, 0.5])
+def test_one_seed_gives_no_verdict_but_the_command_for_one(p_value):
+    text = judged(0.06, p_value, 1)
+    assert text.startswith("One training seed gives no verdict")
+    assert "paid" not in text
+    assert "+0.0100 to +0.1100 is over test sequences alone" in text
+    assert text.endswith("`moesaic run 'my run.yaml' retrain.seeds=3 --out runs/x`")
+
+
+def test_a_verdict_is_corrected_for_the_number_of_rivals():
+    """Two rivals, each at 4 %: by chance one of two is below 5 % nearly twice as often as one."""
+    above = Difference(-0.1, 0.02, -0.19, -0.01, 0.04, 3)
+    costs = {"flops": 1.0, "parameters": 1.0}
+    rivals = tuple(
+        SimpleNamespace(name=name, loss=2.9 + n, above_searched=above, measured=costs) for n, name in enumerate("ab")
+    )
+    chosen = SimpleNamespace(retrained=SimpleNamespace(loss=3.0, measured=costs))
+    both = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals)))
+    alone = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals[:1])))
+    assert both.startswith("The search made no significant difference")
+    assert "p = 0.080" in both
+    assert alone.startswith("The search did not pay")
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_verdict_says_what_the_model_costs_beside_its_rival(seeds):
+    assert "has 1.25 times the latency, 1.70 times the parameters and 0.90 times the FLOPs" in judged(0.1, 0.01, seeds)
+    untimed = SimpleNamespace(measured={"flops": 2.0, "parameters": 3.0})
+    rival = SimpleNamespace(measured={"flops": 1.0, "parameters": 2.0, "latency": 1.0})
+    text = costs_sentence(cast(RetrainedModel, untimed), cast(RetrainedModel, rival))
+    assert text == "The searched model has 1.50 times the parameters and 2.00 times the FLOPs of that rival."
 
 
 # ---------------------------------------------------------------- runs
@@ -138,10 +162,15 @@ def test_tables_show_means_with_half_their_interval(two_seeds):
     assert "once with each of 2 seeds" in page
 
 
-def test_one_seed_has_no_interval_and_its_verdict_says_so(quick_run, micro_config):
+def test_one_seed_has_no_interval_and_no_verdict_and_the_command_it_names_gives_one(quick_run, micro_config):
     run = open_run(micro_config, quick_run)
     assert all(result.interval is None and len(result.runs) == 1 for result in results(run))
-    assert "one training seed" in (quick_run / "report" / "index.html").read_text()
+    page = (quick_run / "report" / "index.html").read_text()
+    assert "One training seed gives no verdict" in page
+    program, stage, file, *rest = shlex.split(load_summary(only(run)).more_seeds)
+    assert (program, stage, file) == ("moesaic", "run", str(micro_config))
+    assert rest == [*QUICK, "retrain.seeds=3", "--out", str(quick_run)]
+    assert load_config(file, rest[:-2]).config.retrain.seeds == 3
 
 
 def test_more_seeds_keep_what_is_trained(two_seeds, quick_run, micro_config, tmp_path):
@@ -212,12 +241,3 @@ def test_an_export_is_trained_with_every_seed(quick_run, tmp_path):
     written = [path.stat().st_mtime_ns for path in weights]
     assert retrain_export(export, *arguments)[0] == result
     assert [path.stat().st_mtime_ns for path in weights] == written
-
-
-def test_a_plan_counts_every_seed(micro_config, tmp_path, monkeypatch):
-    def seconds(*overrides: str) -> float:
-        clock = itertools.count()
-        monkeypatch.setattr("moesaic.nas.plan.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-        return build_plan(only(open_run(micro_config, tmp_path, *overrides))).seconds["retrain"]
-
-    assert seconds("retrain.seeds=3") == pytest.approx(3 * seconds())

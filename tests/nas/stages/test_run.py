@@ -54,14 +54,24 @@ def test_the_summary_has_every_figure(finished):
 
 
 def test_the_exported_model_is_the_searched_one(finished):
-    figures = json.loads((finished / "exports" / "best" / "figures.json").read_text())
+    figures = json.loads((finished / "exports" / "best-inherited" / "figures.json").read_text())
     assert figures["slice_max_logit_difference"] <= 1e-4
     assert figures["reload_max_logit_difference"] == 0
-    model = load_exported(finished / "exports" / "best")
+    model = load_exported(finished / "exports" / "best-inherited")
     count = sum(p.numel() for p in model.parameters())
     assert figures["measured"]["parameters"] == figures["predicted"]["parameters"] == count
-    card = (finished / "exports" / "best" / "README.md").read_text()
+    card = (finished / "exports" / "best-inherited" / "README.md").read_text()
     assert model.architecture.fingerprint in card
+
+
+def test_latency_is_not_calibrated_where_nothing_needs_it_and_the_report_says_so(finished):
+    assert not (finished / "latency" / "predictor.json").exists()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["latency_predictor"] is summary["chosen"]["latency"] is None
+    assert set(summary["chosen"]["measured"]) == {"flops", "parameters", "active_parameters", "memory"}
+    said = "no budget line and no objective needs it"
+    assert said in (finished / "exports" / "best" / "README.md").read_text()
+    assert said in (finished / "report" / "index.html").read_text()
 
 
 def test_a_second_run_skips_what_is_complete(finished, micro_config):
@@ -135,8 +145,8 @@ def test_a_stage_alone_names_the_one_it_needs(micro_config, tmp_path):
 
 
 def test_an_export_is_retrained_and_continues_from_where_it_was(finished, tmp_path):
-    export = tmp_path / "best"
-    shutil.copytree(finished / "exports" / "best", export)
+    export = tmp_path / "best-inherited"
+    shutil.copytree(finished / "exports" / "best-inherited", export)
     process = start("retrain", export, "retrain.steps=400", "retrain.init=inherited")
     interrupt_when(process, (export / "retrained" / "seed-0" / "checkpoint.safetensors").exists, signal.SIGKILL)
     result = moesaic("retrain", export, "retrain.steps=60", "retrain.init=inherited")

@@ -11,6 +11,7 @@ import torch
 from moesaic.nas.config import DataConfig
 from moesaic.nas.data import load_corpus
 from moesaic.nas.tasks import TASKS, LanguageModelling
+from moesaic.search_spaces import MoesaicError
 from tests.contracts.tasks import TaskContract
 
 
@@ -31,6 +32,14 @@ class TestLanguageModelling(TaskContract):
         assert found["perplexity"] == pytest.approx(math.exp(2.0))
         assert found["bits_per_byte"] == pytest.approx(2.0 / math.log(2) * len(split.tokens) / split.text_bytes)
         assert task.measure("test", 1000.0)["perplexity"] == math.inf
+
+    def test_a_tokenizer_that_was_purged_names_its_place(self, corpus_folder: Path, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+        config = DataConfig(kind="text", files=[str(corpus_folder)], vocab_size=300, sequence_length=32)
+        task = LanguageModelling(load_corpus(config, "test"))
+        task.tokenizer.unlink()
+        with pytest.raises(MoesaicError, match=r"corpora/.*tokenizer.json: is gone"):
+            _ = task.tokenizer
 
 
 def test_every_registered_task_has_a_suite() -> None:

@@ -26,6 +26,7 @@ from moesaic.search_spaces import Interrupted, MoesaicError, StageFailed
 from moesaic.supernet import Transformer, slice_of
 from moesaic.supernet.checkpoint import load_tensors
 from moesaic.supernet.metrics import read_metrics
+from tests.listeners import is_loopback, listening
 from tests.nas.command import interrupt_when, lines_in, start
 from tests.nas.run_tools import do_stage, open_run, said
 
@@ -187,6 +188,21 @@ def _command_lines() -> Iterator[str]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it ended as we looked
             yield path.read_text()
+
+
+def test_nobody_outside_this_machine_can_reach_a_training(micro_config, tmp_path) -> None:
+    """Every listener of two workers, of their agent and of the program that watches them is on loopback."""
+    seen: set[tuple[str, int]] = set()
+
+    def look() -> bool:
+        seen.update(listening(os.getpid()))
+        return True
+
+    run = open_run(micro_config, tmp_path, *TWO, should_stop=once_it_trains(tmp_path / "supernet", look))
+    with pytest.raises(Interrupted):
+        do_stage(run, "supernet")
+    assert len(seen) >= 4  # the link, the workers' store, and each worker's
+    assert {address for address, _ in seen if not is_loopback(address)} == set()
 
 
 # ---------------------------------------------------------------- settings

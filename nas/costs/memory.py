@@ -1,0 +1,142 @@
+"""Memory of an inference pass in closed form: weights, key/value cache, and the activations alive at once.
+
+The states between blocks and the norms are float32. In bfloat16 (autocast), the input and the weights of each product
+are copied to it, unless the Triton kernels read them in place. Every moment at which memory can be highest is written
+out, so the worst case bounds what ``measure.peak_activation_bytes`` finds on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesaic.kernels.workspace import gathered_values, triton_bytes
+from moesaic.nas.context import Context, Extent
+from moesaic.nas.costs.analytic import parameters
+from moesaic.nas.costs.use import LayerUse
+from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward
+
+
+def weight_memory(architecture: Architecture, context: Context) -> int:
+    """Bytes of the weights, kept in float32."""
+    return 4 * parameters(architecture, context)
+
+
+def cache_memory(architecture: Architecture, context: Context) -> int:
+    """Bytes of the key/value cache of a decoding step, the new position included; 0 in a prefill."""
+    if context.phase == "prefill":
+        return 0
+    values = sum(
+        layer.attention.kv_heads * extent.sequences * extent.keys
+        for slot, layer in architecture.layers.items()
+        for extent in (context.extent(slot.stack),)
+    )
+    return 2 * architecture.backbone.head_size * values * context.bytes_per_value
+
+
+def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
+    """Bytes of the activations alive at the worst moment of an inference pass in ``context``, with the cache."""
+    backbone, size = architecture.backbone, context.bytes_per_value
+    kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
+    peak: float = vocabulary_memory(architecture.output.width, context)
+    for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
+        width, extent, part = architecture.width_at(slot), context.extent(slot.stack), layer.feed_forward
+        attention = attention_memory(width, layer.attention, backbone, extent, size)
+        routing = _routing_memory(part, use, extent)
+        peak = max(peak, attention, routing + _feed_forward_memory(width, part, use, backbone, extent, size))
+        kept += routing
+    if backbone.positions == "rotary":
+        kept += 4 * backbone.rotary_size * max(context.extent(name).keys for name in architecture.stacks)  # cos, sin
+    return peak + kept
+
+
+def vocabulary_memory(width: int, context: Context) -> int:
+    """Bytes of the states before the vocabulary layer, their copy, that of its weights, and the logits."""
+    tokens, size = context.tokens, context.bytes_per_value
+    return tokens * 4 * width + _copied(tokens + context.vocab_size, width, size) + tokens * context.vocab_size * size
+
+
+def _copied(rows: int, width: int, size: int) -> int:
+    """Bytes of [rows, width] float32 values copied to a type of ``size`` bytes; nothing where they have it."""
+    return rows * width * size if size < 4 else 0
+
+
+def attention_memory(width: int, attention: Attention, backbone: Backbone, extent: Extent, size: int) -> int:
+    """The highest moment of an attention block: a projection, the rotation of q or k, the mix, or the output."""
+    tokens, pre = extent.tokens, backbone.norm_place == "pre"
+    q, kv = (heads * backbone.head_size for heads in (attention.heads, attention.kv_heads))
+    copies_q, copies_kv = (
+        _copied(tokens + n, width, size) + _copied(n, 1, size) for n in (q, kv)
+    )  # of x, weight, bias
+    projected = tokens * (q + 2 * kv) * size
+    moments = [
+        tokens * q * size + copies_q,
+        projected + copies_kv,
+        # q, k and v; the output of the mix and its copy in the order of the tokens; or the last product.
+        projected + 2 * tokens * q * size,
+        projected + tokens * (q + width) * size + _copied(width, q + 1, size),
+    ]
+    if backbone.positions == "rotary":
+        # Four halves in float32. Both q and the rotated q are alive while k is rotated.
+        turned = 8 * tokens * backbone.rotary_size
+        moments += [
+            projected + turned * attention.heads,
+            projected + tokens * q * size + turned * attention.kv_heads,
+        ]
+    if extent.tokens > extent.sequences:
+        # Keys and values repeated per query head, the mix, and the softmax statistics of a fused kernel.
+        moments.append(projected + 3 * tokens * q * size + 4 * tokens * attention.heads)
+    states = 2 if pre else 1  # of the residual stream and its norm
+    # After the block, a norm holds the states before it, the sum and the result.
+    return max(4 * tokens * width * states + max(moments), 4 * tokens * width * (2 if pre else 3))
+
+
+def _routing_memory(part: FeedForward, use: LayerUse, extent: Extent) -> float:
+    """What a layer's routing keeps until the pass ends: per pair its token, expert and weight, and the softmax."""
+    if part.router is None:
+        return 0
+    pairs = extent.tokens * (part.router.max_experts if extent.implementation == "triton" else use.pairs)
+    return 20 * pairs + 4 * extent.tokens * (part.experts + 1) + 8 * (part.experts + 1)
+
+
+def _feed_forward_memory(
+    width: int, part: FeedForward, use: LayerUse, backbone: Backbone, extent: Extent, size: int
+) -> float:
+    """The highest moment of a feed-forward block beside what its routing keeps."""
+    tokens, biased = extent.tokens, backbone.biases == "all"
+    pre = backbone.norm_place == "pre"
+    states = 4 * tokens * width
+    output = tokens * width * size
+    copy = _copied(tokens, width, size)  # of the input
+    hidden_copies = 3 if backbone.gated else 2
+
+    def weights(neurons: int) -> int:
+        return _copied(neurons, backbone.matrices * width + biased, size)
+
+    def dense(neurons: int) -> int:
+        return output + hidden_copies * tokens * neurons * size + weights(neurons)
+
+    # The states before the attention, after it, and their norm.
+    block = (3 if pre else 2) * states
+    if part.router is None:
+        moments: list[float] = [dense(part.neurons)]
+    else:
+        routed: float = output
+        if extent.implementation == "triton":
+            routed += triton_bytes(tokens, width, part.expert_sizes, part.router.max_experts, size)
+        else:
+            pairs, hidden = tokens * use.pairs, tokens * use.largest_neurons * size
+            first, second = part.expert_sizes[:2]
+            routed += gathered_values(pairs, tokens * use.largest_pairs, width) * size + _copied(1, 1, size) * pairs
+            # Hidden values of the expert before are alive while the next expert's weights are copied.
+            routed += max(
+                hidden_copies * hidden + weights(first), (hidden_copies - 1) * hidden + weights(first + second)
+            )
+        moments = [routed, output + dense(part.shared_size), 3 * output]
+        # While routing: logits, the scores left to choose from, what is chosen; ranks, positions and loads per token.
+        moments.append(tokens * (9 * part.experts + 40) - copy)
+    result = states if biased else output  # adding a float32 bias gives float32
+    if biased:
+        moments.append(output + result)
+    # After the block, the sum, and in a post-norm network its norm.
+    after = (3 if pre else 4) * states + result
+    return max(block + copy + max(moments), after)

@@ -1,0 +1,101 @@
+"""Token streams on disk: a folder with a tokenizer and a stream per split, described by lengths and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from moesaic.nas.data.files import Split
+from moesaic.nas.data.splits import chunks
+from moesaic.nas.data.tokenizer import END_OF_TEXT
+from moesaic.search_spaces import Damaged
+from moesaic.search_spaces.files import read_value, write_value
+
+TOKENIZER = "tokenizer.json"
+_FACTS = "corpus.json"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens [N] of a split, and how many bytes of text they encode."""
+
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Checksum:
+    size: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> Checksum:
+        with open(path, "rb") as file:
+            return Checksum(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """``corpus.json``: what is in the folder. ``files`` are checked when it is opened."""
+
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    streams: dict[str, Stream]
+    files: dict[str, Checksum]
+
+
+def stream_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.tokens"
+
+
+def write_streams(folder: Path, tokenizer: Tokenizer, texts: Mapping[Split, Iterable[str]]) -> StreamFacts:
+    """Encode the ``texts`` of each split. Raises OSError."""
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    vocab_size = tokenizer.get_vocab_size()
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    streams = {split: _encode(tokenizer, found, stream_path(folder, split), dtype) for split, found in texts.items()}
+    files = [folder / TOKENIZER, *(stream_path(folder, split) for split in texts)]
+    facts = StreamFacts(vocab_size, dtype, streams, {path.name: Checksum.of(path) for path in files})
+    write_value(folder / _FACTS, facts)
+    return facts
+
+
+def checked(folder: Path) -> StreamFacts:
+    """The facts of a folder whose files are as they were written.
+
+    Raises
+    ------
+    Damaged : a file is missing, cut or changed.
+    """
+    facts = read_value(folder / _FACTS, StreamFacts)
+    for name, written in facts.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            problem = "was cut" if size < written.size else "was changed" if Checksum.of(path) != written else None
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            raise Damaged(problem, path, allowed="the same command again, which rebuilds it")
+    return facts
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[str], path: Path, dtype: str) -> Stream:
+    """Append each text and an end-of-text token to ``path``, in pieces, so that a corpus may exceed memory."""
+    tokens = text_bytes = 0
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    with open(path, "wb") as file:
+        for text in texts:
+            pieces = list(chunks(text))
+            for index, encoding in enumerate(tokenizer.encode_batch(pieces)):
+                ids = encoding.ids + ([end] if index == len(pieces) - 1 else [])
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
+                tokens += len(ids)
+            text_bytes += len(text.encode())
+    return Stream(tokens, text_bytes)
