@@ -44,6 +44,7 @@ def connected(config: ExecutorConfig, device: DeviceConfig) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent from a user's machine
+    _read_settings_again()
     threads = device.threads or max(1, int(config.resources.cpu))
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -129,7 +130,7 @@ def _token() -> Iterator[None]:
 
 
 def _read_settings_again() -> None:
-    """Ray reads the environment once per process, and this process may connect to another Ray later."""
+    """Ray reads the environment once per process, and a process may connect to one Ray after another."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 

@@ -119,7 +119,7 @@ def test_a_storage_that_cannot_be_made_is_refused(tmp_path):
         assert storage in str(caught.value.found)
 
 
-@pytest.mark.parametrize(("kind", "module", "extra"), [("tune", "pyarrow", "tune"), ("ray", "ray", "cluster")])
+@pytest.mark.parametrize(("kind", "module", "extra"), [("tune", "pyarrow.fs", "tune"), ("ray", "ray", "cluster")])
 def test_a_missing_extra_is_said_before_anything_trains(kind, module, extra, micro_config, tmp_path, monkeypatch):
     for name in ("tune_trials", "ray_lanes", "cluster"):
         monkeypatch.delitem(sys.modules, f"moesaic.nas.executors.{name}", raising=False)
