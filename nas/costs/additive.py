@@ -109,7 +109,7 @@ class AdditiveCosts:
             uses = (
                 replace(use, **{name: getattr(use, name) + n for name, n in more.items()}) for use in (expected, worst)
             )
-            return self._alone(slot.stack, width, Layer(attention, part), *uses)
+            return self._alone(slot.stack, width, Layer(attention, part), next(uses), next(uses))
 
         here = np.array([price(part) for part in parts])
         longer = FeedForward((size + TILE,) * experts, router, parts[0].shared_size)

@@ -103,8 +103,8 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     per = f", latency {per_text('latency', context)}" if "latency" in costs else ""
     yield paragraph(
-        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}{per}. With inherited weights, as "
-        f"in the search, the searched model has a test loss of {chosen.inherited.loss:.4f}.",
+        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}{per}. With inherited weights, "
+        f"as in the search, the searched model has a test loss of {chosen.inherited.loss:.4f}.",
         "muted",
     )
 

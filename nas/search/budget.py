@@ -95,26 +95,39 @@ def most_expensive(space: SearchSpace, pricer: Pricer, cost: str, bind: str = "e
 def _extreme(
     space: SearchSpace, pricer: Pricer, cost: str, bind: str, start: Architecture, choose: Callable, first: bool
 ) -> Architecture:
-    """``start`` with the extreme choice in each layer; exact for costs that add up over layers. Layers with equal
-    choices and loads have the same one."""
+    """``start`` with the extreme choice in each layer. Layers with equal choices and loads have the same one.
+
+    What a layer adds to a sum decides; what it costs alone decides for at most one, since a peak (memory) is that of
+    one layer. Exact for sums, and for the largest sum with a peak.
+    """
     use = pricer.worst_use if bind == "worst" else pricer.expected_use
 
-    def alone(slot: Slot, layer: Layer) -> float:
-        """The cost of a network with one layer in each stack, this one in its own."""
-        firsts = {name: (Slot(name, 0), stack.layers[0]) for name, stack in start.stacks.items()}
-        layers = firsts | {slot.stack: (slot, layer)}
-        stacks = {name: replace(stack, layers=(layers[name][1],)) for name, stack in start.stacks.items()}
-        return pricer.price(space.build(stacks), [use(at, one.feed_forward) for at, one in layers.values()])[cost]
+    def alone(slot: Slot, layer: Layer, copies: int = 1) -> float:
+        """The cost of a network with this layer, in ``copies``, and one in each other stack."""
+        stacks, uses = {}, []
+        for name, stack in start.stacks.items():
+            at, one = (slot, layer) if name == slot.stack else (Slot(name, 0), stack.layers[0])
+            times = copies if name == slot.stack else 1
+            stacks[name] = replace(stack, layers=(one,) * times)
+            uses += [use(at, one.feed_forward)] * times
+        return pricer.price(space.build(stacks), uses)[cost]
 
-    found: dict[tuple, Layer] = {}
-    extreme = {}
+    def added(slot: Slot, layer: Layer) -> float:
+        return alone(slot, layer, copies=2) - alone(slot, layer)
+
+    found: dict[tuple, tuple[Layer, Layer]] = {}
+    extreme, alternatives = {}, {}
     for slot in start.layers:
         choices = space.layers[slot]
         kind = (slot.stack, choices, pricer.occupancy.at(slot))
         if kind not in found:
-            found[kind] = choose(_extreme_layers(choices, 0 if first else -1), key=partial(alone, slot))
-        extreme[slot] = found[kind]
-    return start.with_layers(extreme)
+            layers = list(_extreme_layers(choices, 0 if first else -1))
+            found[kind] = choose(layers, key=partial(added, slot)), choose(layers, key=partial(alone, slot))
+            alternatives[slot] = found[kind][1]
+        extreme[slot] = found[kind][0]
+    candidates = [extreme, *(extreme | {slot: layer} for slot, layer in alternatives.items())]
+    price = pricer.worst if bind == "worst" else pricer.expected
+    return choose(map(start.with_layers, candidates), key=lambda a: price(a)[cost])
 
 
 def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:

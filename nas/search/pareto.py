@@ -32,7 +32,7 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     heights = np.diff(points[:, -1], append=reference[-1])
     if points.shape[1] == 2:
         return float(heights @ (reference[0] - np.minimum.accumulate(points[:, 0])))
-    front, volume = points[:0, :-1], 0.0
+    front, volume, area = points[:0, :-1], 0.0, 0.0
     for point, height in zip(points[:, :-1], heights, strict=True):
         if not (front <= point).all(1).any():
             front = np.vstack([front[~(point <= front).all(1)], point])

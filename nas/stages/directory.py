@@ -229,9 +229,10 @@ class RunDirectory:
         moves = not all(change.under(extendable) for change in changes)
         aside = self.set_aside(stage.path, stage.path.name) if moves else None
         try:
-            for name in others if aside is not None else ():
-                (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
-                (aside / name).rename(stage.path / name)
+            if aside is not None:
+                for name in others:
+                    (stage.path / name).parent.mkdir(parents=True, exist_ok=True)
+                    (aside / name).rename(stage.path / name)
             stage.path.mkdir(parents=True, exist_ok=True)
             if others:
                 write_json(stage.path / OTHERS, others)

@@ -94,7 +94,8 @@ class Program:
             if fingerprint not in self._remembered:
                 self._remembered.add(fingerprint)
                 if (row := self._row(architecture)) is not None:
-                    insort(self._known, (self.losses @ row, tuple(self.costs @ row), fingerprint, architecture))
+                    costs = tuple((self.costs @ row).tolist())
+                    insort(self._known, (float(self.losses @ row), costs, fingerprint, architecture))
 
     def best_known(self, caps: Mapping[str, float], count: int) -> list[Architecture]:
         """The ``count`` known architectures under ``caps`` with the lowest predicted losses."""
