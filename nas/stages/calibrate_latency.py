@@ -80,14 +80,12 @@ def calibrated(run: Run) -> Path:
         return run.calibration
     directory = run.calibration = _cached(run)
     with run.reporter.progress("latency") as bar:
-        calibration = calibrate(
-            run.space,
-            run.context,
-            run.config.latency,
-            run.device,
-            run.config.seed,
-            lambda done, total: bar.update(done, total, "rounds of measurements"),
-        )
+
+        def on_round(done: int, total: int) -> None:
+            run.check_stop("latency")
+            bar.update(done, total, "rounds of measurements")
+
+        calibration = calibrate(run.space, run.context, run.config.latency, run.device, run.config.seed, on_round)
     write_csv(directory / "measurements.csv", calibration.rows)
     calibration.predictor.save(directory / "predictor.json")
     return directory
