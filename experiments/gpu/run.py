@@ -92,7 +92,7 @@ STEPS = (
 
 
 def run_step(step: Step, arguments: list[str], log: Path, seconds: float) -> Row:
-    """Run a step for at most ``seconds``; it is then asked to stop as with Ctrl-C, and killed after ``GRACE``."""
+    """Run a step for at most ``seconds``; it is then asked to stop (SIGTERM), and killed after ``GRACE``."""
     started, stopped = time.perf_counter(), False
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with log.open("w") as file:
@@ -103,7 +103,7 @@ def run_step(step: Step, arguments: list[str], log: Path, seconds: float) -> Row
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             stopped = True
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:

@@ -140,11 +140,11 @@ def micro(micro_config, monkeypatch, tmp_path):
 
 def test_a_member_is_trained_alone(micro):
     plain = read_rows(micro / "members.jsonl")[1]["architecture"]
-    row = truth.train_alone("small", plain, 0)
+    row = truth.train_alone("small", (), plain, 0)
     assert row["fingerprint"] == Architecture.from_dict(plain).fingerprint
     assert 0 < row["test_loss"] < 20
     assert row["parameters"] >= row["active_parameters"] > 0
-    assert truth.train_alone("small", plain, 0)["test_loss"] == row["test_loss"]
+    assert truth.train_alone("small", (), plain, 0)["test_loss"] == row["test_loss"]
 
 
 def test_a_supernet_judges_every_member_and_members_are_fine_tuned(micro, tmp_path):
