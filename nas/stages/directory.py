@@ -111,6 +111,16 @@ class StageDirectory:
     def complete(self) -> bool:
         return (self.path / ARTIFACT).exists() and self._inputs_in(ARTIFACT, "inputs") == self.inputs
 
+    @property
+    def settled(self) -> bool:
+        """Whether the stage is complete but for private inputs, so that later stages may use its result."""
+        if not (self.path / ARTIFACT).exists():
+            return False
+        return self._deciding(self._inputs_in(ARTIFACT, "inputs")) == self._deciding(self.inputs)
+
+    def _deciding(self, inputs: Inputs) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if not under(name, self.private)}
+
     def changes(self) -> list[Change]:
         """Differences between the inputs of earlier work and the current ones; empty without earlier work."""
         if not self.begun:
@@ -164,8 +174,8 @@ class StageDirectory:
 
     def result_id(self) -> str:
         """Identifies a finished stage's result: its inputs, and its digest where the stage measured something."""
-        deciding = {name: value for name, value in self.inputs.items() if not under(name, self.private)}
-        return fingerprint({"inputs": deciding, "digest": self.artifact().digest if self.complete else None})
+        digest = self.artifact().digest if self.settled else None
+        return fingerprint({"inputs": self._deciding(self.inputs), "digest": digest})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def require(run: Run | BudgetRun, stages: list[Stage], for_what: str) -> None:
     """Raises MoesaicError with the command for the first of ``stages`` that is not complete."""
     for stage in stages:
         directory = run.folder(stage.name)
-        if not directory.complete:
+        if not directory.settled:
             raise MoesaicError(
                 f"{for_what} needs stage {stage.name}, which is not complete for this configuration",
                 where=str(directory.path),

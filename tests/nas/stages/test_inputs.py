@@ -56,6 +56,7 @@ TABLE: dict[str, tuple[list[str], set[str]]] = {
     "latency.sequence_length": (["latency.sequence_length=16"], ALL - {"supernet"}),
     "latency.models": (["latency.models=13"], ALL - {"supernet"}),
     "latency.repeats": (["latency.repeats=4"], ALL - {"supernet"}),
+    "latency.time_limit": (["latency.time_limit=9"], ALL - {"supernet"}),
     "search.sampler": (["search.sampler=random"], FROM_SEARCH),
     "search.trials": (["search.trials=20"], FROM_SEARCH),
     "search.objectives": (["search.objectives=[loss, memory]"], FROM_SEARCH),
@@ -68,6 +69,8 @@ TABLE: dict[str, tuple[list[str], set[str]]] = {
     "executor.resources.gpu": (["executor={kind: ray, resources: {gpu: 1}}"], SHOWN),
     "executor.retries": (["executor={kind: ray, retries: 1}"], SHOWN),
     "executor.time_limit": (["executor={kind: ray, time_limit: 5}"], SHOWN),
+    "executor.storage": (["executor={kind: tune, storage: /tmp/tune}"], SHOWN),
+    "executor.loggers": (["executor={kind: tune, storage: /tmp/tune, loggers: [csv]}"], SHOWN),
     "mirror": (["mirror=sqlite:///t.db"], {"search", "report"}),
     "fidelity.check": (["fidelity.check=4"], FROM_FIDELITY),
     "fidelity.steps": (["fidelity.steps=7"], FROM_FIDELITY),
@@ -102,9 +105,11 @@ def base(micro_config, quick_run):
 
 
 def inputs_of(run) -> dict[str, dict]:
-    """Every stage's inputs, as they are once the stages before it are done and have found the same."""
+    """Every stage's inputs, as they are once the stages before it are done and have found the same, where something
+    needs the latency."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StageDirectory, "complete", property(lambda stage: (stage.path / "artifact.json").exists()))
+        patch.setattr(run_module.Run, "needs_latency", True)
+        patch.setattr(StageDirectory, "settled", property(lambda stage: (stage.path / "artifact.json").exists()))
         return {stage.name: dict(run.budgets[0].folder(stage.name).inputs) for stage in STAGES}
 
 
@@ -117,7 +122,7 @@ def test_a_setting_is_an_input_of_exactly_the_stages_whose_files_it_decides(
     if key == "device.threads" and usable_processors() < 2:
         pytest.skip("one processor")
     if not key.startswith("data.") or key == "data.kind":  # the standard library takes long to encode
-        monkeypatch.setattr(run_module, "load_corpus", lambda *arguments: corpus)
+        monkeypatch.setattr(run_module, "load_corpus", lambda *arguments, **own: corpus)
     elif key == "data.files":
         overrides = [f"data.files=[{write_corpus(tmp_path / 'other', seed=1)}]"]
     run = open_run(micro_config, quick_run, *overrides)
