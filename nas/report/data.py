@@ -183,10 +183,10 @@ def read_measurements(path: Path) -> list[Measurement]:
     """The calibration's measurements of the latency stage. Raises Damaged for a missing or damaged file."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [
-                Measurement(row["kind"], float(row["measured_ms"]), float(row["predicted_ms"]))
-                for row in csv.DictReader(file)
-            ]
+            rows = csv.DictReader(file)
+            if rows.fieldnames is None:
+                raise ValueError("an empty file")
+            return [Measurement(row["kind"], float(row["measured_ms"]), float(row["predicted_ms"])) for row in rows]
     except FileNotFoundError:
         raise Damaged("no such file", path) from None
     except (KeyError, TypeError, ValueError, csv.Error):

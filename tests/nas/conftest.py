@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.nas.stages.calibrate_latency import calibrated
 from tests.nas.run_tools import finish, open_run
 
 MICRO = """\
@@ -62,6 +63,12 @@ def micro_config(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) 
     path = tmp_path_factory.mktemp("config") / "micro.yaml"
     path.write_text(MICRO.format(files=corpus_folder))
     return path
+
+
+@pytest.fixture(scope="session")
+def calibration(micro_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a calibration of the micro run; tests work on copies of it."""
+    return calibrated(open_run(micro_config, tmp_path_factory.mktemp("calibrated") / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from moesaic.nas.costs.compliance import STATUSES, TOLERANCE, MeasuredLine, line
 from moesaic.nas.costs.latency.calibrate import calibrate
 from moesaic.nas.costs.latency.timing import AnchoredTiming
 from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
-from moesaic.nas.exports.figures import ExportFigures
+from moesaic.nas.exports.figures import INHERITED_BEST, ExportFigures
 from moesaic.nas.search.budget import Budget, BudgetLine
 from moesaic.nas.search.trials import Trial, read_trials
 from moesaic.nas.stages.export_models import load_exports
@@ -304,7 +304,7 @@ def unfinished(quick_run: Path, micro_config: Path, tmp_path: Path) -> Run:
 
 
 def test_an_export_that_is_written_again_keeps_what_a_person_put_beside_it(unfinished):
-    best = unfinished.path / "exports" / "best"
+    best = unfinished.path / "exports" / INHERITED_BEST
     (best / "notes.txt").write_text("mine")
     (best / "retrained").mkdir()
     (best / "retrained" / "result.json").write_text("{}")
@@ -317,7 +317,7 @@ def test_an_export_that_is_written_again_keeps_what_a_person_put_beside_it(unfin
 
 
 def test_a_folder_of_a_person_in_the_place_of_an_export_is_refused(unfinished):
-    best = unfinished.path / "exports" / "best"
+    best = unfinished.path / "exports" / INHERITED_BEST
     shutil.rmtree(best)
     best.mkdir()
     (best / "README.md").write_text("mine")

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from moesaic.nas.pipeline import run_stages
+from moesaic.nas.report.data import read_measurements
 from moesaic.nas.stages.directory import RunDirectory
 from moesaic.nas.stages.provenance import OwnFiles
 from moesaic.nas.stages.stage import STAGES
@@ -137,10 +138,8 @@ DAMAGED = {
     "supernet/artifact.json": "search",
     "search/rivals.json": "fidelity",
     "fidelity/fidelity.json": "export",
-    "latency/measurements.csv": "report",
     "supernet/metrics.jsonl": "report",
     "exports/exports.json": "retrain",
-    "exports/best/config.json": "retrain",
 }
 
 
@@ -166,6 +165,16 @@ def test_a_truncated_artifact_names_the_command_that_makes_it_again(quick_run, m
     assert not folder.exists() and Path(f"{folder}.damaged").is_dir()
     if file == "exports/exports.json":  # one of the quicker ones
         finish(open_run(micro_config, out))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_truncated_table_of_measurements_is_told(calibration, tmp_path, keep):
+    whole = (calibration / "measurements.csv").read_bytes()
+    path = tmp_path / "measurements.csv"
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(MoesaicError) as caught:
+        read_measurements(path)
+    assert caught.value.where == str(path)
 
 
 def test_the_command_for_a_missing_stage_can_be_pasted(micro_config, tmp_path):

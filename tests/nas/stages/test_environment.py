@@ -71,7 +71,7 @@ class MeasuredAgain(Exception):
     ],
 )
 def test_a_purged_or_damaged_calibration_is_measured_again(
-    micro_config, quick_run, tmp_path, monkeypatch, damage, said_of
+    micro_config, calibration, tmp_path, monkeypatch, damage, said_of
 ):
     monkeypatch.setattr(calibrate_latency, "NOISY", math.inf)
     monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path / "cache"))
@@ -86,7 +86,7 @@ def test_a_purged_or_damaged_calibration_is_measured_again(
     with pytest.raises(MeasuredAgain):
         calibrate_latency.calibrated(run)
     assert run.calibration is not None
-    shutil.copytree(quick_run / "latency", run.calibration)
+    shutil.copytree(calibration, run.calibration)
     whole = open_run(micro_config, tmp_path / "whole")
     assert calibrate_latency.calibrated(whole) == run.calibration
     damage(run.calibration)
