@@ -202,11 +202,11 @@ __all__ = [
     "write_value",
 ]
 
-# A thread of GNU OpenMP that waits for the others spins ten times as long by default, on a processor that they may
-# need: beside a busy program a training is many times slower. The figure is from experiments/spin. Lanes and workers
-# inherit it.
+# A thread of GNU OpenMP that waits for the others spins thirty times as long by default, on a processor that they may
+# need: beside a busy program, trainings of some seconds a step were seen. experiments/spin has the measurements that
+# chose this value. Lanes and workers inherit it.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "30000"
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ def figures(space: SearchSpace, context: Context, members: int) -> Row:
         "price_worst": median(members, draw, pricer.worst),
         "fingerprint": median(members, draw, lambda a: a.fingerprint),
         "mutate": median(members, draw, lambda a: mutate(space, a, rng)),
-        "crossover": median(members, lambda: (draw(), draw()), lambda pair: crossover(space, *pair, rng)),
+        "crossover": median(members, lambda: (draw(), draw()), lambda pair: crossover(space, pair[0], pair[1], rng)),
         "neighbours": median(members, draw, lambda a: neighbours(space, a)),
         "count_of_neighbours": statistics.median(len(neighbours(space, draw())) for _ in range(members)),
     }

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},  # what libgomp does by default
     "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
 }
