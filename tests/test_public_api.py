@@ -19,10 +19,10 @@ from moesaic import kernels, search_spaces, supernet
 ROOT = Path(__file__).parent.parent
 TREE = ast.parse((ROOT / "moesaic" / "__init__.py").read_text(encoding="utf-8"))
 PUBLIC = {
-    "moesaic": set(moesaic.__all__),
-    "moesaic.search_spaces": set(search_spaces.__all__),
-    "moesaic.supernet": set(supernet.__all__),
-    "moesaic.kernels": set(kernels.__all__),
+    "moesaic": sorted(moesaic.__all__),
+    "moesaic.search_spaces": sorted(search_spaces.__all__),
+    "moesaic.supernet": sorted(supernet.__all__),
+    "moesaic.kernels": sorted(kernels.__all__),
 }
 
 
