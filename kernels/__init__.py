@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.kernels import reference, routing, segments
 from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
+from moesaic.kernels.routing import PairWeights, Score
 from moesaic.kernels.workspace import Implementation
 
 
@@ -85,14 +86,21 @@ def sparse_ffn(
     return IMPLEMENTATIONS[implementation](x, bank, layout, routing, activation)
 
 
-def route(logits: Tensor, *, max_experts: int, threshold: float | None = None, normalise: bool = True) -> Routing:
+def route(
+    logits: Tensor,
+    *,
+    max_experts: int,
+    threshold: float | None = None,
+    score: Score = "softmax",
+    weights: PairWeights = "sum",
+) -> Routing:
     """Choose experts for each token: see ``kernels.routing.route``. Uses the Triton kernels where they run."""
-    if has_triton(logits.device) and logits.shape[1] > 1:
+    if has_triton(logits.device) and logits.shape[1] > 1 and score == "softmax" and weights != "one":
         from moesaic.kernels import gpu
 
         if logits.shape[1] <= gpu.MAX_EXPERTS:
-            return gpu.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise)
-    return routing.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise)
+            return gpu.route(logits, max_experts=max_experts, threshold=threshold, normalise=weights == "sum")
+    return routing.route(logits, max_experts=max_experts, threshold=threshold, score=score, weights=weights)
 
 
 __all__ = [

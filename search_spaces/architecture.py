@@ -18,7 +18,7 @@ import yaml
 from pydantic import PlainSerializer, PlainValidator
 
 from moesaic.search_spaces.errors import MoesaicError
-from moesaic.search_spaces.parts import STRICT, Backbone, Layer, tile_multiple
+from moesaic.search_spaces.parts import STRICT, Backbone, Layer, Router, tile_multiple
 from moesaic.search_spaces.yaml_source import YamlSource, read_yaml, validate
 
 FORMAT = 2
@@ -140,8 +140,9 @@ def _plain_stack(stack: Stack) -> dict[str, Any]:
         feed_forward: dict[str, Any] = {"expert_sizes": list(part.expert_sizes)}
         if part.router is not None:
             plain = {key: value for key, value in asdict(part.router).items() if value is not None}
-            if plain["weights"] == "sum":
-                del plain["weights"]
+            for key, default in (("weights", Router.weights), ("score", Router.score)):
+                if plain[key] == default:
+                    del plain[key]
             feed_forward["router"] = plain
         if part.shared_size:
             feed_forward["shared_size"] = part.shared_size

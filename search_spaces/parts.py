@@ -21,7 +21,8 @@ STRICT = {"extra": "forbid"}
 GATED = {"relu": False, "gelu": False, "gelu_tanh": False, "swiglu": True, "geglu": True, "geglu_tanh": True}
 """Activations, and whether their unit has a gate: ``swiglu`` is silu(gate) * up (arXiv 2002.05202)."""
 
-RouterWeights = Literal["sum", "softmax"]
+RouterScore = Literal["softmax", "mass"]
+RouterWeights = Literal["sum", "softmax", "one"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class Router:
     ``top_k``: the ``k`` most probable. ``threshold`` (XMoE, arXiv 2403.18926): experts in decreasing order of
     probability while the mass ranked strictly ahead is below ``threshold``, at least one, at most ``max_k``.
 
+    ``score``: probabilities are the ``softmax`` of a linear layer's logits, or, for the parts of a dense layer, each
+    expert's share of the activation ``mass`` that a linear layer with bias predicts.
+
     ``weights`` of a token's experts: ``sum`` divides their probabilities by their sum, so that the scale of the output
-    does not depend on the number of experts; ``softmax`` leaves them as they are (XMoE, Switch).
+    does not depend on the number of experts; ``softmax`` leaves them as they are (XMoE, Switch); ``one`` adds the
+    experts unweighted, so that all of them together are the dense layer (MoEfication, arXiv 2110.01786).
     """
 
     __pydantic_config__ = STRICT
@@ -42,6 +47,7 @@ class Router:
     threshold: float | None = None
     max_k: int | None = None
     weights: RouterWeights = "sum"
+    score: RouterScore = "softmax"
 
     def __post_init__(self) -> None:
         if self.kind == "top_k":
@@ -74,11 +80,13 @@ class Router:
         if most == self.max_experts and (self.kind == "top_k" or most > 1):
             return self
         if self.kind == "top_k" or most == 1:
-            return Router("top_k", k=most, weights=self.weights)
+            return Router("top_k", k=most, weights=self.weights, score=self.score)
         return replace(self, max_k=most)
 
     def __str__(self) -> str:
         choice = f"top-{self.k}" if self.kind == "top_k" else f"mass {self.threshold:g}, max {self.max_k}"
+        if self.score == "mass":
+            choice += " by activation mass"
         return choice if self.weights == "sum" else f"{choice}, {self.weights} weights"
 
 

@@ -56,10 +56,14 @@ class FeedForwardGroup:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """Choices of one layer. ``groups`` are sorted by number of experts; sizes and heads are sorted too."""
+    """Choices of one layer. ``groups`` are sorted by number of experts; sizes and heads are sorted too.
+
+    ``bank``: the layer of the trained model whose slices the choices are; else the envelope is made to hold them all.
+    """
 
     attentions: tuple[Attention, ...]
     groups: tuple[FeedForwardGroup, ...]
+    bank: FeedForward | None = None
 
     @cached_property
     def count(self) -> int:
@@ -309,6 +313,8 @@ def _envelope_layer(space: LayerSpace) -> Layer:
     kv_heads = max(a.kv_heads for a in space.attentions)
     # The most query heads and the most key/value heads may come from different pairs: round up to a multiple.
     heads = -(-attention.heads // kv_heads) * kv_heads
+    if space.bank is not None:
+        return Layer(Attention(heads, kv_heads), space.bank)
     dense = space.group(1)
     sparse = space.groups[-1]
     shared = max(group.shared_sizes[-1] for group in space.groups)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moesaic.search_spaces.errors import MoesaicError, nearest_name
-from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterWeights
+from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterScore, RouterWeights
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace, distinct_routers
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, validate
 
@@ -28,12 +28,13 @@ class RouterSpec(_Spec):
     threshold: list[float] | None = None
     max_k: list[Positive] | None = None
     weights: RouterWeights = "sum"
+    score: RouterScore = "softmax"
 
     def routers(self) -> list[Router]:
         if self.kind == "top_k":
-            return [Router("top_k", k=k, weights=self.weights) for k in self.k or []]
+            return [Router("top_k", k=k, weights=self.weights, score=self.score) for k in self.k or []]
         return [
-            Router("threshold", threshold=threshold, max_k=max_k, weights=self.weights)
+            Router("threshold", threshold=threshold, max_k=max_k, weights=self.weights, score=self.score)
             for threshold, max_k in product(self.threshold or [], self.max_k or [])
         ]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
 from moesaic.search_spaces import Backbone, FeedForward
 from moesaic.supernet.regions import Region
-from moesaic.supernet.sharing import Sharing, expert_layout
+from moesaic.supernet.sharing import Sharing, envelope_experts, expert_layout, splits_dense
 
 
 class SparseFeedForward(nn.Module):
@@ -24,6 +24,8 @@ class SparseFeedForward(nn.Module):
         self.gate = nn.Parameter(torch.empty(part.neurons, width)) if backbone.gated else None
         self.down = nn.Parameter(torch.empty(part.neurons, width))
         self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
+        predicts = splits_dense(part)
+        self.router_bias = nn.Parameter(torch.empty(part.experts)) if predicts else None
         self.up_bias = nn.Parameter(torch.empty(part.neurons)) if biased else None
         self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
 
@@ -35,7 +37,7 @@ class SparseFeedForward(nn.Module):
         nn.init.normal_(self.down, std=write_std)
         if self.router is not None:
             nn.init.normal_(self.router, std=0.02)
-        for bias in (self.up_bias, self.down_bias):
+        for bias in (self.router_bias, self.up_bias, self.down_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
 
@@ -54,10 +56,21 @@ class SparseFeedForward(nn.Module):
         matrices = ["up", "down"] if self.gate is None else ["up", "gate", "down"]
         regions = dict.fromkeys(matrices, Region(rows, width))
         if part.router is not None:
-            regions["router"] = Region.first(part.experts, width)
+            regions |= self._router_regions(width, part)
         if self.up_bias is not None:
             regions |= {"up_bias": Region(rows), "down_bias": Region.first(width)}
         return regions
+
+    def _router_regions(self, width: int, part: FeedForward) -> dict[str, Region]:
+        """The first experts' rows. A linear prediction of mass is additive: the row of an expert that consists of
+        several of this layer's is the sum of theirs."""
+        if self.router_bias is None:
+            return {"router": Region.first(part.experts, width)}
+        runs = envelope_experts(self.part, part)
+        if runs[-1][1] - runs[0][0] == len(runs):  # one each: views
+            rows = ((runs[0][0], runs[-1][1]),)
+            return {"router": Region(rows, width), "router_bias": Region(rows)}
+        return {"router": Region(runs, width, summed=True), "router_bias": Region(runs, summed=True)}
 
     def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
         """[T, D] to [T, D], and the routing (None for a dense layer)."""
@@ -74,13 +87,17 @@ class SparseFeedForward(nn.Module):
     def route(self, x: Tensor, part: FeedForward) -> Routing:
         """Router logits, always in float32: rounding could change which expert a token is sent to."""
         assert self.router is not None and part.router is not None
+        at = self._router_regions(x.shape[1], part)
+        bias = None if self.router_bias is None else at["router_bias"].of(self.router_bias).float()
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router[: part.experts, : x.shape[1]].float())
+            logits = F.linear(x.float(), at["router"].of(self.router).float(), bias)
+        router = part.router
         return route(
             logits,
-            max_experts=part.router.max_experts,
-            threshold=part.router.threshold,
-            normalise=part.router.weights == "sum",
+            max_experts=router.max_experts,
+            threshold=router.threshold,
+            score=router.score,
+            weights=router.weights,
         )
 
     def _experts(self, x: Tensor, layout: ExpertLayout, routing: Routing | None) -> Tensor:

@@ -61,13 +61,23 @@ class TransformerLayer(nn.Module):
         }
 
     def forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
+        x = self.attend(x, layer, inputs)
+        out, routing = self._feed_forward(self.reads(x), layer, inputs)
+        return self.written(x, out), routing
+
+    def attend(self, x: Tensor, layer: Layer, inputs: Inputs) -> Tensor:
+        """[B, S, D] to [B, S, D]: the states after attention."""
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, layer.attention, inputs))
-            out, routing = self._feed_forward(x, layer, inputs)
-            return self.feed_forward_norm(x + out), routing
-        x = x + self.attention(self.attention_norm(x), layer.attention, inputs)
-        out, routing = self._feed_forward(self.feed_forward_norm(x), layer, inputs)
-        return x + out, routing
+            return self.attention_norm(x + self.attention(x, layer.attention, inputs))
+        return x + self.attention(self.attention_norm(x), layer.attention, inputs)
+
+    def reads(self, x: Tensor) -> Tensor:
+        """What the feed-forward part reads of the states after attention."""
+        return x if self.post_norm else self.feed_forward_norm(x)
+
+    def written(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's states, from those after attention and the output of the feed-forward part."""
+        return self.feed_forward_norm(x + out) if self.post_norm else x + out
 
     def _feed_forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
         """[B, S, D] to [B, S, D]; padding is not routed and gives zeros."""
@@ -117,19 +127,21 @@ class TransformerStack(nn.Module):
         self, name: str, tokens: Tensor, stack: Stack, mask: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Tensor, list[Routing | None]]:
         """Hidden states [B, S, D] of ``tokens`` [B, S]; ``name`` is the stack's name in its slots."""
-        length, start = tokens.shape[1], 0 if cache is None else cache.length
-        inputs = Inputs(stack.causal, mask if cache is None else cache.seen(mask, length))
-        x = F.embedding(tokens, self.embedding.weight[:, : stack.width])
-        if self.positions is not None:
-            x = x + self._positions(inputs.mask, start, length, x.device)[..., : stack.width]
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
+        inputs = Inputs(stack.causal, mask if cache is None else cache.seen(mask, tokens.shape[1]))
+        x = self.embedded(tokens, stack, inputs.mask, 0 if cache is None else cache.length)
         routings = []
         for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
             own = inputs if cache is None else replace(inputs, cache=cache.layer(name, index))
             x, routing = module(x, layer, own)
             routings.append(routing)
         return x if self.norm is None else self.norm(x), routings
+
+    def embedded(self, tokens: Tensor, stack: Stack, mask: Tensor | None = None, start: int = 0) -> Tensor:
+        """[B, S, D] what the first layer reads of tokens [B, S], the first of which has position ``start``."""
+        x = F.embedding(tokens, self.embedding.weight[:, : stack.width])
+        if self.positions is not None:
+            x = x + self._positions(mask, start, tokens.shape[1], x.device)[..., : stack.width]
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _positions(self, mask: Tensor | None, start: int, length: int, device: torch.device) -> Tensor:
         """[S, D_max], or with padding [B, S, D_max]: a sequence's first token has position 0, also after padding.

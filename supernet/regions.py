@@ -11,19 +11,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Region:
-    """Ranges of rows, ``(start, stop)`` each, and the first ``columns`` of a matrix."""
+    """Ranges of rows, ``(start, stop)`` each, and the first ``columns`` of a matrix.
+
+    ``summed``: the slice has one row per range, the sum of its rows.
+    """
 
     rows: tuple[tuple[int, int], ...]
     columns: int | None = None
+    summed: bool = False
 
     @staticmethod
     def first(rows: int, columns: int | None = None) -> Region:
         return Region(((0, rows),), columns)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The region of ``tensor`` [N] or [N, D]: a view if its rows are one range, else a copy."""
+        """The region of ``tensor`` [N] or [N, D]: a view if its rows are one range and not summed, else a copy."""
         runs = [tensor[start:stop] if self.columns is None else tensor[start:stop, : self.columns]
                 for start, stop in self.rows]  # fmt: skip
+        if self.summed:
+            lengths = torch.tensor([stop - start for start, stop in self.rows], device=tensor.device)
+            return torch.segment_reduce(torch.cat(runs), "sum", lengths=lengths)
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 

@@ -75,6 +75,8 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
         width, attention, part = architecture.width_at(slot), layer.attention, layer.feed_forward
         heads = attention.heads + attention.kv_heads
         total += 2 * width * (backbone.norm_vectors + heads * backbone.head_size)
-        total += backbone.matrices * width * count + (width * part.experts if part.router else 0)
+        total += backbone.matrices * width * count
+        if part.router:
+            total += (width + (part.router.score == "mass")) * part.experts
         total += reads * (heads + attention.kv_heads) * backbone.head_size + all_biases * (2 * width + count)
     return total

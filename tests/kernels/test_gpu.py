@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,8 @@ from tests.kernels.gpu_tools import DEVICE
 
 
 def expected_routing(logits: Tensor, max_experts: int, threshold: float | None, normalise: bool) -> Routing:
-    return routing.route(logits, max_experts=max_experts, threshold=threshold, normalise=normalise).in_token_order()
+    weights: routing.PairWeights = "sum" if normalise else "softmax"
+    return routing.route(logits, max_experts=max_experts, threshold=threshold, weights=weights).in_token_order()
 
 
 @st.composite
@@ -66,9 +69,11 @@ def test_gradient_of_the_logits_matches_the_reference(
     values: Tensor, max_experts: int, threshold: float | None, normalise: bool, balance: bool
 ) -> None:
     max_experts, grads = min(max_experts, values.shape[1]), []
-    for module, device in ((routing, torch.device("cpu")), (gpu, DEVICE)):
+    on_gpu = partial(gpu.route, normalise=normalise)
+    on_cpu = partial(routing.route, weights="sum" if normalise else "softmax")
+    for choose, device in ((on_cpu, torch.device("cpu")), (on_gpu, DEVICE)):
         leaf = values.clone().to(device).requires_grad_()
-        found = module.route(leaf, max_experts=max_experts, threshold=threshold, normalise=normalise)
+        found = choose(leaf, max_experts=max_experts, threshold=threshold)
         pairs = int(found.offsets[-1])
         objective = (found.weights[:pairs] * torch.linspace(-1, 2, pairs, device=device)).sum()
         if balance:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.kernels import Routing, route
+from moesaic.kernels import routing as routing_module
+from moesaic.kernels.routing import PairWeights, Score
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,9 @@ class Case:
     def experts(self) -> int:
         return len(self.logits[0])
 
-    def route(self, normalise: bool = True) -> Routing:
-        return route(
-            torch.tensor(self.logits), max_experts=self.max_experts, threshold=self.threshold, normalise=normalise
-        )
+    def route(self, score: Score = "softmax", weights: PairWeights = "sum") -> Routing:
+        logits = torch.tensor(self.logits)
+        return route(logits, max_experts=self.max_experts, threshold=self.threshold, score=score, weights=weights)
 
 
 @st.composite
@@ -115,13 +116,44 @@ def test_normalised_weights_of_a_token_sum_to_one(case: Case) -> None:
 
 @given(cases())
 def test_weights_are_in_proportion_to_the_probabilities(case: Case) -> None:
-    plain, normalised = case.route(normalise=False), case.route()
+    plain, normalised = case.route(weights="softmax"), case.route()
     expected = torch.tensor([naive_softmax(row) for row in case.logits])
     torch.testing.assert_close(plain.probabilities, expected)
     own = expected[plain.tokens, experts_of(plain)]
     torch.testing.assert_close(plain.weights, own)
     total = torch.zeros(len(case.logits)).index_add(0, plain.tokens, own)
     torch.testing.assert_close(normalised.weights, own / total[plain.tokens])
+
+
+def naive_shares(masses: list[float]) -> list[float]:
+    positive = [max(mass, 0.0) for mass in masses]
+    total = sum(positive)
+    return [mass / total if total else 1 / len(masses) for mass in positive]
+
+
+@given(cases())
+def test_mass_routers_choose_by_the_share_of_positive_masses_and_add_experts_as_they_are(case: Case) -> None:
+    shares = [naive_shares(row) for row in case.logits]
+    sums = ([sum(sorted(row, reverse=True)[:rank]) for rank in range(1, len(row) + 1)] for row in shares)
+    assume(case.threshold is None or all(abs(total - case.threshold) > 1e-5 for row in sums for total in row))
+    routing = case.route("mass", "one")
+    torch.testing.assert_close(routing.probabilities, torch.tensor(shares))
+    assert torch.equal(routing.weights, torch.ones(len(routing.tokens)))
+    pairs = list(zip(experts_of(routing).tolist(), routing.tokens.tolist(), strict=True))
+    expected = [
+        (expert, token)
+        for token, row in enumerate(shares)
+        for expert in naive_choice(row, case.max_experts, case.threshold)
+    ]
+    assert pairs == sorted(expected)
+
+
+@given(cases())
+def test_sorting_chooses_the_experts_that_choosing_one_by_one_does(case: Case) -> None:
+    assume(clear_of_rounding(case))
+    probabilities = torch.tensor(case.logits).softmax(-1)
+    one_by_one = routing_module._choose(probabilities, case.max_experts, case.threshold)
+    assert torch.equal(routing_module._choose_sorted(probabilities, case.max_experts, case.threshold), one_by_one)
 
 
 @pytest.mark.parametrize(("experts", "threshold", "expected"), [(5, 0.6, 3), (3, 2 / 3, 2), (10, 0.6, 6), (4, 0.5, 2)])
@@ -189,7 +221,7 @@ def test_gradient_of_the_weights_is_that_of_the_formula(case: Case, normalise: b
     """Softmax over all, divided by the sum over the chosen; log p where the only weight is 1 (straight-through)."""
     direction = torch.randn(len(case.logits), case.experts, generator=torch.Generator().manual_seed(seed))
     logits = torch.tensor(case.logits, requires_grad=True)
-    routing = route(logits, max_experts=case.max_experts, threshold=case.threshold, normalise=normalise)
+    routing = route(logits, max_experts=case.max_experts, threshold=case.threshold, weights="sum" if normalise else "softmax")
     (weight_matrix(routing) * direction).sum().backward()
 
     expected_logits = torch.tensor(case.logits, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,113 @@
+"""The search space that a trained model gives: what each of its layers may become, the model itself included.
+
+A dense layer of N neurons may keep its N most important ones (structured pruning), or become experts: some neurons
+serve every token, the others are split into experts of equal size, of which a token uses a share. A mixture may keep
+its most important experts, the most important neurons of each, and route to fewer of them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moesaic.search_spaces.architecture import Architecture, Stack
+from moesaic.search_spaces.parts import TILE, Attention, FeedForward, Layer, Router
+from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace
+
+PRESET = "from-model"
+Share = Annotated[float, Field(gt=0, le=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+
+
+class TrainedSpec(BaseModel):
+    """``space: {preset: from-model}``. Shares are of the model's own numbers; the whole is always a member too.
+
+    Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
+    ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
+    the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
+    share ``active`` of the model's experts per token. ``prune: [heads]`` offers the ``heads_kept`` of attention, in
+    whole groups of a key/value head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    preset: Literal["from-model"] = PRESET
+    expert_sizes: Annotated[list[Annotated[int, Field(ge=TILE, multiple_of=TILE)]], Field(min_length=1)] = [16, 64]
+    shared: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.125, 0.25, 0.375, 0.5]
+    active: Shares = [0.125, 0.25, 0.375, 0.5, 0.75]
+    threshold: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    kept: Shares = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]
+    expert_kept: Shares = [0.5, 0.75, 1.0]
+    prune: list[Literal["heads"]] = []
+    heads_kept: Shares = [0.5, 0.75]
+
+    def build(self, source: Architecture) -> SearchSpace:
+        """The members of ``source``. Its slices share the bank of ``split_bank`` in each dense layer."""
+        stacks = {name: self._stack(stack) for name, stack in source.stacks.items()}
+        return SearchSpace(PRESET, source.backbone, **stacks)
+
+    def _stack(self, stack: Stack) -> StackSpace:
+        layers = tuple(
+            LayerSpace(self._attentions(layer.attention), self._groups(layer.feed_forward), self._bank(layer))
+            for layer in stack.layers
+        )
+        return StackSpace((stack.width,), (len(stack.layers),), layers, stack.causal)
+
+    def _bank(self, layer: Layer) -> FeedForward:
+        part = layer.feed_forward
+        return part if part.router else split_bank(part.neurons)
+
+    def _attentions(self, attention: Attention) -> tuple[Attention, ...]:
+        """Whole groups of query heads are kept, so that each still reads the key/value head it was trained with."""
+        group = attention.heads // attention.kv_heads
+        shares = self.heads_kept if "heads" in self.prune else []
+        kept = {max(1, round(share * attention.kv_heads)) for share in shares} | {attention.kv_heads}
+        return tuple(Attention(number * group, number) for number in sorted(kept))
+
+    def _groups(self, part: FeedForward) -> tuple[FeedForwardGroup, ...]:
+        groups = self._experts_of(part.neurons) if part.router is None else self._fewer_experts(part, part.router)
+        return tuple(groups[experts] for experts in sorted(groups))
+
+    def _experts_of(self, neurons: int) -> dict[int, FeedForwardGroup]:
+        """Groups by their number of experts. Where two layouts have the same, the one of smaller experts stays."""
+        kept = {*(_tiles(share * neurons) for share in self.kept), neurons}
+        groups = {1: FeedForwardGroup(1, tuple(sorted(size for size in kept if size <= neurons)), (0,), (None,))}
+        for size, shared in product(sorted(self.expert_sizes), self.shared):
+            experts = (neurons - _tiles(shared * neurons)) // size
+            if experts > 1 and experts not in groups:
+                rest = neurons - experts * size
+                groups[experts] = FeedForwardGroup(experts, (size,), (rest,), self._mass_routers(experts))
+        return groups
+
+    def _mass_routers(self, experts: int) -> tuple[Router, ...]:
+        counts = sorted({min(experts - 1, max(1, round(share * experts))) for share in self.active})
+        most = min(experts - 1, 2 * counts[-1])
+        routers = [Router("top_k", k=k, weights="one", score="mass") for k in counts]
+        for threshold in self.threshold:
+            wanted = Router("threshold", threshold=threshold, max_k=most, weights="one", score="mass")
+            routers.append(wanted.for_experts(experts))
+        return tuple(dict.fromkeys(routers))
+
+    def _fewer_experts(self, part: FeedForward, router: Router) -> dict[int, FeedForwardGroup]:
+        size, most = part.expert_sizes[0], router.max_experts
+        sizes = tuple(sorted({_tiles(share * size) for share in self.expert_kept} | {size}))
+        counts = sorted({max(1, round(share * most)) for share in (*self.active, 1.0)})
+        groups = {}
+        for experts in {*(max(2, round(share * part.experts)) for share in self.kept), part.experts}:
+            routers = [
+                Router("top_k", k=k, weights=router.weights, score=router.score) for k in counts if k <= experts
+            ]
+            groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), tuple(routers))
+        return groups
+
+
+def split_bank(neurons: int) -> FeedForward:
+    """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of."""
+    experts = neurons // TILE
+    return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score="mass"))
+
+
+def _tiles(neurons: float) -> int:
+    return max(TILE, round(neurons / TILE) * TILE)

@@ -1,0 +1,137 @@
+"""One pass of calibration text through a trained model, layer by layer: reorders each layer so that its slices are the
+best ones, fits the routers, and measures what every choice of the layer costs in quality.
+
+Only the states of one layer are held beside the weights. Shapes: B sequences, S positions, T = B S tokens, D width,
+N neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.search_spaces import FeedForward, Layer, SearchSpace, Slot
+from moesaic.search_spaces.space import LayerSpace
+from moesaic.supernet.batch import Inputs
+from moesaic.supernet.evaluate import LayerLoad
+from moesaic.supernet.experts import SparseFeedForward
+from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
+from moesaic.supernet.sharing import splits_dense
+from moesaic.supernet.sparsify.experts import expert_order
+from moesaic.supernet.sparsify.neurons import contributions, hidden, neuron_order
+from moesaic.supernet.sparsify.routers import fit_masses, masses
+
+_ROWS = 4
+"""Sequences that pass through a layer at once."""
+_JUDGED = 2048
+"""Most tokens on which the choices of a layer are compared."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What a layer loses when ``part`` replaces its feed-forward part, the rest of the model unchanged.
+
+    ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` that of its experts.
+    """
+
+    slot: Slot
+    part: FeedForward
+    error: float
+    load: LayerLoad | None
+
+
+@torch.inference_mode()
+def split(
+    source: Transformer,
+    space: SearchSpace,
+    windows: Tensor,
+    cluster: str = "coactivation",
+    on_layer: Callable[[int], None] = lambda done: None,
+) -> tuple[Transformer, list[PartCost]]:
+    """A model of ``space.envelope`` whose largest slice is ``source``, and the cost of every part of every layer.
+
+    ``source`` hands its weights over and is not to be used again. ``windows`` [B, S] are token ids. ``cluster`` is a
+    key of ``neurons.CLUSTERS``. ``on_layer`` gets the number of layers that are done.
+    """
+    with torch.device("meta"):
+        model = Transformer(space.envelope, source.vocab_size)
+    given = dict(source.named_parameters())
+    costs: list[PartCost] = []
+    for done, (slot, old, layer, read) in enumerate(_layers(source, windows.to(source.device)), start=1):
+        name = f"stacks.{slot.stack}.layers.{slot.index}.feed_forward"
+        new = SparseFeedForward(old.width, space.envelope.layers[slot].feed_forward, space.backbone, model.sharing)
+        new = new.to(read.device)
+        _fill(new, old, layer.feed_forward, read, space.layers[slot], cluster)
+        given = {key: value for key, value in given.items() if not key.startswith(f"{name}.")}
+        given |= {f"{name}.{key}": value for key, value in new.named_parameters()}
+        costs += _part_costs(slot, new, old, layer.feed_forward, read, space.layers[slot])
+        on_layer(done)
+    missing = model.load_state_dict(given, strict=True, assign=True)
+    assert not missing.missing_keys
+    return model.eval(), costs
+
+
+def _layers(source: Transformer, windows: Tensor) -> Iterator[tuple[Slot, SparseFeedForward, Layer, Tensor]]:
+    """(slot, feed-forward module, layer, what it reads [T, D]) of every layer of ``source``, in order."""
+    for name, stack in source.architecture.stacks.items():
+        module, inputs = source.stacks[name], Inputs(stack.causal)
+        assert isinstance(module, TransformerStack)
+        states = [module.embedded(part, stack) for part in windows.split(_ROWS)]
+        for index, (block, layer) in enumerate(zip(module.layers, stack.layers, strict=True)):
+            assert isinstance(block, TransformerLayer)
+            states = [block.attend(x, layer, inputs) for x in states]
+            read = [block.reads(x).flatten(0, 1) for x in states]
+            yield Slot(name, index), block.feed_forward, layer, torch.cat(read)
+            outputs = (block.feed_forward(x, layer.feed_forward)[0] for x in read)
+            states = [block.written(x, out.view_as(x)) for x, out in zip(states, outputs, strict=True)]
+
+
+def _fill(
+    new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace, cluster: str
+) -> None:
+    """Copy ``old`` into ``new``, in the order of importance, and fit the routers of a layer that was dense."""
+    if splits_dense(new.part):
+        contribution = contributions(hidden(old, read), old.down)
+        rows = neuron_order(old, contribution, _bounds(space), cluster)
+        assert new.router is not None and new.router_bias is not None
+        weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
+        _assign(new, router=weight, router_bias=bias)
+    else:
+        rows, experts = expert_order(old, part, read)
+        assert old.router is not None
+        _assign(new, router=old.router[experts])
+    for name, value in old.named_parameters():
+        if name == "down_bias":
+            _assign(new, down_bias=value)
+        elif name != "router":
+            _assign(new, **{name: value[rows]})
+
+
+def _assign(module: nn.Module, **values: Tensor) -> None:
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
+
+
+def _bounds(space: LayerSpace) -> list[int]:
+    """Numbers of rows that some choice takes as its first: shared neurons, and those of a smaller dense layer."""
+    return [size for group in space.groups for size in (group.shared_sizes if group.experts > 1 else group.sizes)]
+
+
+def _part_costs(
+    slot: Slot, new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace
+) -> list[PartCost]:
+    read = read[:: max(1, len(read) // _JUDGED)]
+    target = old(read, part)[0]
+    if target_bias := old.down_bias is not None:  # common to all choices
+        target = target - old.down_bias
+    scale, costs = target.square().sum().clamp(min=1e-12), []
+    for choice in (choice for group in space.groups for choice in group):
+        out, routing = new(read, choice)
+        if target_bias:
+            out = out - new.down_bias
+        load = None if routing is None else LayerLoad(tuple((routing.load / len(read)).tolist()))
+        costs.append(PartCost(slot, choice, ((out - target).square().sum() / scale).item(), load))
+    return costs
