@@ -1,4 +1,4 @@
-"""From router logits to a ``Routing``: probabilities in float32, top-k or threshold choice, ties by order, sorted pairs."""
+"""From router logits to a ``Routing``: float32 probabilities, top-k or threshold choice, ties by order, sorted pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels.layout import Routing
-
 
 Score = Literal["softmax", "mass"]
 PairWeights = Literal["sum", "softmax", "one"]

@@ -96,9 +96,7 @@ class TrainedSpec(BaseModel):
         counts = sorted({max(1, round(share * most)) for share in (*self.active, 1.0)})
         groups = {}
         for experts in {*(max(2, round(share * part.experts)) for share in self.kept), part.experts}:
-            routers = [
-                Router("top_k", k=k, weights=router.weights, score=router.score) for k in counts if k <= experts
-            ]
+            routers = [Router("top_k", k=k, weights=router.weights, score=router.score) for k in counts if k <= experts]
             groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), tuple(routers))
         return groups
 

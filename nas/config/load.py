@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,11 @@ from moesaic.nas.config.sections import Config, LimitConfig, RetrainFile, TrainC
 from moesaic.nas.units import DIMENSIONS, parse_limit
 from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
+from moesaic.search_spaces.trained import PRESET, TrainedSpec
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml, validate
+
+if TYPE_CHECKING:
+    from moesaic.supernet.convert import Checkpoint
 
 _SURROGATE = re.compile("[\udc80-\udcff]")
 
@@ -29,6 +33,8 @@ class Loaded:
     space: SearchSpace
     source: YamlSource
     overrides: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    """The trained model to start from."""
 
     def resolved_yaml(self, budget: str = "") -> str:
         """The configuration with its defaults as YAML; with several budgets, ``budget`` alone."""
@@ -52,9 +58,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for keys, lines in {("budget",): config.budget, **budgets}.items():
         for name, line in lines.items():
             _check_budget((*keys, name), line, source)
-    space = load_space(source.at("space", data=config.space))
+    checkpoint = None
+    if config.model is not None:
+        from moesaic.supernet.convert import open_checkpoint  # imported here: torch takes a second
+
+        checkpoint = open_checkpoint(config.model.from_)
+    space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
-    return Loaded(config, space, source, tuple(overrides))
+    return Loaded(config, space, source, tuple(overrides), checkpoint)
 
 
 def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RetrainFile:
@@ -74,6 +85,29 @@ def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> YamlSource:
             "is not a mapping of keys", where=source.where(), found=source.data, allowed=", ".join(Config.model_fields)
         )
     return _overridden(source, overrides)
+
+
+def _space(data: Any, checkpoint: Checkpoint | None, source: YamlSource) -> SearchSpace:
+    """The space that ``data``, the key ``space``, describes. Raises MoesaicError unless it fits the start."""
+    whole = {"preset": data} if isinstance(data, str) else data
+    of_model = isinstance(whole, dict) and whole.get("preset") == PRESET
+    if of_model and checkpoint is None:
+        raise MoesaicError(
+            "this space is that of a trained model",
+            where=source.where(("space",)),
+            found=PRESET,
+            allowed="model: {from: DIR}",
+        )
+    if checkpoint is None:
+        return load_space(source.at("space", data=data))
+    if not of_model:
+        raise MoesaicError(
+            "the space of a run that starts from a trained model is that model's",
+            where=source.where(("space",)),
+            found=data,
+            allowed=f"preset: {PRESET}",
+        )
+    return validate(TrainedSpec, source.at("space", data=whole)).build(checkpoint.architecture)
 
 
 def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import MoesaicError
+from moesaic.search_spaces.trained import PRESET
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -22,7 +23,7 @@ Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -112,6 +113,19 @@ class TrainConfig(_Section):
         if self.shard and self.workers == 1:
             raise MoesaicError("shard needs at least two workers", nearest="workers: 2")
         return self
+
+
+class ModelConfig(_Section):
+    """The trained model that a run starts from: the folder ``from``, of Hugging Face's format or an export.
+
+    Each of its layers is reordered on ``calibration_windows`` windows of training text, so that its slices are the best
+    ones. Neurons of a dense layer that act on the same tokens (``coactivation``), or whose input weights are alike
+    (``weights``), become one expert; ``none`` goes by importance alone.
+    """
+
+    from_: Annotated[str, Field(alias="from", min_length=1)]
+    calibration_windows: Count = 16
+    cluster: Literal["coactivation", "weights", "none"] = "coactivation"
 
 
 class SupernetConfig(TrainingConfig):
@@ -243,7 +257,8 @@ class RetrainConfig(TrainingConfig):
 
 
 class Config(_Section):
-    """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``.
+    """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``; with ``model``, a trained one to
+    start from, by ``search_spaces.trained``.
 
     There is one ``budget``, or several named ones in ``budgets``: these share one supernet and one search, and each
     gets its own models and report. ``mirror`` is the URL of a database that receives the search's trials as an Optuna
@@ -253,6 +268,7 @@ class Config(_Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
+    model: ModelConfig | None = None
     space: Any = "small"
     budget: dict[str, LimitConfig]
     budgets: dict[BudgetName, dict[str, LimitConfig]] = {}
@@ -271,7 +287,9 @@ class Config(_Section):
     @classmethod
     def _one_or_several(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("budgets") and not data.get("budget"):
-            return {**data, "budget": None}
+            data = {**data, "budget": None}
+        if isinstance(data, dict) and data.get("model") is not None:
+            data = {"space": PRESET, **data}
         return data
 
     @field_validator("budget", mode="before")

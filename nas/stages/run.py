@@ -34,6 +34,7 @@ from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
 from moesaic.supernet import Judge, LayerLoad, Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights
+from moesaic.supernet.sharing import Sharing
 
 Item = TypeVar("Item")
 
@@ -160,9 +161,14 @@ class Run:
         """The trained supernet on the device, in evaluation mode."""
         path = self.folder("supernet").path / "model.safetensors"
         tensors, _ = load_tensors(path)
-        model = Transformer(self.space.envelope, self.task.vocab_size, self.config.supernet.sharing)
+        model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing)
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which rows a slice takes: a trained model's experts keep their own."""
+        return "nested" if self.loaded.checkpoint else self.config.supernet.sharing
 
     @cached_property
     def pricer(self) -> Pricer:

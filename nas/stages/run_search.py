@@ -31,6 +31,7 @@ from moesaic.nas.search.samplers.scores import additivity
 from moesaic.nas.search.trials import Trial, TrialLog, first_trials, read_trials
 from moesaic.nas.stages.directory import StageDirectory, fingerprint
 from moesaic.nas.stages.run import BudgetRun, Run
+from moesaic.nas.stages.split_model import load_scores
 from moesaic.nas.terminal.tables import write_csv
 from moesaic.search_spaces import MoesaicError, StageFailed
 from moesaic.search_spaces.files import read_json, write_json, write_value
@@ -156,9 +157,9 @@ def _acceptance(part: BudgetRun) -> float:
 
 
 def _budget_search(part: BudgetRun, log: list[Trial]) -> BudgetSearch:
-    config, feasible = part.run.config, _feasible(part)
+    config, feasible, scores = part.run.config, _feasible(part), load_scores(part.run)
     return BudgetSearch(
-        part.name, part.budget, lambda history: make_sampler(config.search, feasible, config.seed, history), log
+        part.name, part.budget, lambda history: make_sampler(config.search, feasible, config.seed, history, scores), log
     )
 
 

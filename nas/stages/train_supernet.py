@@ -1,4 +1,5 @@
-"""Stage supernet: train the weights that all architectures share, and measure the load of its experts."""
+"""Stage supernet: train the weights that all architectures share, or split those of a trained model; and measure the
+load of the experts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 from moesaic.nas.costs.use import Occupancy, OccupancyRow
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.split_model import split_model
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.search_spaces import Architecture, FeedForward, Router, SearchSpace, Slot
 from moesaic.search_spaces.files import write_json, write_value
@@ -22,17 +24,34 @@ _OCCUPANCY_WINDOWS, _OCCUPANCY_MEMBERS, _EVALUATION_WINDOWS = 16, 96, 128
 
 
 def inputs(run: Run) -> dict[str, Any]:
-    config = run.config.model_dump(mode="json", include={"seed", "data", "space", "supernet"})
-    return config | {"corpus": run.task.fingerprint, "device": run.device.computing}
+    source = run.loaded.checkpoint
+    how = "model" if source else "supernet"
+    config = run.config.model_dump(mode="json", include={"seed", "data", "space", how})
+    weights = {"weights": source.fingerprint} if source else {}
+    return config | weights | {"corpus": run.task.fingerprint, "device": run.device.computing}
 
 
 def passes(run: Run) -> float:
-    config = run.config.supernet
-    return 3.0 * config.steps * config.batch_size
+    config = run.config
+    if config.model is not None:  # a pass, another one's worth of parts, and half a pass for each layer
+        return config.model.calibration_windows * (2.0 + run.space.depth / 4)
+    return 3.0 * config.supernet.steps * config.supernet.batch_size
 
 
 def work(run: Run, directory: StageDirectory) -> None:
-    """Writes ``model.safetensors``, ``occupancy.json``, ``evaluation.json`` and the training metrics."""
+    """Writes ``model.safetensors``, ``occupancy.json``, ``evaluation.json``, and the training metrics or the scores of
+    the parts of a trained model."""
+    model, occupancy = split_model(run, directory) if run.loaded.checkpoint else _train(run, directory)
+    write_value(directory.path / "occupancy.json", occupancy.rows(), list[OccupancyRow])
+    judge = run.judge("validation", min(_EVALUATION_WINDOWS, run.config.search.evaluation_windows), model)
+    ends = {"largest": run.space.largest, "smallest": run.space.smallest}
+    write_json(directory.path / "evaluation.json", {name: judge(member).loss for name, member in ends.items()})
+    weights = directory.path / "model.safetensors"
+    save_tensors(weights, dict(model.named_parameters()), {"identity": directory.fingerprint})
+    (directory.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size
+
+
+def _train(run: Run, directory: StageDirectory) -> tuple[Transformer, Occupancy]:
     recipe = supernet_recipe(run.config, run.space, run.device.bfloat16)
     with run.reporter.progress("supernet") as bar:
 
@@ -40,14 +59,7 @@ def work(run: Run, directory: StageDirectory) -> None:
             bar.update(step, recipe.settings.steps, f"loss {record['loss']:.3f}")
 
         model = run.trainer.train(recipe, directory.path, directory.fingerprint, on_step)
-    occupancy = measure_occupancy(run, model)
-    write_value(directory.path / "occupancy.json", occupancy.rows(), list[OccupancyRow])
-    judge = run.judge("validation", _EVALUATION_WINDOWS, model)
-    ends = {"largest": run.space.largest, "smallest": run.space.smallest}
-    write_json(directory.path / "evaluation.json", {name: judge(member).loss for name, member in ends.items()})
-    weights = directory.path / "model.safetensors"
-    save_tensors(weights, dict(model.named_parameters()), {"identity": directory.fingerprint})
-    (directory.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size
+    return model, measure_occupancy(run, model)
 
 
 def measure_occupancy(run: Run, model: Transformer) -> Occupancy:

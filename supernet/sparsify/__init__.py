@@ -1,1 +1,1 @@
-"""From a trained model to one whose slices are sparse: neuron orders, routers, and what each choice of a layer costs."""
+"""From a trained model to one whose slices are sparse: neuron orders, routers, and what each choice costs."""

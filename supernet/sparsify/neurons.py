@@ -62,7 +62,7 @@ CLUSTERS: dict[str, Callable[[SparseFeedForward, Tensor], Tensor] | None] = {
     "weights": _weights,
     "none": None,
 }
-"""By name, what makes neurons neighbours inside a band of importance; ``none`` leaves them as importance orders them."""
+"""By name, what makes neurons neighbours inside a band of importance; ``none`` leaves the order of importance."""
 
 
 def neuron_order(layer: SparseFeedForward, contribution: Tensor, bounds: Sequence[int], cluster: str) -> Tensor:

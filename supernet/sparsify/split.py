@@ -34,7 +34,7 @@ _JUDGED = 2048
 class PartCost:
     """What a layer loses when ``part`` replaces its feed-forward part, the rest of the model unchanged.
 
-    ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` that of its experts.
+    ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` is the experts'.
     """
 
     slot: Slot
@@ -43,7 +43,7 @@ class PartCost:
     load: LayerLoad | None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def split(
     source: Transformer,
     space: SearchSpace,

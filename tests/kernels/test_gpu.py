@@ -6,7 +6,6 @@ test_sparse_ffn.py compares every implementation with the reference.
 from __future__ import annotations
 
 from dataclasses import replace
-
 from functools import partial
 
 import pytest

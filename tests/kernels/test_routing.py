@@ -221,7 +221,9 @@ def test_gradient_of_the_weights_is_that_of_the_formula(case: Case, normalise: b
     """Softmax over all, divided by the sum over the chosen; log p where the only weight is 1 (straight-through)."""
     direction = torch.randn(len(case.logits), case.experts, generator=torch.Generator().manual_seed(seed))
     logits = torch.tensor(case.logits, requires_grad=True)
-    routing = route(logits, max_experts=case.max_experts, threshold=case.threshold, weights="sum" if normalise else "softmax")
+    routing = route(
+        logits, max_experts=case.max_experts, threshold=case.threshold, weights="sum" if normalise else "softmax"
+    )
     (weight_matrix(routing) * direction).sum().backward()
 
     expected_logits = torch.tensor(case.logits, dtype=torch.float64, requires_grad=True)

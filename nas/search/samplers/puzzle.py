@@ -204,6 +204,8 @@ class PuzzleSampler:
     objectives: tuple[str, ...]
     parts: int
     """Most feed-forward parts scored per layer, spread evenly over numbers of experts."""
+    known: Scores | None = None
+    """Scores from before the search: then there are no trials for scores."""
     _plans: dict[Architecture, dict[Architecture, str]] = field(default_factory=dict, init=False, repr=False)
     _programme: Program | None = field(default=None, init=False, repr=False)
     _read: int = field(default=0, init=False, repr=False)
@@ -213,8 +215,8 @@ class PuzzleSampler:
     _scores: Scores | None = field(default=None, init=False, repr=False)
 
     def propose(self, state: SearchState) -> Proposal | None:
-        scores = self._scores_of(state.trials)
-        plan = self.plan(scores.parent if scores else self._parent)
+        scores = self.known or self._scores_of(state.trials)
+        plan = {} if self.known else self.plan(scores.parent if scores else self._parent)
         for architecture, role in plan.items():
             if state.unknown(architecture):
                 return Proposal(architecture, engine={"puzzle": {"role": role}})

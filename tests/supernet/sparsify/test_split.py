@@ -1,0 +1,211 @@
+"""A split model is the trained one in other order: whole, it is that model; every member is an exact slice of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Slot
+from moesaic.search_spaces.architecture import Stack
+from moesaic.search_spaces.trained import TrainedSpec
+from moesaic.supernet import Batch, Transformer, evaluate
+from moesaic.supernet.experts import SparseFeedForward
+from moesaic.supernet.sparsify.neurons import CLUSTERS, contributions, hidden, importance, neuron_order
+from moesaic.supernet.sparsify.repair import repaired
+from moesaic.supernet.sparsify.replace import replacement_losses
+from moesaic.supernet.sparsify.routers import fit_masses, masses
+from moesaic.supernet.sparsify.split import split
+
+VOCABULARY, WIDTH = 61, 32
+DENSE = Layer(Attention(4, 2), FeedForward((256,)))
+MIXTURE = Layer(Attention(2, 2), FeedForward((48,) * 6, Router("top_k", k=2), 16))
+BACKBONES: dict[str, dict[str, Any]] = {
+    "llama": {"activation": "swiglu"},
+    "gpt2": {"activation": "gelu_tanh", "norm": "layer", "biases": "all", "positions": "learned", "max_positions": 32},
+    "bert": {"activation": "gelu", "norm": "layer", "norm_place": "post", "biases": "all", "embedding_norm": True},
+    "relu": {"activation": "relu", "tied": False},
+}
+SPEC = TrainedSpec(expert_sizes=[16, 32], shared=[0.0, 0.25, 0.5], active=[0.25, 0.5], threshold=[0.5])
+
+
+def trained(layers: tuple[Layer, ...], seed: int = 0, causal: bool = True, **backbone: Any) -> Transformer:
+    """A model with weights that no initialisation has: none are alike, and biases are not zero."""
+    architecture = Architecture(Stack(WIDTH, layers, causal), Backbone(head_size=8, **backbone))
+    torch.manual_seed(seed)
+    model = Transformer(architecture, VOCABULARY).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def windows(count: int = 4, length: int = 16, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[*BACKBONES, "mixture", "both"])
+def case(request: pytest.FixtureRequest) -> tuple[Transformer, SearchSpace]:
+    layers = {"mixture": (MIXTURE, MIXTURE), "both": (DENSE, MIXTURE)}.get(request.param, (DENSE, DENSE))
+    model = trained(layers, causal=request.param != "bert", **BACKBONES.get(request.param, {}))
+    return model, SPEC.build(model.architecture)
+
+
+def test_the_largest_member_is_the_trained_model_and_gives_its_logits(case: tuple[Transformer, SearchSpace]) -> None:
+    model, space = case
+    assert space.largest == model.architecture
+    tokens = windows(seed=2)
+    expected = model(tokens).detach()
+    found, _ = split(model, space, windows())
+    torch.testing.assert_close(found(tokens, space.largest), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_slices_are_what_is_extracted(case: tuple[Transformer, SearchSpace]) -> None:
+    model, space = case
+    found, _ = split(model, space, windows())
+    tokens = windows(seed=2)
+    for seed in range(8):
+        member = space.sample_balanced(Random(seed))
+        torch.testing.assert_close(found.extract(member)(tokens), found(tokens, member), atol=1e-5, rtol=1e-5)
+
+
+def test_a_slice_of_a_slice_is_a_slice() -> None:
+    """An export of a split model can be split further where its experts allow it."""
+    model = trained((DENSE,))
+    found, _ = split(model, SPEC.build(model.architecture), windows())
+    router = Router("top_k", k=2, weights="one", score="mass")
+    fine, coarse = (Layer(DENSE.attention, FeedForward((size,) * (192 // size), router, 64)) for size in (16, 32))
+    whole = found.architecture.with_layers({Slot("decoder", 0): fine})
+    part = found.architecture.with_layers({Slot("decoder", 0): coarse})
+    torch.testing.assert_close(found.extract(whole).extract(part)(windows()), found(windows(), part))
+
+
+def test_all_experts_of_a_dense_layer_together_are_the_layer() -> None:
+    model = trained((DENSE, DENSE))
+    space, tokens = SPEC.build(model.architecture), windows(seed=3)
+    expected = model(tokens).detach()
+    found, _ = split(model, space, windows())
+    for size in (16, 64):
+        everything = FeedForward((size,) * (256 // size), Router("top_k", k=256 // size, weights="one", score="mass"))
+        member = space.largest.with_layers({slot: replace(DENSE, feed_forward=everything) for slot in space.layers})
+        torch.testing.assert_close(found(tokens, member), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_part_costs_are_the_errors_and_loads_of_the_parts() -> None:
+    model = trained((DENSE,))
+    space = SPEC.build(model.architecture)
+    block = model.layers[0]
+    assert isinstance(block.feed_forward, SparseFeedForward)
+    read: list[Tensor] = []
+    block.feed_forward.register_forward_hook(lambda module, given, out: read.append(given[0]))
+    target = block.feed_forward
+    model(windows())
+    expected = target(read[0], DENSE.feed_forward)[0].detach()
+    found, costs = split(model, space, windows())
+    assert [cost.part for cost in costs] == [
+        part for group in space.layers[Slot("decoder", 0)].groups for part in group
+    ]
+    new = found.layers[0].feed_forward
+    for cost in costs:
+        out, routing = new(read[0], cost.part)
+        error = ((out - expected).square().sum() / expected.square().sum()).item()
+        assert cost.error == pytest.approx(error, rel=1e-4, abs=1e-9)
+        if routing is None:
+            assert cost.load is None
+        else:
+            assert cost.load is not None
+            assert cost.load.pairs_per_token == pytest.approx((routing.load / 64).tolist())
+    whole = next(cost for cost in costs if cost.part == DENSE.feed_forward)
+    assert whole.error < 1e-10
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_an_order_has_every_neuron_once_and_its_bands_hold_the_most_important(cluster: str) -> None:
+    layer = trained((DENSE,)).layers[0].feed_forward
+    contribution = contributions(hidden(layer, torch.randn(80, WIDTH)), layer.down).detach()
+    order = neuron_order(layer, contribution, [64, 160, 256], cluster)
+    assert order.sort().values.tolist() == list(range(256))
+    ranked = importance(contribution).argsort(descending=True)
+    for bound in (64, 160):
+        assert set(order[:bound].tolist()) == set(ranked[:bound].tolist())
+
+
+def test_neurons_that_act_together_share_a_tile() -> None:
+    """Groups of 16 that fire on tokens of their own, shuffled: each comes back as one tile."""
+    layer = trained((DENSE,)).layers[0].feed_forward
+    group = torch.randperm(256, generator=torch.Generator().manual_seed(0)) // 16
+    contribution = (torch.arange(320)[:, None] % 16 == group).float() + 0.01 * torch.rand(320, 256)
+    order = neuron_order(layer, contribution, [], "coactivation")
+    assert all(len(set(tile.tolist())) == 1 for tile in group[order].split(16))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 100))
+def test_a_fit_of_masses_is_additive_and_recovers_a_linear_law(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, law = torch.randn(400, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    weight, bias = fit_masses(inputs, inputs @ law.T + 3)
+    torch.testing.assert_close(weight, law, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(bias, torch.full((6,), 3.0), atol=0.05, rtol=0.05)
+    contribution = torch.rand(400, 64, generator=generator)
+    fine, coarse = (fit_masses(inputs, masses(contribution, tile)) for tile in (16, 32))
+    torch.testing.assert_close(fine[0].unflatten(0, (2, 2)).sum(1), coarse[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(fine[1].unflatten(0, (2, 2)).sum(1), coarse[1], atol=1e-4, rtol=1e-3)
+
+
+def test_replacement_losses_are_those_of_whole_models() -> None:
+    model = trained((DENSE, DENSE, MIXTURE))
+    space = SPEC.build(model.architecture)
+    found, _ = split(model, space, windows())
+    tokens, rng = windows(3, 17, 5), Random(0)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    changed = {slot: Layer(space.largest.layers[slot].attention, rng.choice(layer.groups).sample(rng))
+               for slot, layer in space.layers.items()}  # fmt: skip
+    loss, losses = replacement_losses(found, space.largest, changed, batch)
+    assert loss == pytest.approx(evaluate(found, batch, space.largest).loss, rel=1e-5)
+    for slot, layer in changed.items():
+        member = space.largest.with_layers({slot: layer})
+        assert losses[slot] == pytest.approx(evaluate(found, batch, member).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_repair_brings_a_member_nearer_to_the_trained_model(name: str) -> None:
+    model = trained((DENSE, DENSE), causal=name != "bert", **BACKBONES[name])
+    space, text = SPEC.build(model.architecture), windows(32, 16)
+    expected = model(text).detach()
+    found, _ = split(model, space, text)
+    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
+    member = space.largest.with_layers({slot: Layer(DENSE.attention, part) for slot in space.layers})
+    mended = repaired(found, space.largest, text)(member)
+    assert mended.architecture == member
+    before, after = ((m(text) - expected).square().mean().item() for m in (found.extract(member), mended))
+    assert after < 0.9 * before
+
+
+def test_repair_leaves_the_trained_model_as_it_is() -> None:
+    model = trained((DENSE, MIXTURE))
+    space = SPEC.build(model.architecture)
+    found, _ = split(model, space, windows())
+    mended = repaired(found, space.largest, windows())(space.largest)
+    assert torch.equal(mended(windows()), found.extract(space.largest)(windows()))
+
+
+def test_the_most_salient_experts_and_neurons_of_a_mixture_come_first() -> None:
+    """One expert's output is scaled up, another's is zero; in each, one neuron writes most."""
+    model = trained((MIXTURE,))
+    down = model.layers[0].feed_forward.down.data
+    loud, silent = slice(16 + 3 * 48, 16 + 4 * 48), slice(16, 16 + 48)
+    down[loud] *= 20
+    down[loud.stop - 1] *= 20
+    down[silent] = 0
+    last = down[loud.stop - 1].clone()
+    found, _ = split(model, SPEC.build(model.architecture), windows(8))
+    ordered = found.layers[0].feed_forward.down
+    assert torch.equal(ordered[16], last)
+    assert (ordered[-48:] == 0).all()
