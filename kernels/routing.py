@@ -1,4 +1,4 @@
-"""From router logits to a ``Routing``: float32 probabilities, top-k or threshold choice, ties by order, sorted pairs."""
+"""Router logits to a ``Routing``: probabilities in float32, top-k or threshold choice, ties by order, sorted pairs."""
 
 from __future__ import annotations
 

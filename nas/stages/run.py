@@ -97,8 +97,13 @@ class Run:
     @cached_property
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
+        source = self.loaded.checkpoint
         corpus = load_corpus(
-            self.config.data, where, lambda text: self.reporter.say(f"data: {text}"), own=self.own_files
+            self.config.data,
+            where,
+            lambda text: self.reporter.say(f"data: {text}"),
+            tokenizer=source and source.tokenizer,
+            own=self.own_files,
         )
         return LanguageModelling(corpus)
 

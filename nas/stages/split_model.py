@@ -12,7 +12,7 @@ from moesaic.nas.costs.use import Occupancy
 from moesaic.nas.search.samplers.scores import Part, Place, Scores, part_of, places_of, shape_of
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.run import Run
-from moesaic.search_spaces import FeedForward, Router, Slot
+from moesaic.search_spaces import Architecture, FeedForward, Router, Slot
 from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Transformer
 from moesaic.supernet.sparsify.replace import replacement_losses
@@ -20,13 +20,15 @@ from moesaic.supernet.sparsify.split import PartCost, split
 
 SCORES = "parts.json"
 _SCORED_TOKENS = 2048
-"""Tokens on which whole models with one replaced layer are judged."""
+"""Tokens on which networks that differ in one layer are compared."""
+_TYPICAL = 0.625
+"""Share of its neurons that a token uses in a layer of the network in which errors are priced."""
 
 
 @dataclass(frozen=True)
 class PartScore:
-    """The estimated loss that ``part`` adds to the whole model when it alone is replaced, in nats per token: its error
-    in units of ``error``, the share of the layer's output, times what a measured replacement added per unit."""
+    """The estimated ``loss`` in nats per token that ``part`` adds to the model, in proportion to its ``error``, the
+    squared error of its output as a share of the output's square."""
 
     slot: Slot
     part: FeedForward
@@ -66,20 +68,27 @@ def split_model(run: Run, directory: StageDirectory) -> tuple[Transformer, Occup
 
 
 def _scores(run: Run, model: Transformer, costs: list[PartCost], on_score: Callable[[int], None]) -> PartScores:
-    """In each layer the part with the middle error replaces its own, in the whole model; others add in proportion."""
-    base = run.space.largest
-    middle: dict[Slot, PartCost] = {}
-    for slot in base.layers:
-        own = sorted((cost for cost in costs if cost.slot == slot and cost.error > 0), key=lambda cost: cost.error)
-        if own:
-            middle[slot] = own[len(own) // 2]
-    replacements = {slot: replace(base.layers[slot], feed_forward=cost.part) for slot, cost in middle.items()}
+    """Every layer of a network is compressed alike; then each in turn is whole again. What that gains, per unit of the
+    layer's error, is the price of error there, scaled so that the compressed network's own loss is predicted."""
+    whole = run.space.largest
+    typical = {slot: _typical([cost for cost in costs if cost.slot == slot], whole) for slot in whole.layers}
+    parts = {slot: replace(whole.layers[slot], feed_forward=cost.part) for slot, cost in typical.items()}
     batch = run.task.held_out("validation", max(1, _SCORED_TOKENS // run.task.sequence_length))
-    loss, changed = replacement_losses(model, base, replacements, batch, run.task.loss, on_score)
-    # A replacement that happens to help is noise: nothing is gained by less of a layer.
-    per_error = {slot: max(changed[slot] - loss, 0.0) / cost.error for slot, cost in middle.items()}
-    parts = (PartScore(c.slot, c.part, c.error, c.error * per_error.get(c.slot, 0.0)) for c in costs)
-    return PartScores(loss, tuple(parts))
+    compressed, mended = replacement_losses(
+        model, whole.with_layers(parts), whole.layers, batch, run.task.loss, on_score
+    )
+    loss, _ = replacement_losses(model, whole, {}, batch, run.task.loss)
+    gains = {slot: max(compressed - mended[slot], 0.0) for slot in whole.layers}  # a loss from more of a layer is noise
+    scale = max(compressed - loss, 0.0) / max(sum(gains.values()), 1e-12)
+    prices = {slot: scale * gains[slot] / cost.error if cost.error else 0.0 for slot, cost in typical.items()}
+    return PartScores(loss, tuple(PartScore(c.slot, c.part, c.error, c.error * prices[c.slot]) for c in costs))
+
+
+def _typical(costs: list[PartCost], whole: Architecture) -> PartCost:
+    """The part with the least error among those that use at most ``_TYPICAL`` of the whole layer's neurons."""
+    most = _TYPICAL * whole.layers[costs[0].slot].feed_forward.worst_active_neurons
+    small = [cost for cost in costs if cost.part.worst_active_neurons <= most]
+    return min(small or costs, key=lambda cost: cost.error)
 
 
 def occupancy_of(costs: list[PartCost]) -> Occupancy:
