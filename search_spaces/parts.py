@@ -172,7 +172,12 @@ class Backbone:
     2104.09864), ``learned`` adds one of ``max_positions`` vectors to the embedding, ``none`` adds nothing.
 
     ``biases``: ``qkv`` has them on query, key and value (Qwen2); ``all`` also on the output of attention and on both
-    layers of the feed-forward part (GPT-2, OPT, BERT). ``tied``: the vocabulary layer shares the embedding's weights.
+    layers of the feed-forward part (GPT-2, OPT, BERT).
+
+    ``tied``: the vocabulary layer shares the embedding's weights. ``qk_norm``: queries and keys are normed (RMSNorm)
+    before they are rotated, each ``head`` alone (Qwen3) or ``all`` of a token's heads together (OLMoE).
+    ``shared_gate``: the output of a layer's shared expert is scaled by the sigmoid of a linear function of its input
+    (Qwen2-MoE).
     """
 
     __pydantic_config__ = STRICT
@@ -189,6 +194,8 @@ class Backbone:
     max_positions: int | None = None
     biases: Literal["none", "qkv", "all"] = "none"
     tied: bool = True
+    qk_norm: Literal["none", "head", "all"] = "none"
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_base", float(self.rotary_base))  # 500 and 500.0 are written alike

@@ -35,6 +35,8 @@ class SelfAttention(nn.Module):
         reads, writes = backbone.biases != "none", backbone.biases == "all"
         self.q_bias, self.k_bias, self.v_bias = bias(rows, reads), bias(kv_rows, reads), bias(kv_rows, reads)
         self.o_bias = bias(width, writes)
+        normed = {"none": (0, 0), "head": (self.head_size,) * 2, "all": (rows, kv_rows)}[backbone.qk_norm]
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(size)) if size else None for size in normed)
 
     def initialise(self, write_std: float) -> None:
         """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
@@ -55,19 +57,22 @@ class SelfAttention(nn.Module):
         mine = self.attention
         if width > self.width or attention.heads > mine.heads or attention.kv_heads > mine.kv_heads:
             raise ValueError(f"{attention} of width {width} exceeds {mine} of width {self.width}")
-        return _regions(width, attention, self.head_size, self.backbone.biases)
+        return _regions(width, attention, self.backbone)
 
     def forward(self, x: Tensor, attention: Attention, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         length, width = x.shape[1:]
         at, cache = self.where(width, attention), inputs.cache
 
-        def heads(name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        def heads(name: str, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
             own = None if bias is None else at[f"{name}_bias"].of(bias)
-            return F.linear(x, at[name].of(weight), own).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            projected = F.linear(x, at[name].of(weight), own)
+            if norm is not None:
+                projected = self._normed(projected, at[f"{name}_norm"].of(norm))
+            return projected.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
-        q = heads("q", self.q, self.q_bias)  # [B, H, S, C]
-        k, v = heads("k", self.k, self.k_bias), heads("v", self.v, self.v_bias)  # [B, K, S, C]
+        q = heads("q", self.q, self.q_bias, self.q_norm)  # [B, H, S, C]
+        k, v = heads("k", self.k, self.k_bias, self.k_norm), heads("v", self.v, self.v_bias)  # [B, K, S, C]
         if self.backbone.positions == "rotary":
             # One table for the whole cache, so that a decoding step looks its angles up.
             start, end = (0, length) if cache is None else (cache.length, cache.capacity)
@@ -80,9 +85,15 @@ class SelfAttention(nn.Module):
         bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
         return F.linear(mixed, at["o"].of(self.o), bias)
 
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of [B, S, H * C], over as many values as ``weight`` has at a time."""
+        apart = x.float().unflatten(-1, (-1, len(weight)))
+        return F.rms_norm(apart, weight.shape, weight, self.backbone.norm_eps).flatten(2).to(x.dtype)
+
 
 @lru_cache(maxsize=4096)
-def _regions(width: int, attention: Attention, head_size: int, biases: str) -> dict[str, Region]:
+def _regions(width: int, attention: Attention, backbone: Backbone) -> dict[str, Region]:
+    head_size, biases = backbone.head_size, backbone.biases
     rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
     regions = {name: Region.first(n, width) for name, n in (("q", rows), ("k", kv_rows), ("v", kv_rows))}
     regions["o"] = Region.first(width, rows)
@@ -90,6 +101,9 @@ def _regions(width: int, attention: Attention, head_size: int, biases: str) -> d
         regions |= {"q_bias": Region.first(rows), **dict.fromkeys(("k_bias", "v_bias"), Region.first(kv_rows))}
     if biases == "all":
         regions["o_bias"] = Region.first(width)
+    if backbone.qk_norm != "none":
+        sizes = (head_size, head_size) if backbone.qk_norm == "head" else (rows, kv_rows)
+        regions |= {name: Region.first(size) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
     return regions
 
 

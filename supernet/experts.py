@@ -28,6 +28,8 @@ class SparseFeedForward(nn.Module):
         self.router_bias = nn.Parameter(torch.empty(part.experts)) if predicts else None
         self.up_bias = nn.Parameter(torch.empty(part.neurons)) if biased else None
         self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
+        gated = backbone.shared_gate and part.shared_size > 0
+        self.shared_gate = nn.Parameter(torch.empty(width)) if gated else None
 
     def initialise(self, write_std: float) -> None:
         """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
@@ -37,7 +39,7 @@ class SparseFeedForward(nn.Module):
         nn.init.normal_(self.down, std=write_std)
         if self.router is not None:
             nn.init.normal_(self.router, std=0.02)
-        for bias in (self.router_bias, self.up_bias, self.down_bias):
+        for bias in (self.router_bias, self.up_bias, self.down_bias, self.shared_gate):
             if bias is not None:
                 nn.init.zeros_(bias)
 
@@ -59,6 +61,8 @@ class SparseFeedForward(nn.Module):
             regions |= self._router_regions(width, part)
         if self.up_bias is not None:
             regions |= {"up_bias": Region(rows), "down_bias": Region.first(width)}
+        if part.shared_size and self.shared_gate is not None:
+            regions["shared_gate"] = Region.first(width)
         return regions
 
     def _router_regions(self, width: int, part: FeedForward) -> dict[str, Region]:
@@ -79,7 +83,10 @@ class SparseFeedForward(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self._experts(x, expert_layout(self.part, part, self.sharing), routing)
         if part.shared_size:
-            out = out + self._experts(x, ExpertLayout((0,), (part.shared_size,)), None)
+            shared = self._experts(x, ExpertLayout((0,), (part.shared_size,)), None)
+            if self.shared_gate is not None:
+                shared = shared * (x * self.shared_gate[: x.shape[1]]).sum(-1, keepdim=True).sigmoid().to(shared.dtype)
+            out = out + shared
         if self.down_bias is not None:
             out = out + self.down_bias[: x.shape[1]]
         return out, routing

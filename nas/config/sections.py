@@ -246,14 +246,37 @@ class ExportConfig(_Section):
 class RetrainConfig(TrainingConfig):
     """Training of the chosen architecture and, with ``rivals``, the best uniform and dense ones in the same budget.
 
+    They start from random weights (``scratch``), from those of the search (``inherited``), or, of a trained model, from
+    these ``repaired``: each layer's output weights are fitted to that model's outputs on ``repair_windows`` windows of
+    training text. Then they train for ``steps`` steps, with ``distil`` towards the trained model's predictions.
+
     Each is trained once per seed, for ``seeds`` seeds starting with the run's. One seed gives no estimate of the
     training variance. Raising ``seeds`` later keeps the models already trained.
     """
 
+    steps: Annotated[int, Field(ge=0)] = 1000
     seeds: Count = 1
-    init: Literal["scratch", "inherited"] = "scratch"
+    init: Literal["scratch", "inherited", "repaired"] = "scratch"
+    repair_windows: Count = 64
+    distil: bool = False
     rivals: bool = True
     evaluation_windows: Annotated[int, Field(ge=2)] = 256
+
+
+_OF_TRAINED: dict[str, dict[str, Any]] = {
+    "search": {"sampler": "puzzle", "trials": 24, "evaluation_windows": 16},
+    "retrain": {
+        "init": "repaired",
+        "steps": 0,
+        "distil": True,
+        "learning_rate": 1e-4,
+        "batch_size": 4,
+        "balance_weight": 0.0,
+        "weight_decay": 0.0,
+        "evaluation_windows": 32,
+    },
+}
+"""Defaults of a run that starts from a trained model: scores are known before the search, and models are repaired."""
 
 
 class Config(_Section):
@@ -289,7 +312,9 @@ class Config(_Section):
         if isinstance(data, dict) and data.get("budgets") and not data.get("budget"):
             data = {**data, "budget": None}
         if isinstance(data, dict) and data.get("model") is not None:
-            data = {"space": PRESET, **data}
+            own = {name: section for name, section in _OF_TRAINED.items() if isinstance(data.get(name, {}), dict)}
+            sections = {name: {**section, **data.get(name, {})} for name, section in own.items()}
+            data = {"space": PRESET, **data, **sections}
         return data
 
     @field_validator("budget", mode="before")

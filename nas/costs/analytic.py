@@ -78,5 +78,7 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
         total += backbone.matrices * width * count
         if part.router:
             total += (width + (part.router.score == "mass")) * part.experts
+            total += width * (backbone.shared_gate and part.shared_size > 0)
+        total += {"none": 0, "head": 2, "all": heads}[backbone.qk_norm] * backbone.head_size
         total += reads * (heads + attention.kv_heads) * backbone.head_size + all_biases * (2 * width + count)
     return total

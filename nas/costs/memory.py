@@ -75,6 +75,8 @@ def attention_memory(width: int, attention: Attention, backbone: Backbone, exten
         projected + 2 * tokens * q * size,
         projected + tokens * (q + width) * size + _copied(width, q + 1, size),
     ]
+    if backbone.qk_norm != "none":  # the float32 norm of q, and its copy
+        moments.append(projected + tokens * q * (4 + size))
     if backbone.positions == "rotary":
         # Four halves in float32. Both q and the rotated q are alive while k is rotated.
         turned = 8 * tokens * backbone.rotary_size

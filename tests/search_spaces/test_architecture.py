@@ -75,6 +75,8 @@ def backbones(draw: st.DrawFn) -> Backbone:
         max_positions=64 if positions == "learned" else None,
         biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
         tied=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from(["none", "head", "all"])),
+        shared_gate=draw(st.booleans()),
     )
 
 
@@ -202,6 +204,8 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "rotary_base": lambda d: d["backbone"].update(rotary_base=500.0),
     "rotary_fraction": lambda d: d["backbone"].update(rotary_fraction=0.5),
     "biases": lambda d: d["backbone"].update(biases="all"),
+    "qk_norm": lambda d: d["backbone"].update(qk_norm="all"),
+    "shared_gate": lambda d: d["backbone"].update(shared_gate=True),
     "tied": lambda d: d["backbone"].update(tied=False),
 }
 

@@ -164,7 +164,7 @@ def single_changes() -> dict[str, tuple[Backbone, Backbone]]:
     }
     for name, value in {"head_size": 16, "activation": "relu", "norm": "layer", "norm_place": "post",
                         "norm_eps": 1e-5, "embedding_norm": True, "rotary_base": 9_999.0, "rotary_fraction": 0.5,
-                        "tied": False}.items():  # fmt: skip
+                        "tied": False, "qk_norm": "head", "shared_gate": True}.items():  # fmt: skip
         pairs[name] = Backbone(), replace(Backbone(), **{name: value})
     return pairs
 

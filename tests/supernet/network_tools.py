@@ -72,6 +72,8 @@ def backbones(draw: st.DrawFn) -> Backbone:
         max_positions=POSITIONS if positions == "learned" else None,
         biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
         tied=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from(["none", "head", "all"])),
+        shared_gate=draw(st.booleans()),
     )
 
 

@@ -73,13 +73,20 @@ class Genome:
         at = {name: genes[f"{slot}.{name}"] for name in ("attention", "experts", "router", *_sizes(space))}
         attention: Attention = space.attentions[at["attention"]]
         group = space.groups[at["experts"]]
+        values = _sizes(space)
+
+        def size(gene: str, offered: tuple[int, ...]) -> int:
+            """The value of a gene; where this number of experts does not offer it, one that depends on it."""
+            value = values[gene][at[gene]]
+            return value if value in offered else offered[at[gene] % len(offered)]
+
         if group.experts == 1:
-            return Layer(attention, FeedForward((group.sizes[at["dense_size"]],)))
+            return Layer(attention, FeedForward((size("dense_size", group.sizes),)))
         router = _routers(space)[at["router"]].for_experts(group.experts)
         if router not in group.routers:
             router = group.routers[at["router"] % len(group.routers)]
-        sizes = tuple(group.sizes[at[f"size{j}"]] for j in range(group.experts))
-        return Layer(attention, FeedForward(sizes, router, group.shared_sizes[at["shared_size"]]))
+        sizes = tuple(size(f"size{j}", group.sizes) for j in range(group.experts))
+        return Layer(attention, FeedForward(sizes, router, size("shared_size", group.shared_sizes)))
 
 
 def _routers(space: LayerSpace) -> list[Router]:
@@ -89,15 +96,16 @@ def _routers(space: LayerSpace) -> list[Router]:
 
 
 def _sizes(space: LayerSpace) -> dict[str, tuple[int, ...]]:
-    """The size genes of a layer and the values behind their indices."""
-    genes: dict[str, tuple[int, ...]] = {}
+    """The size genes of a layer and the values behind their indices: all that some number of experts offers."""
+    genes: dict[str, set[int]] = {}
     for group in space.groups:
         if group.experts == 1:
-            genes["dense_size"] = group.sizes
+            genes["dense_size"] = set(group.sizes)
         else:
-            genes["shared_size"] = group.shared_sizes
-            genes |= {f"size{j}": group.sizes for j in range(group.experts)}
-    return genes
+            genes.setdefault("shared_size", set()).update(group.shared_sizes)
+            for j in range(group.experts):
+                genes.setdefault(f"size{j}", set()).update(group.sizes)
+    return {name: tuple(sorted(values)) for name, values in genes.items()}
 
 
 def _ordered(values: tuple) -> IntDistribution:

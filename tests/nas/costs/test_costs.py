@@ -62,6 +62,8 @@ BACKBONES = {
     "BERT": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned", max_positions=40,
                      biases="all", tied=False),
     "Qwen2": Backbone(20, "swiglu", rotary_fraction=0.5, biases="qkv", tied=False),
+    "Qwen3": Backbone(20, "swiglu", qk_norm="head", shared_gate=True),
+    "OLMoE": Backbone(16, "swiglu", qk_norm="all"),
     "T5 v1.1": Backbone(16, "geglu_tanh", positions="none", tied=False),
 }  # fmt: skip
 

@@ -1,0 +1,90 @@
+"""What describes a family of models: how its configuration is read and written, and what its tensors are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesaic.search_spaces import Architecture, MoesaicError
+from moesaic.supernet.convert.names import Names
+
+_MISSING = object()
+
+
+@dataclass
+class Settings:
+    """``config.json``. A key that is absent has the family's default, as in the program that wrote it.
+
+    ``seen`` collects the keys that were read.
+    """
+
+    data: Mapping[str, Any]
+    path: Path
+    seen: set[str] = field(default_factory=set)
+
+    def get(self, key: str, default: Any = _MISSING) -> Any:
+        """Raises MoesaicError where a key without default is absent."""
+        self.seen.add(key)
+        value = self.data.get(key, default)
+        if value is _MISSING:
+            raise self.error("a key is missing", key, None, "the key")
+        return value
+
+    def spelled(self, *keys: str) -> str:
+        """The first of several spellings of a key that is there, or the first."""
+        return next((key for key in keys if key in self.data), keys[0])
+
+    def size(self, key: str, default: Any = _MISSING) -> int:
+        """A positive integer."""
+        value = self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise self.error("is not a positive integer", key, value, "1 and more")
+        return value
+
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float):
+            raise self.error("is not a number", key, value, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.get(key, default))
+
+    def only(self, key: str, allowed: Any, default: Any = None) -> None:
+        """Raises MoesaicError unless the key is absent, null, or ``allowed``: nothing else has an exact counterpart."""
+        value = self.get(key, default)
+        if value is not None and value != allowed:
+            raise self.error("cannot be represented exactly", key, value, f"{key}: {json.dumps(allowed)}")
+
+    def one_of(self, key: str, names: Mapping[str, str], default: Any = _MISSING) -> str:
+        """Our name for the value of a key."""
+        value = self.get(key, default)
+        if value not in names:
+            raise self.error("cannot be represented exactly", key, value, ", ".join(names))
+        return names[value]
+
+    def error(self, problem: str, key: str, found: Any, allowed: Any) -> MoesaicError:
+        return MoesaicError(problem, where=f"{self.path}: {key}", found=found, allowed=allowed)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models with one ``model_type``.
+
+    ``read`` gives the architecture that a configuration describes, ``write`` is its inverse where there is one: the
+    configuration of an architecture with a vocabulary size. ``names`` gives the tensors of our parameters, for an
+    architecture. ``prefix``: models without a head are stored without it. ``ignored``: ends of names of buffers.
+    """
+
+    model_type: str
+    title: str
+    read: Callable[[Settings], Architecture]
+    write: Callable[[Architecture, int], dict[str, Any]]
+    names: Callable[[Architecture], Names]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    max_length: str = "max_position_embeddings"
+    """The key of the longest sequence."""

@@ -1,0 +1,65 @@
+"""Two-way names: where the values of each of our parameters lie in the tensors of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Read = Callable[[str], Tensor]
+"""A tensor by its name in a folder."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``rows`` (start, stop) of the tensor ``name``, which is ``transposed`` or made ``flat`` first; None: all.
+
+    ``count``: how many rows of our parameter it is, where others follow it.
+    """
+
+    name: str
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    flat: bool = False
+    count: int | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece of the tensor: a view."""
+        tensor = tensor.T if self.transposed else tensor.view(-1) if self.flat else tensor
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+
+Pieces = Sequence[Piece]
+Names = Mapping[str, Pieces]
+"""By the name of our parameter, the pieces that follow one another in it."""
+
+
+def ours(pieces: Pieces, read: Read) -> Tensor:
+    """The value of our parameter, as float32."""
+    return torch.cat([piece.of(read(piece.name)).float() for piece in pieces])
+
+
+def theirs(names: Names, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that ``names`` mention, from our parameters; rows that none has are 0."""
+    found: dict[str, Tensor] = {}
+    shapes = _shapes(names, parameters)
+    for own, pieces in names.items():
+        views = [piece.of(found.setdefault(piece.name, torch.zeros(shapes[piece.name]))) for piece in pieces]
+        for view, part in zip(views, parameters[own].detach().split([len(view) for view in views]), strict=True):
+            view.copy_(part)
+    return found
+
+
+def _shapes(names: Names, parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for own, pieces in names.items():
+        for piece in pieces:
+            rows, *columns = parameters[own].shape
+            rows = max(
+                piece.rows[1] if piece.rows else piece.count or rows, shapes.get(f"rows of {piece.name}", (0,))[0]
+            )
+            shapes[f"rows of {piece.name}"] = (rows,)
+            shapes[piece.name] = (1, rows) if piece.flat else (*columns, rows) if piece.transposed else (rows, *columns)
+    return shapes
