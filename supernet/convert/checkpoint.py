@@ -77,7 +77,7 @@ class Checkpoint:
             raise MoesaicError(
                 "the folder has no tokenizer.json",
                 where=str(self.folder),
-                allowed="a fast tokenizer, as transformers' AutoTokenizer.from_pretrained(...).save_pretrained writes it",
+                allowed="a fast tokenizer, as AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
             )
         return path
 
@@ -215,13 +215,13 @@ def write_folder(model: Transformer, folder: PathLike, model_type: str) -> None:
     """
     family, folder = FAMILIES[model_type], Path(folder)
     data = family.write(model.architecture, model.vocab_size)
-    back = family.read(Settings(data, folder / "config.json"))
+    problem = f"{family.title} cannot represent this architecture"
+    try:
+        back = family.read(Settings(data, folder / "config.json"))
+    except MoesaicError as error:
+        raise MoesaicError(problem, where=str(folder), found=error.found, allowed=error.allowed) from None
     if back != model.architecture:
-        raise MoesaicError(
-            f"{family.title} cannot represent this architecture",
-            where=str(folder),
-            found=_difference(model.architecture, back),
-        )
+        raise MoesaicError(problem, where=str(folder), found=_difference(model.architecture, back))
     tensors = theirs(family.names(back), dict(model.named_parameters()))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})

@@ -41,6 +41,11 @@ def normed(x: Tensor, own: Norm, backbone: Backbone) -> Tensor:
     return plain(x)
 
 
+def scaled(x: Tensor, weight: Tensor, backbone: Backbone) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return weight * x / (x.square().mean(-1, keepdim=True) + backbone.norm_eps).sqrt()
+
+
 def turned(x: Tensor, backbone: Backbone) -> Tensor:
     """[S, C] with the first values of position m multiplied by exp(i m base^(-2j/R)), as complex numbers."""
     size = int(backbone.head_size * backbone.rotary_fraction)
@@ -54,13 +59,18 @@ def turned(x: Tensor, backbone: Backbone) -> Tensor:
 def attended(x: Tensor, own: SelfAttention, backbone: Backbone, attention: Attention, causal: bool) -> Tensor:
     size, length = backbone.head_size, len(x)
     q, k, v = (
-        nn.functional.linear(x, weight, bias).unflatten(-1, (-1, size)).transpose(0, 1)
+        nn.functional.linear(x, weight, bias)
         for weight, bias in ((own.q, own.q_bias), (own.k, own.k_bias), (own.v, own.v_bias))
     )
+    if backbone.qk_norm == "all":
+        q, k = scaled(q, own.q_norm, backbone), scaled(k, own.k_norm, backbone)
+    q, k, v = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in (q, k, v))
     heads = []
     for head in range(attention.heads):
         shared = head * attention.kv_heads // attention.heads
         query, key = q[head], k[shared]
+        if backbone.qk_norm == "head":
+            query, key = scaled(query, own.q_norm, backbone), scaled(key, own.k_norm, backbone)
         if backbone.positions == "rotary":
             query, key = turned(query, backbone), turned(key, backbone)
         scores = query @ key.T / math.sqrt(size)
@@ -81,6 +91,8 @@ def chosen(shares: list[float], part: FeedForward) -> dict[int, float]:
         ahead = [sum(shares[expert] for expert in ranking[:rank]) for rank in range(len(ranking))]
         kept = [expert for expert, mass in zip(ranking, ahead, strict=True) if mass < router.threshold]
         kept = kept[: router.max_k]
+    if router.weights == "one":
+        return dict.fromkeys(kept, 1.0)
     total = sum(shares[expert] for expert in kept) if router.weights == "sum" else 1.0
     return {expert: shares[expert] / total for expert in kept}
 
@@ -103,10 +115,17 @@ def fed(x: Tensor, own: SparseFeedForward, backbone: Backbone, part: FeedForward
         weights = {0: 1.0}
         if part.router is not None:
             assert own.router is not None
-            weights = chosen((own.router @ token).softmax(0).tolist(), part)
+            logits = own.router @ token
+            if part.router.score == "mass":
+                masses = (logits + own.router_bias).relu()
+                shares = masses / masses.sum() if masses.any() else torch.full_like(masses, 1 / len(masses))
+            else:
+                shares = logits.softmax(0)
+            weights = chosen(shares.tolist(), part)
         out = sum(w * neurons(token, starts[e], part.expert_sizes[e]) for e, w in weights.items())
         if part.shared_size:
-            out = out + neurons(token, 0, part.shared_size)
+            share = torch.sigmoid(own.shared_gate @ token) if backbone.shared_gate else 1
+            out = out + share * neurons(token, 0, part.shared_size)
         outs.append(out if own.down_bias is None else out + own.down_bias)
     return torch.stack(outs)
 

@@ -6,18 +6,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from moesaic.supernet.convert import open_checkpoint
+from tests.contracts.importers import ImporterContract
+
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip("transformers", exc_type=ImportError)
-
-from moesaic.supernet.convert import open_checkpoint  # noqa: E402
-from tests.contracts.importers import ImporterContract  # noqa: E402
-
-SMALL = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64, "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}  # fmt: skip
+SMALL = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 
 
 def saved(folder: Path, kind: str, size: str = "1GB", **settings: Any) -> Any:
@@ -78,8 +84,9 @@ class TestGpt2(ImporterContract):
 class TestOpt(ImporterContract):
     @classmethod
     def written(cls, folder: Path) -> Any:
-        return saved(folder, "opt", vocab_size=67, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2,
-                     num_attention_heads=4, ffn_dim=64, max_position_embeddings=64, tie_word_embeddings=False)  # fmt: skip
+        sizes = {"vocab_size": 67, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
+        rest = {"num_attention_heads": 4, "ffn_dim": 64, "max_position_embeddings": 64, "tie_word_embeddings": False}
+        return saved(folder, "opt", **sizes, **rest)
 
     def unused(self, tensors: dict[str, Tensor]) -> set[str]:
         return {"model.decoder.embed_positions.weight"}  # its first two rows
