@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moesaic.kernels import reference, routing, segments
+from moesaic.kernels import inference, reference, routing, segments
 from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 from moesaic.kernels.routing import PairWeights, Score
@@ -24,7 +24,12 @@ def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None
     return gpu.sparse_ffn(x, bank, layout, routing, activation)
 
 
-IMPLEMENTATIONS = {"reference": reference.sparse_ffn, "torch": segments.sparse_ffn, "triton": _triton}
+def _torch(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
+    compute = inference.sparse_ffn if inference.applies(x, bank, layout, routing) else segments.sparse_ffn
+    return compute(x, bank, layout, routing, activation)
+
+
+IMPLEMENTATIONS = {"reference": reference.sparse_ffn, "torch": _torch, "triton": _triton}
 
 
 @lru_cache

@@ -66,7 +66,7 @@ class _SegmentedFFN(Function):
                 w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
                 a = _up_product(inputs[own], w_up, up_bias, rows)
                 g = None if w_gate is None else torch.mm(inputs[own], w_gate.T)
-                torch.mm(_hidden(a, g, activation), w_down, out=outputs[own])
+                torch.mm(hidden_values(a, g, activation), w_down, out=outputs[own])
                 if keep_hidden:
                     kept += [a, g]
             if tokens is not None and scale is not None:
@@ -96,7 +96,7 @@ class _SegmentedFFN(Function):
             for rows, own in experts:
                 w_up, w_gate, w_down = _expert_weights(up, gate, down, rows, x)
                 a, g = next(saved), next(saved)
-                hidden = a if ctx.activation.keeps_hidden else _hidden(a, g, ctx.activation)
+                hidden = a if ctx.activation.keeps_hidden else hidden_values(a, g, ctx.activation)
                 grad_hidden = torch.mm(grad_out[own], w_down.T)
                 if grad_weights is not None and block_scale is not None:
                     # d(out)/d(weight) is the expert's output, but <grad, hidden @ w_down> = <grad @ w_down.T, hidden>,
@@ -183,7 +183,7 @@ def _bank_gradient(matrix: Tensor, written: list[slice], width: int) -> Tensor:
     return gradient
 
 
-def _hidden(a: Tensor, g: Tensor | None, activation: Activation) -> Tensor:
+def hidden_values(a: Tensor, g: Tensor | None, activation: Activation) -> Tensor:
     """Hidden values; they overwrite ``a`` if the activation ``keeps_hidden``."""
     pointwise = activation.pointwise
     if g is not None:

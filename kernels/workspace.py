@@ -5,11 +5,15 @@ Needs neither triton nor the device, so a pass can be priced anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from moesaic.kernels.segments import BLOCK_ELEMENTS
 
 Implementation = Literal["torch", "triton"]
+
+_SMALL = 32
+"""Most neurons of experts whose rows a decoding step copies together; of larger ones, a product each is faster."""
 
 ROW_TILES = (16, 32, 64, 128)
 """Pairs per row tile of the Triton kernels. Below 64 Hopper's matrix units are underused, but a larger tile would be
@@ -54,3 +58,8 @@ def gathered_values(pairs: float, largest: float, width: int) -> float:
     """Values of the buffer into which ``segments`` gathers a block of the ``pairs``; the most loaded expert has
     ``largest`` of them."""
     return min(pairs * width, max(BLOCK_ELEMENTS, largest * width))
+
+
+def gathers_rows(tokens: int, sizes: Sequence[int]) -> bool:
+    """Whether the torch implementation copies the rows of a token's experts into one buffer, without gradients."""
+    return tokens == 1 and max(sizes) <= _SMALL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +16,31 @@ class Batch:
     """Token ids ``tokens`` [B, S], and ``targets`` [B, S] to predict at the same positions.
 
     ``mask`` [B, S] is True at tokens and False at padding, which is neither routed nor counted; None: no padding.
+    ``teacher`` [B, S, V] are the logits of another model, for a loss that imitates them.
     """
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None = None
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice) -> Batch:
         """The sequences ``rows``."""
-        return Batch(self.tokens[rows], self.targets[rows], None if self.mask is None else self.mask[rows])
+        return self._each(lambda tensor: tensor[rows])
 
     def split(self, length: int) -> list[Batch]:
         """The same sequences in pieces of at most ``length`` positions."""
-        tokens, targets = self.tokens.split(length, dim=1), self.targets.split(length, dim=1)
-        masks = [None] * len(tokens) if self.mask is None else self.mask.split(length, dim=1)
-        return [Batch(*piece) for piece in zip(tokens, targets, masks, strict=True)]
+        starts = range(0, self.tokens.shape[1], length)
+        return [self._each(lambda tensor, start=start: tensor[:, start : start + length]) for start in starts]
 
     def to(self, device: torch.device) -> Batch:
-        mask = None if self.mask is None else self.mask.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), mask)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
 
     def counts(self) -> Tensor:
         """[B] tokens of each sequence, without padding."""

@@ -20,5 +20,12 @@ def cross_entropy(output: Output, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
+def distillation(output: Output, batch: Batch) -> Tensor:
+    """KL(teacher || model) in float32, from log-probabilities: finite whatever the logits (arXiv 1503.02531)."""
+    assert batch.teacher is not None
+    found, wanted = (logits.float().log_softmax(-1) for logits in (output.logits, batch.teacher))
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "distillation": distillation}
 """By name, so that another process can find them."""

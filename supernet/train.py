@@ -11,7 +11,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,11 +57,12 @@ class TrainSettings:
 @dataclass(frozen=True)
 class TrainData:
     """``batch(step)`` is the data of a step, ``slices(step)`` the architectures that train on it; ``loss`` is a key of
-    ``LOSSES``."""
+    ``LOSSES``. ``teacher`` gives the logits [B, S, V] that a loss imitates, for the rows that a process trains on."""
 
     batch: Callable[[int], Batch]
     slices: Callable[[int], Sequence[Architecture]]
     loss: str = "cross_entropy"
+    teacher: Callable[[Batch], Tensor] | None = None
 
 
 def train(
@@ -141,6 +142,8 @@ def _train_step(
     # Processes are weighted by their tokens, so that the mean over processes is the mean over the batch's tokens.
     share = ranks.size * batch.counts().sum().item() / max(1, whole.counts().sum().item())
     batch = batch.to(device)
+    if data.teacher is not None:
+        batch = replace(batch, teacher=data.teacher(batch))
     rate = settings.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate

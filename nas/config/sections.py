@@ -340,6 +340,16 @@ class Config(_Section):
         return url
 
     @model_validator(mode="after")
+    def _repairs_a_trained_model(self) -> Config:
+        if self.model is None and (self.retrain.init == "repaired" or self.retrain.distil):
+            raise MoesaicError(
+                "only a trained model can be repaired or imitated: retrain.init: repaired, retrain.distil: true",
+                found="no model",
+                allowed="model: {from: DIR}",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _not_both(self) -> Config:
         if bool(self.budget) == bool(self.budgets):
             raise MoesaicError("a run has one budget, or several under budgets", allowed="one of the two keys")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesaic.kernels.workspace import gathered_values, triton_bytes
+from moesaic.kernels.workspace import gathered_values, gathers_rows, triton_bytes
 from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.analytic import parameters
 from moesaic.nas.costs.use import LayerUse
@@ -128,6 +128,9 @@ def _feed_forward_memory(
         else:
             pairs, hidden = tokens * use.pairs, tokens * use.largest_neurons * size
             first, second = part.expert_sizes[:2]
+            if gathers_rows(tokens, part.expert_sizes):
+                # The copied rows; their numbers, and those of all experts' rows.
+                routed += use.neurons * (width * size + 8) + 8 * (sum(part.expert_sizes) + 2 * part.experts)
             routed += gathered_values(pairs, tokens * use.largest_pairs, width) * size + _copied(1, 1, size) * pairs
             # Hidden values of the expert before are alive while the next expert's weights are copied.
             routed += max(

@@ -39,6 +39,19 @@ class ExportFigures(Scores):
     reload_max_logit_difference: float | None = None
 
 
+STARTS = {
+    "scratch": "scratch",
+    "inherited": "inherited weights",
+    "repaired": "the trained model's weights, repaired",
+}
+"""By ``retrain.init``, what a model starts from."""
+
+
+def training_text(init: str, steps: int) -> str:
+    """What happened to a model: ``400 steps from scratch``."""
+    return f"{steps} steps from {STARTS[init]}" if steps else f"{STARTS[init]}, not trained"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrainedModel(MeanScores):
     """The searched model or a rival, trained alike and evaluated on the test split, with the thresholds that the first

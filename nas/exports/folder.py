@@ -136,7 +136,10 @@ def load_exported(directory: PathLike) -> Transformer:
 def retrain_settings(config: Config) -> dict[str, Any]:
     """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
     keep = {"name", "seed", "data", "device", "retrain"}
-    return config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
+    whole = config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
+    if config.model is not None:  # an export goes on from its own weights, and on its own
+        whole["retrain"] |= {"init": "inherited", "distil": False}
+    return whole
 
 
 def write_retrain_file(directory: Path, config: Config) -> None:

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from moesaic.nas.costs.compliance import margin_text, predicted_text, refused_text, worst_status
 from moesaic.nas.costs.measure import latency_text
-from moesaic.nas.exports.figures import BEST, RetrainedModel
+from moesaic.nas.exports.figures import BEST, RetrainedModel, training_text
 from moesaic.nas.report.data import Model, batch_text, budget_text, cost_name, per_text
 from moesaic.nas.report.figures import breakdown_figure, history_figure, latency_figure, pareto_figure, training_figure
 from moesaic.nas.report.findings import Findings
@@ -88,7 +88,6 @@ def _result(findings: Findings) -> Iterator[str]:
     yield paragraph(latency_text(chosen.latency), "muted")
     results = [chosen.retrained, *summary.rivals]
     costs = [cost for cost in _COMPARED if cost in chosen.measured]
-    start = "scratch" if results[0].init == "scratch" else "inherited weights"
     yield "<h3>Retrained alike, evaluated on the test split</h3>"
     yield table(
         (
@@ -103,8 +102,8 @@ def _result(findings: Findings) -> Iterator[str]:
     )
     per = f", latency {per_text('latency', context)}" if "latency" in costs else ""
     yield paragraph(
-        f"Trained for {results[0].steps} steps from {start} {_about_seeds(results[0])}{per}. With inherited weights, "
-        f"as in the search, the searched model has a test loss of {chosen.inherited.loss:.4f}.",
+        f"Training: {training_text(results[0].init, results[0].steps)}, {_about_seeds(results[0])}{per}. With "
+        f"inherited weights, as in the search, the searched model has a test loss of {chosen.inherited.loss:.4f}.",
         "muted",
     )
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moesaic.nas.costs.compliance import MeasuredLine, Status, predicted_text, refused_text, worst_status
 from moesaic.nas.costs.measure import latency_text
-from moesaic.nas.exports.figures import BEST, RetrainedModel
+from moesaic.nas.exports.figures import BEST, RetrainedModel, training_text
 from moesaic.nas.report.summary import Chosen, Summary, over_sentence, verdict
 from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
@@ -76,9 +76,8 @@ def _costs_table(chosen: Chosen) -> PlainTable:
 
 def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) -> PlainTable:
     first = results[0]
-    start = "scratch" if first.init == "scratch" else "inherited weights"
     seeds = len(first.runs)
-    alike = f"{first.steps} steps from {start}" + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
+    alike = training_text(first.init, first.steps) + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
     costs = {"flops": "FLOPs", "latency": "latency", "active_parameters": "active", "parameters": "parameters"}
     costs = {cost: title for cost, title in costs.items() if cost in first.measured}
     columns = ["model", "loss", *(metric.title for metric in metrics), *costs.values(), "budget"]

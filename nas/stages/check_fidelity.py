@@ -1,4 +1,4 @@
-"""Stage fidelity: which models inherited losses can tell apart, and how well they rank models trained from scratch."""
+"""Stage fidelity: which models inherited losses can tell apart, and how well they rank models trained alone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ _FLOPS_MODELS = 16
 def inputs(part: BudgetRun) -> dict[str, Any]:
     config = part.run.config.model_dump(mode="json", include={"seed", "fidelity", "retrain"})
     training = {*TrainingConfig.model_fields, "evaluation_windows"} - {"steps"}
+    if part.run.loaded.checkpoint:
+        training |= {"init", "repair_windows", "distil"}
     return {
         "seed": config["seed"],
         "budget": {name: line.model_dump(mode="json") for name, line in part.limits.items()},
@@ -136,7 +138,7 @@ def has_threshold_router(architecture: Architecture) -> bool:
 
 
 def _check(part: BudgetRun, directory: StageDirectory, trials: list[Trial]) -> Check:
-    """Trains evaluated architectures from scratch and compares their ranking with that by inherited loss."""
+    """Trains evaluated architectures alone and compares their ranking with that by inherited loss."""
     chosen = choose_members(trials, part.run.config.fidelity.check)
     steps = part.run.config.fidelity.steps
     members: list[CheckedMember] = []
@@ -187,14 +189,16 @@ def _best_of_kind(rivals: Sequence[Rival], marks: Sequence[float] | np.ndarray) 
 def _train(
     part: BudgetRun, directory: StageDirectory, trial: Trial, on_step: Callable[[int, dict[str, float]], None]
 ) -> Evaluation | None:
-    """The evaluation of ``trial`` trained from scratch; None where it diverged. It uses the validation split, because
+    """The evaluation of ``trial`` trained alone; None where it diverged. It uses the validation split, because
     the correction learnt from it chooses the models that are compared on the test split."""
     architecture, run = trial.architecture, part.run
     config = run.config.retrain.model_copy(update={"steps": run.config.fidelity.steps})
-    recipe = single_recipe(architecture, config, run.config.seed, run.device.bfloat16)
+    # The ranking in question is that of trained models: from scratch, or of a trained model's members once recovered.
+    weights, teacher = run.start("fidelity") if run.loaded.checkpoint else (None, None)
+    recipe = single_recipe(architecture, config, run.config.seed, run.device.bfloat16, teacher)
     identity = fingerprint({"stage": directory.fingerprint, "architecture": architecture.fingerprint})
     try:
-        model = run.trainer.finish(recipe, directory.path / architecture.fingerprint, identity, on_step)
+        model = run.trainer.finish(recipe, directory.path / architecture.fingerprint, identity, on_step, weights)
     except StageFailed as error:
         part.reporter.say(f"fidelity: trial {trial.number} is left out: {error.problem}")
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel, training_text
 from moesaic.nas.exports.folder import export_model, load_exported, write_facts
 from moesaic.nas.search.thresholds import lower_thresholds_to_fit
 from moesaic.nas.stages.check_fidelity import load_trust
@@ -19,7 +19,7 @@ from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun, difference_over_seeds
 from moesaic.search_spaces import Architecture
 from moesaic.search_spaces.files import read_value, write_value
-from moesaic.supernet import Evaluation, slice_of
+from moesaic.supernet import Evaluation
 
 SEARCHED = "searched"
 
@@ -114,12 +114,12 @@ def _train_seeds(
     ``on_step`` gets the number of finished trainings, the step, and the loss.
     """
     run, config = part.run, part.run.config.retrain
-    weights = slice_of(run.supernet) if config.init == "inherited" else None
+    weights, teacher = run.start("retrain")
     trained: list[Trained] = []
     costs: list[MeasuredCosts] = []
     for seed in range(run.config.seed, run.config.seed + config.seeds):
         folder = seed_directory(directory.path / name, seed)
-        recipe = single_recipe(architecture, config, seed, run.device.bfloat16)
+        recipe = single_recipe(architecture, config, seed, run.device.bfloat16, teacher)
         with stopwatch() as seconds:
             model = run.trainer.finish(
                 recipe,
@@ -151,8 +151,7 @@ def _train_seeds(
 def _export(part: BudgetRun, directory: Path, searched: RetrainedModel, folder: Path) -> None:
     """Export the model in ``folder``, the searched one of the first seed, which was measured."""
     run, inherited, first = part.run, load_exports(part)[0], searched.runs[0]
-    start = "from scratch" if searched.init == "scratch" else "from the supernet's weights"
-    weights = f"trained {start} for {searched.steps} steps with seed {first.seed}"
+    weights = training_text(searched.init, searched.steps) + f" with seed {first.seed}" * (searched.steps > 0)
     if searched.interval is not None:
         low, high = searched.interval
         weights += f", the first of {len(searched.runs)}, whose mean loss is {searched.loss:.4f} "

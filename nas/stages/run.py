@@ -28,15 +28,19 @@ from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
 from moesaic.nas.tasks import LanguageModelling, Task
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
+from moesaic.nas.training.recipe import Teacher
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
-from moesaic.supernet import Judge, LayerLoad, Transformer
+from moesaic.supernet import Judge, LayerLoad, Transformer, Weights, slice_of
 from moesaic.supernet.checkpoint import load_tensors, load_weights
 from moesaic.supernet.sharing import Sharing
+from moesaic.supernet.sparsify.repair import repaired
 
 Item = TypeVar("Item")
+SUPERNET = "model.safetensors"
+"""The file of the shared weights, in the folder of their stage."""
 
 
 @dataclass
@@ -164,11 +168,24 @@ class Run:
     @cached_property
     def supernet(self) -> Transformer:
         """The trained supernet on the device, in evaluation mode."""
-        path = self.folder("supernet").path / "model.safetensors"
+        path = self.folder("supernet").path / SUPERNET
         tensors, _ = load_tensors(path)
         model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing)
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
+
+    def start(self, what: str) -> tuple[Weights | None, Teacher | None]:
+        """How a model of ``retrain`` starts (None: from random weights), and what it imitates while it trains (None:
+        the text). ``what`` names the stage in progress messages."""
+        config = self.config.retrain
+        supernet = self.folder("supernet").path / SUPERNET
+        teacher = Teacher(str(supernet), self.space.envelope, self.space.largest) if config.distil else None
+        if config.init == "scratch":
+            return None, teacher
+        if config.init == "inherited":
+            return slice_of(self.supernet), teacher
+        windows = self.task.batch(config.repair_windows, self.config.seed, 0).tokens
+        return repaired(self.supernet, self.space.largest, windows, lambda done: self.check_stop(what)), teacher
 
     @property
     def sharing(self) -> Sharing:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moesaic.nas.costs.use import Occupancy, OccupancyRow
 from moesaic.nas.stages.directory import StageDirectory
-from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.run import SUPERNET, Run
 from moesaic.nas.stages.split_model import split_model
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.search_spaces import Architecture, FeedForward, Router, SearchSpace, Slot
@@ -46,7 +46,7 @@ def work(run: Run, directory: StageDirectory) -> None:
     judge = run.judge("validation", min(_EVALUATION_WINDOWS, run.config.search.evaluation_windows), model)
     ends = {"largest": run.space.largest, "smallest": run.space.smallest}
     write_json(directory.path / "evaluation.json", {name: judge(member).loss for name, member in ends.items()})
-    weights = directory.path / "model.safetensors"
+    weights = directory.path / SUPERNET
     save_tensors(weights, dict(model.named_parameters()), {"identity": directory.fingerprint})
     (directory.path / CHECKPOINT).unlink(missing_ok=True)  # three times the model's size
 

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from moesaic.nas.config import Config, RetrainConfig, TrainingConfig
 from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, SearchSpace, load_space
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.yaml_source import YamlSource, adapter
-from moesaic.supernet import SliceSampler, TrainData, TrainSettings, Weights, scratch
+from moesaic.supernet import Batch, SliceSampler, TrainData, TrainSettings, Transformer, Weights, scratch
+from moesaic.supernet.checkpoint import load_tensors
 from moesaic.supernet.sharing import Sharing
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose predictions a training imitates: the slice ``architecture`` of the weights in the file ``path``,
+    which are those of ``envelope``."""
+
+    path: str
+    envelope: ArchitectureField
+    architecture: ArchitectureField
+
+    def of(self, vocab_size: int) -> Callable[[Batch], Tensor]:
+        """Its logits of a batch, on the batch's device. Raises MoesaicError where the file cannot be read."""
+        tensors, _ = load_tensors(Path(self.path))
+        with torch.device("meta"):
+            model = Transformer(self.envelope, vocab_size)
+        model.load_state_dict(tensors, assign=True)
+        model.eval()
+
+        def logits(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                return model.to(batch.tokens.device)(batch.tokens, self.architecture, batch.mask)
+
+        return logits
 
 
 @dataclass(frozen=True)
@@ -20,7 +50,7 @@ class Recipe:
 
     ``space`` is the YAML of a search space: its largest member trains alone for ``largest_first`` steps, then one
     random member per step. Without a space the whole model trains. Recipes with the same seed and batch size see the
-    same batches.
+    same batches. With a ``teacher`` its predictions are the target, not the text.
     """
 
     architecture: ArchitectureField
@@ -30,6 +60,7 @@ class Recipe:
     sharing: Sharing = "nested"
     space: Any = None
     largest_first: int = 0
+    teacher: Teacher | None = None
 
     def weights(self, task: Task) -> Weights:
         """Random initial weights, a function of the seed."""
@@ -38,7 +69,9 @@ class Recipe:
     def data(self, task: Task) -> TrainData:
         """Batches of ``task``, and the slices of each step."""
         slices = self._sampler().slices if self.space is not None else lambda step: [self.architecture]
-        return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, task.loss)
+        teacher = self.teacher and self.teacher.of(task.vocab_size)
+        loss = "distillation" if teacher else task.loss
+        return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, loss, teacher)
 
     def plain(self) -> dict[str, Any]:
         return adapter(Recipe).dump_python(self, mode="json")
@@ -66,9 +99,11 @@ def supernet_recipe(config: Config, space: SearchSpace, bfloat16: bool) -> Recip
     )
 
 
-def single_recipe(architecture: Architecture, config: RetrainConfig, seed: int, bfloat16: bool) -> Recipe:
-    """The training of one model."""
-    return Recipe(architecture, seed, config.batch_size, train_settings(config, bfloat16))
+def single_recipe(
+    architecture: Architecture, config: RetrainConfig, seed: int, bfloat16: bool, teacher: Teacher | None = None
+) -> Recipe:
+    """The training of one model, which imitates ``teacher`` where there is one."""
+    return Recipe(architecture, seed, config.batch_size, train_settings(config, bfloat16), teacher=teacher)
 
 
 def train_settings(config: TrainingConfig, bfloat16: bool) -> TrainSettings:

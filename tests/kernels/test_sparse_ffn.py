@@ -129,6 +129,21 @@ def cases(draw: st.DrawFn) -> Case:
     )  # fmt: skip
 
 
+@given(case=cases(), small=st.booleans())
+def test_paths_without_gradients_give_the_output_of_the_reference(case: Case, small: bool) -> None:
+    if small and case.routing is not None:  # one token of small experts has a path of its own
+        count = len(case.layout.sizes)
+        table = torch.rand(1, count, generator=torch.Generator().manual_seed(len(case.x))) < 0.6
+        case = make_case([1, 7, 16, 16, 32][:count], table, 1, case.x.shape[1], case.activation, gap=2, extra_width=3)
+    expected = case.call(case.leaves, "reference")
+    with torch.no_grad():
+        found = case.call(case.leaves, "torch")
+    torch.testing.assert_close(found, expected)
+    single = case.to(torch.bfloat16)
+    with torch.no_grad():
+        assert single.call(single.leaves, "torch").dtype == torch.bfloat16
+
+
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Relative Frobenius error of the output and of each gradient."""
     assert found.keys() == expected.keys()
