@@ -130,6 +130,35 @@ def cost(
             print_statement(output_console(), value, statement)
 
 
+@app.command(rich_help_panel="Main")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder, or an export.")],
+    text: Annotated[Path | None, typer.Option(help="Text of the kind that the model is for.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a trained model, how sparse each layer is, and what splitting or pruning it would lose."""
+    with _told(), _stopping() as should_stop:
+        from moesaic.nas.inspect import inspect_checkpoint, print_inspection
+        from moesaic.nas.terminal.progress import Reporter
+        from moesaic.nas.terminal.tables import output_console
+        from moesaic.search_spaces import Interrupted
+        from moesaic.supernet.convert import open_checkpoint
+
+        checkpoint = open_checkpoint(folder)
+        with Reporter().progress("inspect") as bar:
+
+            def on_layer(done: int, total: int) -> None:
+                bar.update(done, total, "layers")
+                if should_stop():
+                    raise Interrupted("stopped; nothing was written")
+
+            found = inspect_checkpoint(checkpoint, text, on_layer)
+        if as_json:
+            print(json.dumps(found.plain(), indent=2))
+        else:
+            print_inspection(output_console(), found)
+
+
 def latency(
     config: ConfigFile,
     overrides: Overrides = None,

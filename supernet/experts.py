@@ -5,6 +5,8 @@ Shapes: T tokens, D width, N neurons, E experts.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,23 +60,12 @@ class SparseFeedForward(nn.Module):
         matrices = ["up", "down"] if self.gate is None else ["up", "gate", "down"]
         regions = dict.fromkeys(matrices, Region(rows, width))
         if part.router is not None:
-            regions |= self._router_regions(width, part)
+            regions |= _router_regions(self.part, part, width)
         if self.up_bias is not None:
             regions |= {"up_bias": Region(rows), "down_bias": Region.first(width)}
         if part.shared_size and self.shared_gate is not None:
             regions["shared_gate"] = Region.first(width)
         return regions
-
-    def _router_regions(self, width: int, part: FeedForward) -> dict[str, Region]:
-        """The first experts' rows. A linear prediction of mass is additive: the row of an expert that consists of
-        several of this layer's is the sum of theirs."""
-        if self.router_bias is None:
-            return {"router": Region.first(part.experts, width)}
-        runs = envelope_experts(self.part, part)
-        if runs[-1][1] - runs[0][0] == len(runs):  # one each: views
-            rows = ((runs[0][0], runs[-1][1]),)
-            return {"router": Region(rows, width), "router_bias": Region(rows)}
-        return {"router": Region(runs, width, summed=True), "router_bias": Region(runs, summed=True)}
 
     def forward(self, x: Tensor, part: FeedForward) -> tuple[Tensor, Routing | None]:
         """[T, D] to [T, D], and the routing (None for a dense layer)."""
@@ -94,7 +85,7 @@ class SparseFeedForward(nn.Module):
     def route(self, x: Tensor, part: FeedForward) -> Routing:
         """Router logits, always in float32: rounding could change which expert a token is sent to."""
         assert self.router is not None and part.router is not None
-        at = self._router_regions(x.shape[1], part)
+        at = _router_regions(self.part, part, x.shape[1])
         bias = None if self.router_bias is None else at["router_bias"].of(self.router_bias).float()
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), at["router"].of(self.router).float(), bias)
@@ -110,3 +101,16 @@ class SparseFeedForward(nn.Module):
     def _experts(self, x: Tensor, layout: ExpertLayout, routing: Routing | None) -> Tensor:
         bank = Bank(self.up, self.gate, self.down, self.up_bias)
         return sparse_ffn(x, bank, layout, routing, self.activation)
+
+
+@lru_cache(maxsize=4096)
+def _router_regions(envelope: FeedForward, part: FeedForward, width: int) -> dict[str, Region]:
+    """The first experts' rows. A linear prediction of mass is additive: the row of an expert that consists of several
+    of the envelope's is the sum of theirs."""
+    if not splits_dense(envelope):
+        return {"router": Region.first(part.experts, width)}
+    runs = envelope_experts(envelope, part)
+    if runs[-1][1] - runs[0][0] == len(runs):  # one each: views
+        rows = ((runs[0][0], runs[-1][1]),)
+        return {"router": Region(rows, width), "router_bias": Region(rows)}
+    return {"router": Region(runs, width, summed=True), "router_bias": Region(runs, summed=True)}

@@ -39,7 +39,7 @@ ROOMS = (
     ("report",),
     ("stages",),
     ("pipeline",),
-    ("plan", "doctor"),
+    ("plan", "doctor", "inspect"),
     ("api",),
     ("cli",),
 )

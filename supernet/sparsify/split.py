@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.search_spaces import FeedForward, Layer, SearchSpace, Slot
+from moesaic.search_spaces import FeedForward, SearchSpace, Slot
 from moesaic.search_spaces.space import LayerSpace
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.evaluate import LayerLoad
@@ -34,13 +35,29 @@ _JUDGED = 2048
 class PartCost:
     """What a layer loses when ``part`` replaces its feed-forward part, the rest of the model unchanged.
 
-    ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` is the experts'.
+    ``error`` is the squared error of the part's output, as a share of the output's square, both summed over tokens with
+    the weights of ``LayerInput``; ``load`` is the experts'.
     """
 
     slot: Slot
     part: FeedForward
     error: float
     load: LayerLoad | None
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer's feed-forward part reads, [T, D], and how much a change of its output matters for each token.
+
+    ``scale`` [T] is 1 / the norm of the states that the output is added to: the next norm divides by it. Without it
+    the few tokens with huge states, on which attention rests, would decide alone.
+    """
+
+    slot: Slot
+    feed_forward: SparseFeedForward
+    part: FeedForward
+    read: Tensor
+    scale: Tensor
 
 
 @torch.no_grad()
@@ -60,22 +77,23 @@ def split(
         model = Transformer(space.envelope, source.vocab_size)
     given = dict(source.named_parameters())
     costs: list[PartCost] = []
-    for done, (slot, old, layer, read) in enumerate(_layers(source, windows.to(source.device)), start=1):
+    for done, given_to in enumerate(layer_inputs(source, windows.to(source.device)), start=1):
+        slot, old = given_to.slot, given_to.feed_forward
         name = f"stacks.{slot.stack}.layers.{slot.index}.feed_forward"
         new = SparseFeedForward(old.width, space.envelope.layers[slot].feed_forward, space.backbone, model.sharing)
-        new = new.to(read.device)
-        _fill(new, old, layer.feed_forward, read, space.layers[slot], cluster)
+        new = new.to(source.device)
+        _fill(new, given_to, space.layers[slot], cluster)
         given = {key: value for key, value in given.items() if not key.startswith(f"{name}.")}
         given |= {f"{name}.{key}": value for key, value in new.named_parameters()}
-        costs += _part_costs(slot, new, old, layer.feed_forward, read, space.layers[slot])
+        costs += _part_costs(new, given_to, space.layers[slot])
         on_layer(done)
     missing = model.load_state_dict(given, strict=True, assign=True)
     assert not missing.missing_keys
     return model.eval(), costs
 
 
-def _layers(source: Transformer, windows: Tensor) -> Iterator[tuple[Slot, SparseFeedForward, Layer, Tensor]]:
-    """(slot, feed-forward module, layer, what it reads [T, D]) of every layer of ``source``, in order."""
+def layer_inputs(source: Transformer, windows: Tensor) -> Iterator[LayerInput]:
+    """Every layer of ``source`` in order, with its inputs for the token ids ``windows`` [B, S]."""
     for name, stack in source.architecture.stacks.items():
         module, inputs = source.stacks[name], Inputs(stack.causal)
         assert isinstance(module, TransformerStack)
@@ -84,28 +102,28 @@ def _layers(source: Transformer, windows: Tensor) -> Iterator[tuple[Slot, Sparse
             assert isinstance(block, TransformerLayer)
             states = [block.attend(x, layer, inputs) for x in states]
             read = [block.reads(x).flatten(0, 1) for x in states]
-            yield Slot(name, index), block.feed_forward, layer, torch.cat(read)
+            scale = torch.cat([x.flatten(0, 1).norm(dim=1) for x in states]).clamp(min=1e-12).reciprocal()
+            yield LayerInput(Slot(name, index), block.feed_forward, layer.feed_forward, torch.cat(read), scale)
             outputs = (block.feed_forward(x, layer.feed_forward)[0] for x in read)
             states = [block.written(x, out.view_as(x)) for x, out in zip(states, outputs, strict=True)]
 
 
-def _fill(
-    new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace, cluster: str
-) -> None:
-    """Copy ``old`` into ``new``, in the order of importance, and fit the routers of a layer that was dense."""
+def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster: str) -> None:
+    """Copy a layer into ``new``, in the order of importance, and fit the routers of one that was dense."""
+    old, read = given.feed_forward, given.read
     if splits_dense(new.part):
-        contribution = contributions(hidden(old, read), old.down)
+        contribution = contributions(hidden(old, read), old.down) * given.scale[:, None]
         rows = neuron_order(old, contribution, _bounds(space), cluster)
         assert new.router is not None and new.router_bias is not None
         weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
         _assign(new, router=weight, router_bias=bias)
     else:
-        rows, experts = expert_order(old, part, read)
+        rows, experts = expert_order(old, given.part, read, given.scale)
         assert old.router is not None
         _assign(new, router=old.router[experts])
     for name, value in old.named_parameters():
-        if name == "down_bias":
-            _assign(new, down_bias=value)
+        if name in ("down_bias", "shared_gate"):
+            _assign(new, **{name: value})
         elif name != "router":
             _assign(new, **{name: value[rows]})
 
@@ -120,18 +138,22 @@ def _bounds(space: LayerSpace) -> list[int]:
     return [size for group in space.groups for size in (group.shared_sizes if group.experts > 1 else group.sizes)]
 
 
-def _part_costs(
-    slot: Slot, new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace
-) -> list[PartCost]:
-    read = read[:: max(1, len(read) // _JUDGED)]
-    target = old(read, part)[0]
-    if target_bias := old.down_bias is not None:  # common to all choices
-        target = target - old.down_bias
-    scale, costs = target.square().sum().clamp(min=1e-12), []
-    for choice in (choice for group in space.groups for choice in group):
+def _part_costs(new: SparseFeedForward, given: LayerInput, space: LayerSpace) -> list[PartCost]:
+    step = max(1, len(given.read) // _JUDGED)
+    read, weight = given.read[::step], given.scale[::step, None].square()
+    bias = 0 if given.feed_forward.down_bias is None else given.feed_forward.down_bias  # common to all choices
+    target = given.feed_forward(read, given.part)[0] - bias
+    size, costs = (target.square() * weight).sum().clamp(min=1e-30), []
+    for choice in _choices(space):
         out, routing = new(read, choice)
-        if target_bias:
-            out = out - new.down_bias
         load = None if routing is None else LayerLoad(tuple((routing.load / len(read)).tolist()))
-        costs.append(PartCost(slot, choice, ((out - target).square().sum() / scale).item(), load))
+        error = ((out - bias - target).square() * weight).sum() / size
+        costs.append(PartCost(given.slot, choice, error.item(), load))
     return costs
+
+
+def _choices(space: LayerSpace) -> Iterator[FeedForward]:
+    """The parts of a layer whose experts are of one size; of a mixture there are too many others."""
+    for group in space.groups:
+        for size, shared, router in product(group.sizes, group.shared_sizes, group.routers):
+            yield FeedForward((size,) * group.experts, router, shared)

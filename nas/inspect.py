@@ -1,0 +1,207 @@
+"""What is in a folder with a trained model, and what would become of it: sparsity and loss of quality per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.terminal.tables import plain_table
+from moesaic.search_spaces import MoesaicError, Slot
+from moesaic.search_spaces.trained import TrainedSpec
+from moesaic.supernet.convert import Checkpoint
+from moesaic.supernet.sparsify.activity import Activity, activity
+from moesaic.supernet.sparsify.split import PartCost, layer_inputs, split
+
+_TOKENS, _LENGTH, _CHARACTERS = 2048, 256, 1 << 20
+_SPARSE, _DENSE = 0.2, 0.4
+"""Shares of neurons that hold 95 % of a layer's output: below the first, splits lose little (MoEfication, where models
+with ReLU have less than a tenth); above the second, much."""
+_HALF, _QUARTER = 0.5, 0.25
+_SPEC = TrainedSpec(expert_sizes=[16], shared=[0.125, 0.25], active=[0.1429, 0.3333], kept=[0.25, 0.5])
+"""Choices that use about half or a quarter of a layer's neurons per token."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """``experts`` is 1 for a dense layer. The others are squared errors of the layer's output, as shares of its square,
+    where a token uses about half or a quarter of the neurons: as ``pruned`` dense layers and as experts (``split``)."""
+
+    slot: Slot
+    neurons: int
+    experts: int
+    activity: Activity
+    pruned_half: float | None
+    split_half: float | None
+    split_quarter: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    family: str
+    folder: str
+    parameters: int
+    vocab_size: int
+    max_length: int | None
+    activation: str
+    tokens: int
+    layers: tuple[LayerFacts, ...]
+    advice: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint, text: Path | None, on_layer: Callable[[int, int], None] = lambda done, total: None
+) -> Inspection:
+    """Reads the whole model. ``text`` is a text file of the kind that the model is for; by default the Python standard
+    library's licence and sources. ``on_layer`` gets the layers done and their number.
+
+    Raises
+    ------
+    MoesaicError : the text is too short or cannot be read; the checkpoint is damaged.
+    """
+    windows = _windows(checkpoint, text)
+    model, architecture = checkpoint.load(), checkpoint.architecture
+    total, found = 2 * len(architecture.layers), {}
+    with torch.no_grad():
+        for done, layer in enumerate(layer_inputs(model, windows), start=1):
+            found[layer.slot] = activity(layer.feed_forward, layer.part, layer.read)
+            on_layer(done, total)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    half = len(architecture.layers)
+    _, costs = split(model, _SPEC.build(architecture), windows, on_layer=lambda done: on_layer(half + done, total))
+    layers = tuple(
+        LayerFacts(
+            slot,
+            layer.feed_forward.neurons,
+            layer.feed_forward.experts,
+            found[slot],
+            _error(costs, slot, _HALF, dense=True),
+            _error(costs, slot, _HALF, dense=False),
+            _error(costs, slot, _QUARTER, dense=False),
+        )
+        for slot, layer in architecture.layers.items()
+    )
+    activation = architecture.backbone.activation
+    return Inspection(
+        checkpoint.family.title,
+        str(checkpoint.folder),
+        parameters,
+        checkpoint.vocab_size,
+        checkpoint.max_length,
+        activation,
+        windows.numel(),
+        layers,
+        _advice(layers, activation),
+    )
+
+
+def _windows(checkpoint: Checkpoint, text: Path | None) -> Tensor:
+    """[B, S] token ids of the text."""
+    length = min(_LENGTH, checkpoint.max_length or _LENGTH)
+    where = str(text) if text else "the standard library"
+    content = text.read_text(encoding="utf-8", errors="strict") if text else _own_text()
+    ids = read_tokenizer(checkpoint.tokenizer).encode(content[:_CHARACTERS]).ids
+    count = min(_TOKENS, len(ids)) // length
+    if count == 0:
+        raise MoesaicError(
+            "the text is too short", where=where, found=f"{len(ids)} tokens", allowed=f"{length} and more"
+        )
+    if max(ids) >= checkpoint.vocab_size:
+        raise MoesaicError(
+            "the tokenizer is of another vocabulary",
+            where=str(checkpoint.tokenizer),
+            found=f"token {max(ids)}",
+            allowed=f"ids below vocab_size = {checkpoint.vocab_size}",
+        )
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def _own_text() -> str:
+    import argparse
+    import inspect
+    import textwrap
+
+    return "\n".join(inspect.getsource(module) for module in (textwrap, argparse))
+
+
+def _error(costs: Sequence[PartCost], slot: Slot, share: float, dense: bool) -> float | None:
+    """The least error of a choice of this kind that uses at most about ``share`` of the layer's neurons."""
+    own = [cost for cost in costs if cost.slot == slot]
+    most = 1.02 * share * max(cost.part.worst_active_neurons for cost in own)
+    fitting = [
+        cost.error for cost in own if (cost.part.router is None) == dense and cost.part.worst_active_neurons <= most
+    ]
+    return min(fitting, default=None)
+
+
+def _advice(layers: Sequence[LayerFacts], activation: str) -> tuple[str, ...]:
+    """What to expect, in sentences."""
+    advice = []
+    dense = [layer for layer in layers if layer.experts == 1]
+    mixtures = [layer for layer in layers if layer.experts > 1]
+    if dense:
+        mean = sum(layer.activity.concentrated for layer in dense) / len(dense)
+        most = max(dense, key=lambda layer: layer.activity.concentrated)
+        least = min(dense, key=lambda layer: layer.activity.concentrated)
+        advice.append(
+            f"Dense layers: 95 % of a token's output comes from {mean:.0%} of the neurons on average, from "
+            f"{least.activity.concentrated:.0%} in {least.slot} to {most.activity.concentrated:.0%} in {most.slot}."
+        )
+        if mean < _SPARSE:
+            advice.append("That is sparse: splitting into experts will lose little, also without recovery.")
+        elif mean < _DENSE:
+            advice.append(
+                "That is moderately sparse: expect a loss at half of the neurons, which small experts, shared neurons "
+                "and repaired weights (retrain.init: repaired) reduce; recover it by distillation (retrain.steps)."
+            )
+        else:
+            advice.append(
+                "That is hardly sparse: splitting into experts will hurt, and pruning too. Ask for a mild budget and "
+                f"plan a long recovery. A model trained with ReLU instead of {activation} would be far sparser."
+            )
+        halves = [(layer.split_half or 0.0, layer.pruned_half or 0.0) for layer in dense]
+        better = sum(split < pruned for split, pruned in halves)
+        advice.append(
+            f"At half of the neurons per token, experts are nearer to the layer's output than a pruned dense layer in "
+            f"{better} of {len(dense)} layers."
+        )
+    if mixtures:
+        mean = sum(layer.activity.concentrated for layer in mixtures) / len(mixtures)
+        advice.append(
+            f"Mixtures: {mean:.0%} of the experts take 95 % of this text's tokens. The others can go first; the text "
+            "decides which, so calibrate on the text that the model is for."
+        )
+    return tuple(advice)
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    console.print(f"{found.family} in {found.folder}", style="bold", highlight=False, soft_wrap=True)
+    longest = f", sequences up to {found.max_length}" if found.max_length else ""
+    console.print(
+        f"{found.parameters / 1e6:.1f}M parameters, {len(found.layers)} layers, activation {found.activation}, "
+        f"vocabulary {found.vocab_size}{longest}; measured on {found.tokens} tokens\n",
+        highlight=False,
+    )
+    title = "Layers: shares of neurons or experts, and errors of the output where a token uses half or a quarter"
+    columns = "layer|neurons|experts|hold 95 %|below 1 %|negative|pruned to half|split, half|split, quarter"
+    table = plain_table(title, columns, "layer")
+    for layer in found.layers:
+        seen = layer.activity
+        shares = (seen.concentrated, seen.small, seen.negative)
+        errors = (layer.pruned_half, layer.split_half, layer.split_quarter)
+        cells = [*("" if share is None else f"{share:.0%}" for share in shares)]
+        cells += ["" if error is None else f"{error:.1%}" for error in errors]
+        table.add_row(str(layer.slot), str(layer.neurons), str(layer.experts), *cells)
+    console.print(table)
+    for sentence in found.advice:
+        console.print(sentence, highlight=False)
