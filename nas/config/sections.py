@@ -43,15 +43,29 @@ class SplitFiles(_Section):
 
 class DataConfig(_Section):
     """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
-    each of ``train``, ``validation`` and ``test``."""
+    each of ``train``, ``validation`` and ``test``. Files are text, or records with the text in ``field``: JSON lines
+    (.jsonl), Parquet, or the Arrow files that Hugging Face's ``datasets`` saves; .gz of text and of JSON lines.
+
+    ``tokenizer``, a ``tokenizer.json`` or its folder, is used instead of a BPE trained to ``vocab_size`` tokens.
+    """
 
     kind: Literal["stdlib", "text"] = "stdlib"
     files: Annotated[
         Annotated[Paths, Tag("all")] | Annotated[SplitFiles, Tag("splits")],
         Discriminator(lambda value: "splits" if isinstance(value, dict | SplitFiles) else "all"),
     ] = []
+    field: str = "text"
+    tokenizer: str | None = None
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> DataConfig:
+        if self.tokenizer is not None and "vocab_size" in self.model_fields_set and self.vocab_size != 2048:
+            raise MoesaicError(
+                "a given tokenizer has its own vocab_size", found=self.vocab_size, nearest="without the key"
+            )
+        return self
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:
@@ -338,6 +352,16 @@ class Config(_Section):
                 allowed="a URL without one; PostgreSQL reads PGPASSWORD and ~/.pgpass",
             )
         return url
+
+    @model_validator(mode="after")
+    def _tokenizer_of_the_model(self) -> Config:
+        if self.model is not None and self.data.tokenizer is not None:
+            raise MoesaicError(
+                "a run that starts from a model has that model's tokenizer",
+                found=f"data.tokenizer: {self.data.tokenizer}",
+                allowed="no data.tokenizer",
+            )
+        return self
 
     @model_validator(mode="after")
     def _repairs_a_trained_model(self) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 
 from moesaic.nas.config import DataConfig
 from moesaic.nas.data.cache import cache_directory, make_folder
-from moesaic.nas.data.files import SPLITS, Split, find_files
+from moesaic.nas.data.files import SPLITS, Split, TextFile, find_files
+from moesaic.nas.data.records import has_records
 from moesaic.nas.data.splits import Piece, divide, division_hash
 from moesaic.nas.data.streams import TOKENIZER, StreamFacts, checked, stream_path, write_streams
-from moesaic.nas.data.tokenizer import read_tokenizer, train_tokenizer
+from moesaic.nas.data.tokenizer import read_tokenizer, tokenizer_file, train_tokenizer
 from moesaic.search_spaces import MoesaicError
 
 _FORMAT = "2"
@@ -74,16 +75,21 @@ def load_corpus(
     on_stage: Callable[[str], None] = lambda text: None,
     tokenizer: Path | None = None,
     own: Iterable[Path] = (),
+    vocab_size: int | None = None,
 ) -> Corpus:
     """The corpus of ``config``, from the cache if this text was tokenised before and is intact there.
 
-    ``tokenizer`` is a ``tokenizer.json`` to use instead of training one on this text. Files and folders in ``own`` are
-    those of the run, which may be inside a folder of the corpus but no part of it.
+    ``tokenizer`` is a ``tokenizer.json`` to use instead of ``config.tokenizer``, or of training one on this text, and
+    ``vocab_size`` that of the model it belongs to, which may have unused ids. Files and folders in ``own`` are those of
+    the run, which may be inside a folder of the corpus but no part of it.
 
     Raises
     ------
-    MoesaicError : missing, empty or binary files; too little text for the context; an unwritable cache.
+    MoesaicError : missing, empty or binary files; too little text for the context; an unwritable cache; a tokenizer
+        that is none, or has ids that the model has not.
     """
+    if tokenizer is None and config.tokenizer is not None:
+        tokenizer = tokenizer_file(config.tokenizer)
     on_stage("reading files")
     found = find_files(config, where, own)
     for note in found.notes:
@@ -91,7 +97,8 @@ def load_corpus(
     vocabulary = str(config.vocab_size)
     if tokenizer is not None:
         vocabulary = hashlib.sha256(read_tokenizer(tokenizer).to_str().encode()).hexdigest()[:16]
-    directory = cache_directory() / "corpora" / f"{division_hash(found.files)}-{vocabulary}-{_FORMAT}"
+    text = division_hash(found.files) + _field_mark(config, found.files)
+    directory = cache_directory() / "corpora" / f"{text}-{vocabulary}-{_FORMAT}"
     try:
         facts = checked(directory)
     except MoesaicError as error:
@@ -101,6 +108,15 @@ def load_corpus(
         make_folder(directory, lambda folder: _build(config, pieces, folder, where, on_stage, tokenizer), _sound)
         facts = checked(directory)
     corpus = _opened(directory, facts, config.sequence_length, where)
+    if vocab_size is not None:
+        if corpus.vocab_size > vocab_size:
+            raise MoesaicError(
+                "the tokenizer is of another vocabulary",
+                where=str(tokenizer),
+                found=f"ids up to {corpus.vocab_size - 1}",
+                allowed=f"ids below the model's {vocab_size}",
+            )
+        corpus = replace(corpus, vocab_size=vocab_size)
     for split in SPLITS[1:]:
         if len(corpus.splits[split].tokens) < 2 * (config.sequence_length + 1):
             shorter = corpus.windows(split, 2).shape[1] - 1
@@ -108,14 +124,22 @@ def load_corpus(
     return corpus
 
 
-def open_corpus(directory: Path, sequence_length: int, where: str) -> Corpus:
-    """The corpus in a cache folder (its ``tokenizer_path.parent``).
+def _field_mark(config: DataConfig, files: Iterable[TextFile]) -> str:
+    """What the name of a cached corpus says of the field that its texts are from, if any are."""
+    if not any(has_records(file.path) for file in files):
+        return ""
+    return "-" + hashlib.sha256(config.field.encode()).hexdigest()[:8]
+
+
+def open_corpus(directory: Path, sequence_length: int, where: str, vocab_size: int | None = None) -> Corpus:
+    """The corpus in a cache folder (its ``tokenizer_path.parent``), for a model with ``vocab_size`` ids.
 
     Raises
     ------
     MoesaicError : a file is missing, cut or changed; a split is shorter than the context.
     """
-    return _opened(directory, checked(directory), sequence_length, where)
+    corpus = _opened(directory, checked(directory), sequence_length, where)
+    return corpus if vocab_size is None else replace(corpus, vocab_size=vocab_size)
 
 
 def _opened(directory: Path, facts: StreamFacts, sequence_length: int, where: str) -> Corpus:
@@ -153,13 +177,14 @@ def _build(
     """Train or read the tokenizer, and encode all splits."""
     on_stage("training the tokenizer" if given is None else "reading the tokenizer")
     if given is None:
-        tokenizer = train_tokenizer((piece.text() for piece in pieces["train"]), config.vocab_size)
+        tokenizer = train_tokenizer((text for piece in pieces["train"] for text in piece.texts()), config.vocab_size)
     else:
         tokenizer = read_tokenizer(given)
 
     def texts(split: Split) -> Iterator[str]:
         on_stage(f"encoding the {split} split")
-        yield from filter(None, (piece.text() for piece in pieces[split]))
+        for piece in pieces[split]:
+            yield from piece.texts()
 
     facts = write_streams(folder, tokenizer, {split: texts(split) for split in SPLITS})
     if empty := [split for split, stream in facts.streams.items() if stream.tokens == 0]:

@@ -29,6 +29,7 @@ class FileSearch:
         self._outputs = _outputs()
         self._left_out: dict[str, dict[Path, None]] = {}
         self._named: set[Path] = set()
+        self._notes: list[str] = []
         self._roots: list[Path] = []
 
     def find(self, pattern: Path) -> dict[Path, str]:
@@ -57,13 +58,18 @@ class FileSearch:
     def leave_out(self, reason: str, path: Path) -> None:
         self._left_out.setdefault(reason, {})[path] = None
 
+    def note(self, text: str) -> None:
+        """Something that the summary tells of a file that is not left out."""
+        self._notes.append(text)
+
     def summary(self) -> str:
         """What was left out, in one line: how many for each reason, and the names of the first."""
         parts = []
         for reason, paths in self._left_out.items():
             names = ", ".join(sorted(shown(self._name(path)) for path in paths)[:_SHOWN])
             parts.append(f"{len(paths)} {reason} ({names}{', ...' if len(paths) > _SHOWN else ''})")
-        return f"left out: {', '.join(parts)}" if parts else ""
+        left_out = [f"left out: {', '.join(parts)}"] if parts else []
+        return "; ".join([*left_out, *self._notes])
 
     def _name(self, path: Path) -> Path:
         return next((path.relative_to(root) for root in reversed(self._roots) if path.is_relative_to(root)), path)

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from moesaic.nas.config import DataConfig
 from moesaic.nas.data.cache import cache_directory, expanded
 from moesaic.nas.data.file_search import FileSearch, shown
+from moesaic.nas.data.records import documents, has_records, unpacked
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.errors import nearest_name
 
@@ -37,17 +38,23 @@ _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", 
 """Folders beside the standard library that are no part of it, and test suites, which some distributions leave out."""
 
 
+_ABOUT_DATASET = {"dataset_dict.json", "dataset_info.json", "state.json"}
+"""Files that Hugging Face's ``datasets`` saves beside those with the data."""
+
+
 @dataclass(frozen=True)
 class TextFile:
-    """A text file. Its ``digest``, that of its bytes, identifies it wherever it is; ``split`` is its own, if any."""
+    """A text file, or one of records, whose text is in ``field``. Its ``digest``, that of its bytes, identifies it
+    wherever it is; ``split`` is its own, if any."""
 
     path: Path
     digest: str
     size: int
     split: Split | None = None
+    field: str = "text"
 
-    def text(self) -> str:
-        """Its text. Raises MoesaicError when it cannot be read any more, or was changed since it was found."""
+    def texts(self) -> list[str]:
+        """Its documents. Raises MoesaicError when it cannot be read any more, or was changed since it was found."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -56,7 +63,7 @@ class TextFile:
             raise MoesaicError(
                 "was changed while the corpus was read", where=shown(self.path), allowed="a file that stays as it is"
             )
-        return data.decode()
+        return documents(self.path, data, self.field, shown(self.path)).texts
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Foun
                 raise _missing(pattern, where)
             for path, name in matches.items():
                 key = os.path.realpath(path), split
-                if key not in found and (file := _read(path, split, search, where)):
+                if key not in found and (file := _read(path, split, search, where, config.field)):
                     found[key], names[path] = file, name
     files, notes = list(found.values()), []
     if None in wanted and config.kind == "text":
@@ -106,6 +113,9 @@ def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Foun
 
 def absolute_files(config: DataConfig) -> DataConfig:
     """``config`` with absolute paths and globs, which mean the same in every working directory."""
+    if config.tokenizer is not None:
+        path = str(expanded(config.tokenizer, "data.tokenizer").absolute())
+        config = config.model_copy(update={"tokenizer": path})
 
     def absolute(patterns: Sequence[str]) -> list[str]:
         return [str(expanded(pattern, "data.files").absolute()) for pattern in patterns]
@@ -125,20 +135,40 @@ def _patterns(config: DataConfig) -> dict[Split | None, list[Path]]:
     return {split: [expanded(p, "data.files") for p in getattr(config.files, split)] for split in SPLITS}
 
 
-def _read(path: Path, split: Split | None, search: FileSearch, where: str) -> TextFile | None:
+def _read(path: Path, split: Split | None, search: FileSearch, where: str, field: str) -> TextFile | None:
     """The file, or None if it is left out."""
+    if _is_about_dataset(path) and not search.named_directly(path):
+        search.leave_out("about the data", path)
+        return None
     try:
         data = path.read_bytes()
     except OSError as error:
         data, problem = b"", f"unreadable ({error.strerror})"
     else:
-        problem = _no_text(data)
+        problem = _no_records(path, data, field, search) if has_records(path) else _no_text(_plain(path, data))
     if problem is None:
-        return TextFile(path, _digest(data), len(data), split)
+        return TextFile(path, _digest(data), len(_plain(path, data)), split, field)
     if problem != "empty" and search.named_directly(path):
         raise MoesaicError(f"the file is {problem}", where=where, found=shown(path), allowed="text in UTF-8")
     search.leave_out(problem, path)
     return None
+
+
+def _is_about_dataset(path: Path) -> bool:
+    beside = (path.parent, *(entry for entry in path.parent.iterdir() if entry.is_dir()))
+    return path.name in _ABOUT_DATASET and any(folder.glob("*.arrow") for folder in beside)
+
+
+def _plain(path: Path, data: bytes) -> bytes:
+    return unpacked(data, shown(path)) if path.suffix == ".gz" else data
+
+
+def _no_records(path: Path, data: bytes, field: str, search: FileSearch) -> str | None:
+    """``empty`` for a file without texts; records without text are noted. Raises MoesaicError for other damage."""
+    found = documents(path, data, field, shown(path))
+    if found.empty and found.texts:
+        search.note(f"{found.empty} of {found.empty + len(found.texts)} records without text in {shown(path)}")
+    return None if found.texts else "empty"
 
 
 def _digest(data: bytes) -> str:

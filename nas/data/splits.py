@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moesaic.nas.data.files import SPLITS, Split, TextFile
+from moesaic.nas.data.records import has_records
 
 _SHARE = 0.05
 """Share of the text that validation and test each take from training text, where no files are given for them."""
@@ -28,9 +29,12 @@ class Piece:
         """In bytes, about."""
         return self.file.size * (self.end - self.start)
 
-    def text(self) -> str:
-        text = self.file.text()
-        return text[_cut(text, self.start) : _cut(text, self.end)]
+    def texts(self) -> list[str]:
+        """Its documents: a share of the records, or of the one text."""
+        texts = self.file.texts()
+        if has_records(self.file.path):
+            return texts[int(len(texts) * self.start) : int(len(texts) * self.end)]
+        return [part for text in texts if (part := text[_cut(text, self.start) : _cut(text, self.end)])]
 
 
 def divide(files: Sequence[TextFile]) -> dict[Split, list[Piece]]:

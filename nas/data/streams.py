@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from moesaic.nas.data.files import Split
 from moesaic.nas.data.splits import chunks
-from moesaic.nas.data.tokenizer import END_OF_TEXT
+from moesaic.nas.data.tokenizer import end_of_text, vocab_size
 from moesaic.search_spaces import Damaged
 from moesaic.search_spaces.files import read_value, write_value
 
@@ -57,11 +57,11 @@ def stream_path(folder: Path, split: str) -> Path:
 def write_streams(folder: Path, tokenizer: Tokenizer, texts: Mapping[Split, Iterable[str]]) -> StreamFacts:
     """Encode the ``texts`` of each split. Raises OSError."""
     (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    vocab_size = tokenizer.get_vocab_size()
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    size = vocab_size(tokenizer)
+    dtype = "uint16" if size <= 1 << 16 else "uint32"
     streams = {split: _encode(tokenizer, found, stream_path(folder, split), dtype) for split, found in texts.items()}
     files = [folder / TOKENIZER, *(stream_path(folder, split) for split in texts)]
-    facts = StreamFacts(vocab_size, dtype, streams, {path.name: Checksum.of(path) for path in files})
+    facts = StreamFacts(size, dtype, streams, {path.name: Checksum.of(path) for path in files})
     write_value(folder / _FACTS, facts)
     return facts
 
@@ -87,14 +87,18 @@ def checked(folder: Path) -> StreamFacts:
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str], path: Path, dtype: str) -> Stream:
-    """Append each text and an end-of-text token to ``path``, in pieces, so that a corpus may exceed memory."""
+    """Append each text and an end-of-text token to ``path``, in pieces, so that a corpus may exceed memory.
+
+    No other special tokens are added: those of a sentence's start or end would stand amid the windows of a text.
+    """
     tokens = text_bytes = 0
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     with open(path, "wb") as file:
         for text in texts:
             pieces = list(chunks(text))
-            for index, encoding in enumerate(tokenizer.encode_batch(pieces)):
-                ids = encoding.ids + ([end] if index == len(pieces) - 1 else [])
+            for index, encoding in enumerate(tokenizer.encode_batch(pieces, add_special_tokens=False)):
+                last = index == len(pieces) - 1 and end is not None
+                ids = [*encoding.ids, end] if last else encoding.ids
                 file.write(np.asarray(ids, dtype=dtype).tobytes())
                 tokens += len(ids)
             text_bytes += len(text.encode())

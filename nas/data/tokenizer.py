@@ -8,10 +8,13 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moesaic.nas.data.cache import expanded
 from moesaic.nas.data.splits import chunks
 from moesaic.search_spaces import MoesaicError
 
 END_OF_TEXT = "<|endoftext|>"
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+"""What other programs call the token that ends a document."""
 _MOST_CHARACTERS = 64 << 20
 """The tokenizer is trained on at most this much text; more takes hours and hardly changes the merges."""
 _LONGEST_WORD = 256
@@ -36,14 +39,40 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_file(given: str) -> Path:
+    """The ``tokenizer.json`` that a user named, or its folder. Raises MoesaicError where there is none."""
+    path = expanded(given, "data.tokenizer")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise MoesaicError(
+            "no tokenizer.json",
+            where="data.tokenizer",
+            found=str(path),
+            allowed="a fast tokenizer: AutoTokenizer.from_pretrained(...).save_pretrained(DIR) writes one",
+        )
+    return file
+
+
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id of the token that ends a document; None where it has none of the known ones."""
+    ids = (tokenizer.token_to_id(token) for token in _ENDS)
+    return next((number for number in ids if number is not None), None)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The number of ids: one more than the largest, since some vocabularies have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``. Raises MoesaicError where that is none, or has no ``END_OF_TEXT``."""
+    """The tokenizer in a ``tokenizer.json``, without the limits on length that it may contain. Raises MoesaicError
+    where that is none."""
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))  # from_file takes no path in other bytes
     except Exception as error:  # the library raises no narrower one
         raise MoesaicError(f"is not a tokenizer: {error}", where=str(path), allowed="a tokenizer.json") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise MoesaicError(f"the tokenizer has no token {END_OF_TEXT}", where=str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

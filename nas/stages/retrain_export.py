@@ -17,7 +17,6 @@ from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun
-from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import sweep, write_value
 from moesaic.supernet import Judge, slice_of
 
@@ -48,15 +47,9 @@ def retrain_export(
         lambda text: reporter.say(f"data: {text}"),
         tokenizer=directory / "tokenizer.json",
         own=[directory],
+        vocab_size=model.vocab_size,
     )
     task = LanguageModelling(corpus)
-    if task.vocab_size != model.vocab_size:
-        raise MoesaicError(
-            "tokenizer and model disagree",
-            where=str(directory / "tokenizer.json"),
-            found=f"{task.vocab_size} tokens",
-            allowed=f"{model.vocab_size} tokens",
-        )
     trainer = Trainer(task, device, file.train, reporter.say, should_stop)
     weights = slice_of(model) if file.retrain.init == "inherited" else None
     unimportant = {"name": True, "seed": True, "train": True, "retrain": {"seeds"}}

@@ -108,6 +108,7 @@ class Run:
             lambda text: self.reporter.say(f"data: {text}"),
             tokenizer=source and source.tokenizer,
             own=self.own_files,
+            vocab_size=source and source.vocab_size,
         )
         return LanguageModelling(corpus)
 

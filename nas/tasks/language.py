@@ -59,11 +59,13 @@ class LanguageModelling:
 
     def plain(self) -> dict[str, Any]:
         folder = str(self.corpus.tokenizer_path.parent.absolute())
-        return {"task": "language", "corpus": folder, "sequence_length": self.sequence_length}
+        length, size = self.sequence_length, self.vocab_size
+        return {"task": "language", "corpus": folder, "sequence_length": length, "vocab_size": size}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> LanguageModelling:
-        return cls(open_corpus(Path(plain["corpus"]), plain["sequence_length"], str(plain["corpus"])))
+        folder, size = Path(plain["corpus"]), plain["vocab_size"]
+        return cls(open_corpus(folder, plain["sequence_length"], str(folder), size))
 
 
 def next_tokens(windows: Tensor) -> Batch:

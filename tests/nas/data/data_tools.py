@@ -35,4 +35,4 @@ def found(files: Path | str | list[str] | dict, own: list[Path] | None = None) -
 def texts_of(files: Path | str | list[str] | dict) -> dict[Split, list[str]]:
     """The texts of each split."""
     pieces = divide(find_files(config(files), "test").files)
-    return {split: [text for piece in parts if (text := piece.text())] for split, parts in pieces.items()}
+    return {split: [text for piece in parts for text in piece.texts()] for split, parts in pieces.items()}

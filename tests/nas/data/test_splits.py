@@ -167,4 +167,4 @@ def test_a_file_changed_while_it_is_read_is_refused(tmp_path):
     pieces = divide(find_files(config(tmp_path), "test").files)
     write(tmp_path, {"a": lines("b")})
     with pytest.raises(MoesaicError, match="was changed"):
-        pieces["train"][0].text()
+        pieces["train"][0].texts()
