@@ -175,11 +175,15 @@ class StackSpace:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every architecture on one backbone, each of whose stacks is one of a ``StackSpace``."""
+    """Every architecture on one backbone, each of whose stacks is one of a ``StackSpace``.
+
+    ``source``: the trained model whose slices the members are, itself one of them; relative budgets are shares of it.
+    """
 
     name: str
     backbone: Backbone
     decoder: StackSpace
+    source: Architecture | None = None
 
     @cached_property
     def stacks(self) -> dict[str, StackSpace]:

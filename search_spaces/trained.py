@@ -46,7 +46,7 @@ class TrainedSpec(BaseModel):
     def build(self, source: Architecture) -> SearchSpace:
         """The members of ``source``. Its slices share the bank of ``split_bank`` in each dense layer."""
         stacks = {name: self._stack(stack) for name, stack in source.stacks.items()}
-        return SearchSpace(PRESET, source.backbone, **stacks)
+        return SearchSpace(PRESET, source.backbone, **stacks, source=source)
 
     def _stack(self, stack: Stack) -> StackSpace:
         layers = tuple(

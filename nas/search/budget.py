@@ -73,12 +73,14 @@ class Budget:
 
 
 def resolve_budget(limits: Mapping[str, LimitConfig], space: SearchSpace, pricer: Pricer) -> Budget:
-    """The budget in base units; relative lines are shares of the highest cost in the space."""
+    """The budget in base units; relative lines are shares of the highest cost in the space, or of the cost of the
+    trained model that the space comes from."""
     lines = []
     for name, line in limits.items():
         price = pricer.worst if line.bind == "worst" else pricer.expected
-        largest = price(most_expensive(space, pricer, name, line.bind))[name]
-        lines.append(BudgetLine(name, parse_limit(line.limit, name).resolve(largest), line.bind, line.confidence))
+        whole = space.source or most_expensive(space, pricer, name, line.bind)
+        limit = parse_limit(line.limit, name).resolve(price(whole)[name])
+        lines.append(BudgetLine(name, limit, line.bind, line.confidence))
     return Budget(tuple(lines), pricer)
 
 

@@ -74,7 +74,8 @@ def test_every_format_gives_the_records_with_text_in_their_order(kind: str, reco
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_missing_field_is_named_with_the_nearest(kind: str) -> None:
     name, write = FORMATS[kind]
-    with pytest.raises(MoesaicError, match=r"(?s)no field text.*found: +id, texts.*nearest: data.field=texts") as caught:
+    message = r"(?s)no field text.*found: +id, texts.*nearest: data.field=texts"
+    with pytest.raises(MoesaicError, match=message) as caught:
         documents(Path(name), write(["one"], "texts"), "text", name)
     assert caught.value.where is not None and caught.value.where.startswith(name)
 
