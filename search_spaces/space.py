@@ -8,7 +8,7 @@ which routers are distinct and how many multisets of sizes there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations_with_replacement
 from math import comb, prod
@@ -183,7 +183,7 @@ class SearchSpace:
     name: str
     backbone: Backbone
     decoder: StackSpace
-    source: Architecture | None = None
+    source: Architecture | None = field(default=None, kw_only=True)
 
     @cached_property
     def stacks(self) -> dict[str, StackSpace]:

@@ -40,7 +40,8 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
 def passes(part: BudgetRun) -> float:
     config = part.run.config.retrain
     models = 3 if config.rivals else 1
-    return 3.0 * models * config.seeds * config.steps * config.batch_size
+    repair = 2.0 * config.repair_windows if config.init == "repaired" else 0.0
+    return models * config.seeds * (3.0 * config.steps * config.batch_size + repair)
 
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
@@ -57,14 +58,16 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
         RunDirectory(part.path).set_aside(best, f"exports-{BEST}")
     results: list[RetrainedModel] = []
     searched: list[Evaluation] = []
-    steps = len(models) * config.seeds * config.steps
+    depth = part.run.space.depth if config.init == "repaired" else 0  # a repaired layer counts as a step
+    each = config.steps + depth
+    steps = len(models) * config.seeds * each
     with part.reporter.progress("retrain") as bar:
         for index, (name, (architecture, inherited_loss)) in enumerate(models.items()):
 
-            def on_step(trained: int, step: int, loss: float, name: str = name, index: int = index) -> None:
+            def on_step(trained: int, step: int, facts: str, name: str = name, index: int = index) -> None:
                 best = min((result.loss for result in results), default=None)
-                facts = f"{name}  loss {loss:.3f}" + (f"  best test {best:.4f}" if best else "")
-                bar.update((index * config.seeds + trained) * config.steps + step, steps, facts)
+                facts = f"{name}  {facts}" + (f"  best test {best:.4f}" if best else "")
+                bar.update((index * config.seeds + trained) * each + step, steps, facts)
 
             trained, measured = _train_seeds(part, directory, name, architecture, on_step)
             evaluations = [one.evaluation for one in trained]
@@ -107,15 +110,16 @@ def _train_seeds(
     directory: StageDirectory,
     name: str,
     architecture: Architecture,
-    on_step: Callable[[int, int, float], None],
+    on_step: Callable[[int, int, str], None],
 ) -> tuple[list[Trained], MeasuredCosts]:
     """Train a model with every seed; costs are measured on the first seed's model.
 
-    ``on_step`` gets the number of finished trainings, the step, and the loss.
+    ``on_step`` gets the number of finished trainings, the step (after a layer of each is repaired), and what to show.
     """
     run, config = part.run, part.run.config.retrain
-    weights, teacher = run.start("retrain")
     trained: list[Trained] = []
+    depth = run.space.depth if config.init == "repaired" else 0
+    weights, teacher = run.start("retrain", lambda done: on_step(len(trained), done, f"repaired {done} layers"))
     costs: list[MeasuredCosts] = []
     for seed in range(run.config.seed, run.config.seed + config.seeds):
         folder = seed_directory(directory.path / name, seed)
@@ -125,7 +129,7 @@ def _train_seeds(
                 recipe,
                 folder,
                 _identity(directory, architecture, seed),
-                lambda step, record: on_step(len(trained), step, record["loss"]),
+                lambda step, record: on_step(len(trained), depth + step, f"loss {record['loss']:.3f}"),
                 weights,
             )
         held = lower_thresholds_to_fit(

@@ -175,9 +175,11 @@ class Run:
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
 
-    def start(self, what: str) -> tuple[Weights | None, Teacher | None]:
+    def start(
+        self, what: str, on_layer: Callable[[int], None] = lambda done: None
+    ) -> tuple[Weights | None, Teacher | None]:
         """How a model of ``retrain`` starts (None: from random weights), and what it imitates while it trains (None:
-        the text). ``what`` names the stage in progress messages."""
+        the text). ``what`` names the stage in messages; ``on_layer`` gets the layers of a model that are repaired."""
         config = self.config.retrain
         supernet = self.folder("supernet").path / SUPERNET
         teacher = Teacher(str(supernet), self.space.envelope, self.space.largest) if config.distil else None
@@ -186,7 +188,12 @@ class Run:
         if config.init == "inherited":
             return slice_of(self.supernet), teacher
         windows = self.task.batch(config.repair_windows, self.config.seed, 0).tokens
-        return repaired(self.supernet, self.space.largest, windows, lambda done: self.check_stop(what)), teacher
+
+        def repaired_layer(done: int) -> None:
+            on_layer(done)
+            self.check_stop(what)
+
+        return repaired(self.supernet, self.space.largest, windows, repaired_layer), teacher
 
     @property
     def sharing(self) -> Sharing:
