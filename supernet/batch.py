@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
+        changed = {name: change(tensor) for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **changed)
 
     def counts(self) -> Tensor:
         """[B] tokens of each sequence, without padding."""

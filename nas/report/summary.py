@@ -72,6 +72,7 @@ def verdict(summary: Summary) -> str:
 
     The difference to the best rival is significant where its p-value, Holm-corrected for the number of rivals, is below
     5 %. One training seed gives no verdict: two trainings of one model differ by more than an interval over sequences.
+    Models that were not trained have no such variance.
     """
     searched, rivals = summary.chosen.retrained, summary.rivals
     if not rivals:
@@ -84,7 +85,8 @@ def verdict(summary: Summary) -> str:
     )
     interval = f"95 % interval of {above.low:+.4f} to {above.high:+.4f}"
     costs = costs_sentence(searched, best)
-    if not many:
+    trained = searched.steps > 0
+    if trained and not many:
         return (
             f"One training seed gives no verdict: {figures}. Its {interval} is over test sequences alone; another "
             f"training seed often changes a difference by more than that. {costs} To train two more seeds of every "
@@ -92,7 +94,8 @@ def verdict(summary: Summary) -> str:
         )
     p_values = holm(np.array([rival.above_searched.p_value for rival in rivals]))
     p_value = float(p_values[rivals.index(best)])
-    chance = f"with a {interval} over {above.seeds} training seeds and the test sequences, in pairs; p = {p_value:.3f}"
+    over = f"{above.seeds} training seeds and the test sequences" if trained else "the test sequences"
+    chance = f"with a {interval} over {over}, in pairs; p = {p_value:.3f}"
     chance += f" (Holm-corrected for {len(rivals)} rivals)" if len(rivals) > 1 else ""
     if p_value >= LEVEL:
         return f"The search made no significant difference: {figures} {chance}. {costs}"

@@ -144,11 +144,11 @@ def _names_opt(architecture: Architecture) -> Names:
     return names
 
 
-def _norm(own: str, name: str) -> Names:
+def _norm(own: str, name: str) -> dict[str, list[Piece]]:
     return {f"{own}.{kind}": [Piece(f"{name}.{kind}")] for kind in ("weight", "bias")}
 
 
-def _output(architecture: Architecture) -> Names:
+def _output(architecture: Architecture) -> dict[str, list[Piece]]:
     return {} if architecture.backbone.tied else {"output": [Piece("lm_head.weight")]}
 
 

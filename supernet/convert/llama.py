@@ -168,7 +168,7 @@ def _names(variant: _Variant, architecture: Architecture) -> Names:
     return names
 
 
-def _feed_forward_names(variant: _Variant, part: FeedForward, own: str, name: str) -> Names:
+def _feed_forward_names(variant: _Variant, part: FeedForward, own: str, name: str) -> dict[str, list[Piece]]:
     """A bank is its shared expert's rows and then each expert's, all under the same three names."""
     dense = ("gate_proj", "up_proj", "down_proj")
     if part.router is None:

@@ -12,10 +12,12 @@ import torch
 from moesaic.nas.config import load_config
 from moesaic.nas.data import load_corpus
 from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.retrain_models import load_results
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.run_search import load_search
 from moesaic.nas.stages.split_model import SCORES, PartScores, load_scores
+from moesaic.nas.stages.stage import STAGES
 from moesaic.nas.tasks import LanguageModelling
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Router
 from moesaic.search_spaces.architecture import Stack
@@ -169,6 +171,43 @@ def test_the_executors_evaluate_members_alike(
     trials, _ = load_search(only(run))
     for trial in trials[:3]:
         assert rebuilt(trial.architecture) == judge(trial.architecture)
+
+
+AFTER_SEARCH = {"fidelity", "export", "retrain", "report"}
+ALL_BUT_LATENCY = {"supernet", "search"} | AFTER_SEARCH
+INPUTS = {
+    "model.calibration_windows": (["model.calibration_windows=17"], ALL_BUT_LATENCY),
+    "model.cluster": (["model.cluster=weights"], ALL_BUT_LATENCY),
+    "model.from": ([], ALL_BUT_LATENCY),
+    "space.active": (["space.active=[0.75]"], ALL_BUT_LATENCY | {"latency"}),
+    "retrain.repair_windows": (["retrain.repair_windows=17"], AFTER_SEARCH),
+    "retrain.distil": (["retrain.distil=false"], AFTER_SEARCH),
+    "retrain.init": (["retrain.init=inherited"], AFTER_SEARCH),
+}
+
+
+@pytest.mark.parametrize("key", INPUTS)
+def test_a_setting_is_an_input_of_the_stages_whose_files_it_decides(
+    key: str, trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    def inputs(run: Run) -> dict[str, dict]:
+        run.latency_asked = True
+        return {stage.name: dict(only(run).folder(stage.name).inputs) for stage in STAGES}
+
+    finish(open_run(tmp_path, trained("llama"), corpus_folder))
+    before = inputs(open_run(tmp_path, trained("llama"), corpus_folder))
+    overrides, expected = INPUTS[key]
+    if key == "model.from":  # other weights of the same architecture
+        model = open_checkpoint(trained("llama")).load()
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(1e-3)
+        write_folder(model, tmp_path / "other", "llama")
+        (tmp_path / "other" / "tokenizer.json").write_bytes((trained("llama") / "tokenizer.json").read_bytes())
+        overrides = [f"model.from={tmp_path / 'other'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageDirectory, "settled", property(lambda stage: (stage.path / "artifact.json").exists()))
+        after = inputs(open_run(tmp_path, trained("llama"), corpus_folder, *overrides))
+    assert {name for name in before if before[name] != after[name]} == expected
 
 
 WRONG = {

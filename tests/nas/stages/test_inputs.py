@@ -37,6 +37,8 @@ TABLE: dict[str, tuple[list[str], set[str]]] = {
     "seed": (["seed=1"], ALL),
     "data.kind": (["data={vocab_size: 300, sequence_length: 32}"], ALL - {"latency"}),
     "data.files": (["data.files=[FOLDER]"], ALL - {"latency"}),
+    "data.field": (["data.field=body"], ALL - {"latency"}),
+    "data.tokenizer": (["data.vocab_size=2048", "data.tokenizer=TOKENIZER"], ALL - {"latency"}),
     "data.vocab_size": (["data.vocab_size=310"], ALL),
     "data.sequence_length": (["data.sequence_length=40"], ALL),
     "space": (["space={preset: tiny, backbone: {tied: false}}"], ALL),
@@ -85,6 +87,10 @@ TABLE |= {f"supernet.{key}": ([f"supernet.{key}={value}"], ALL - {"latency"}) fo
 TABLE |= {f"retrain.{key}": ([f"retrain.{key}={value}"], FROM_FIDELITY) for key, value in TRAINING.items()}
 
 
+OF_TRAINED = {"model", "retrain.repair_windows", "retrain.distil"}
+"""Keys of runs that start from a trained model; see test_from_model."""
+
+
 def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
     for name, field in model.model_fields.items():
@@ -95,7 +101,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_the_configuration_is_in_the_table():
-    assert keys_of(Config) == TABLE.keys()
+    assert keys_of(Config) == TABLE.keys() | OF_TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,8 @@ def test_a_setting_is_an_input_of_exactly_the_stages_whose_files_it_decides(
         pytest.skip("one processor")
     if not key.startswith("data.") or key == "data.kind":  # the standard library takes long to encode
         monkeypatch.setattr(run_module, "load_corpus", lambda *arguments, **own: corpus)
+    elif key == "data.tokenizer":
+        overrides = [setting.replace("TOKENIZER", str(quick_run / "exports" / "best")) for setting in overrides]
     elif key == "data.files":
         overrides = [f"data.files=[{write_corpus(tmp_path / 'other', seed=1)}]"]
     run = open_run(micro_config, quick_run, *overrides)
