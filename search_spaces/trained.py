@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.search_spaces.architecture import Architecture, Stack
-from moesaic.search_spaces.parts import TILE, Attention, FeedForward, Layer, Router
+from moesaic.search_spaces.errors import MoesaicError
+from moesaic.search_spaces.parts import TILE, FeedForward, Layer, Router
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace
 
 PRESET = "from-model"
@@ -27,8 +28,8 @@ class TrainedSpec(BaseModel):
     Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
     ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
     the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
-    share ``active`` of the model's experts per token. ``prune: [heads]`` offers the ``heads_kept`` of attention, in
-    whole groups of a key/value head.
+    share ``active`` of the model's experts per token. Attention stays as it is, and so do layers that were split
+    before and those with a threshold router.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -40,17 +41,20 @@ class TrainedSpec(BaseModel):
     threshold: list[Annotated[float, Field(gt=0, lt=1)]] = []
     kept: Shares = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]
     expert_kept: Shares = [0.5, 0.75, 1.0]
-    prune: list[Literal["heads"]] = []
-    heads_kept: Shares = [0.5, 0.75]
 
     def build(self, source: Architecture) -> SearchSpace:
-        """The members of ``source``. Its slices share the bank of ``split_bank`` in each dense layer."""
+        """The members of ``source``. Its slices share the bank of ``split_bank`` in each dense layer.
+
+        Raises
+        ------
+        MoesaicError : a layer has experts of different sizes.
+        """
         stacks = {name: self._stack(stack) for name, stack in source.stacks.items()}
         return SearchSpace(PRESET, source.backbone, **stacks, source=source)
 
     def _stack(self, stack: Stack) -> StackSpace:
         layers = tuple(
-            LayerSpace(self._attentions(layer.attention), self._groups(layer.feed_forward), self._bank(layer))
+            LayerSpace((layer.attention,), self._groups(layer.feed_forward), self._bank(layer))
             for layer in stack.layers
         )
         return StackSpace((stack.width,), (len(stack.layers),), layers, stack.causal)
@@ -59,15 +63,20 @@ class TrainedSpec(BaseModel):
         part = layer.feed_forward
         return part if part.router else split_bank(part.neurons)
 
-    def _attentions(self, attention: Attention) -> tuple[Attention, ...]:
-        """Whole groups of query heads are kept, so that each still reads the key/value head it was trained with."""
-        group = attention.heads // attention.kv_heads
-        shares = self.heads_kept if "heads" in self.prune else []
-        kept = {max(1, round(share * attention.kv_heads)) for share in shares} | {attention.kv_heads}
-        return tuple(Attention(number * group, number) for number in sorted(kept))
-
     def _groups(self, part: FeedForward) -> tuple[FeedForwardGroup, ...]:
-        groups = self._experts_of(part.neurons) if part.router is None else self._fewer_experts(part, part.router)
+        if len(set(part.expert_sizes)) > 1:
+            raise MoesaicError(
+                "a layer with experts of different sizes cannot be made sparser yet",
+                found=part.expert_sizes,
+                allowed="dense layers, and experts of one size in each layer",
+            )
+        if part.router is None:
+            groups = self._experts_of(part.neurons)
+        elif part.router.kind == "threshold" or part.router.score == "mass":
+            size, shared = part.expert_sizes[0], part.shared_size
+            groups = {part.experts: FeedForwardGroup(part.experts, (size,), (shared,), (part.router,))}
+        else:
+            groups = self._fewer_experts(part, part.router)
         return tuple(groups[experts] for experts in sorted(groups))
 
     def _experts_of(self, neurons: int) -> dict[int, FeedForwardGroup]:
@@ -96,14 +105,17 @@ class TrainedSpec(BaseModel):
         counts = sorted({max(1, round(share * most)) for share in (*self.active, 1.0)})
         groups = {}
         for experts in {*(max(2, round(share * part.experts)) for share in self.kept), part.experts}:
-            routers = [Router("top_k", k=k, weights=router.weights, score=router.score) for k in counts if k <= experts]
-            groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), tuple(routers))
+            used = dict.fromkeys(min(count, experts) for count in counts)
+            routers = tuple(Router("top_k", k=k, weights=router.weights, score=router.score) for k in used)
+            groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), routers)
         return groups
 
 
 def split_bank(neurons: int) -> FeedForward:
     """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of."""
     experts = neurons // TILE
+    if experts == 1:
+        return FeedForward((neurons,))
     return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score="mass"))
 
 

@@ -108,29 +108,24 @@ def layer_inputs(source: Transformer, windows: Tensor) -> Iterator[LayerInput]:
             states = [block.written(x, out.view_as(x)) for x, out in zip(states, outputs, strict=True)]
 
 
+_PER_NEURON = ("up", "gate", "down", "up_bias")
+"""Parameters with a row, or a value, per neuron."""
+
+
 def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster: str) -> None:
     """Copy a layer into ``new``, in the order of importance, and fit the routers of one that was dense."""
     old, read = given.feed_forward, given.read
-    if splits_dense(new.part):
+    values, rows = dict(old.named_parameters()), torch.arange(given.part.neurons, device=read.device)
+    if given.part.router is None and splits_dense(new.part):
         contribution = contributions(hidden(old, read), old.down) * given.scale[:, None]
         rows = neuron_order(old, contribution, _bounds(space), cluster)
-        assert new.router is not None and new.router_bias is not None
         weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
-        _assign(new, router=weight, router_bias=bias)
-    else:
+        values |= {"router": nn.Parameter(weight), "router_bias": nn.Parameter(bias)}
+    elif given.part.router is not None and given.part.router.score == "softmax":
         rows, experts = expert_order(old, given.part, read, given.scale)
-        assert old.router is not None
-        _assign(new, router=old.router[experts])
-    for name, value in old.named_parameters():
-        if name in ("down_bias", "shared_gate"):
-            _assign(new, **{name: value})
-        elif name != "router":
-            _assign(new, **{name: value[rows]})
-
-
-def _assign(module: nn.Module, **values: Tensor) -> None:
+        values["router"] = nn.Parameter(values["router"][experts])
     for name, value in values.items():
-        setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
+        setattr(new, name, nn.Parameter(value[rows] if name in _PER_NEURON else value.detach(), requires_grad=False))
 
 
 def _bounds(space: LayerSpace) -> list[int]:

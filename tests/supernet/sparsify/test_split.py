@@ -85,6 +85,24 @@ def test_a_slice_of_a_slice_is_a_slice() -> None:
     torch.testing.assert_close(found.extract(whole).extract(part)(windows()), found(windows(), part))
 
 
+def test_what_was_split_before_stays_as_it_is() -> None:
+    """An export of a split model, with a threshold router beside, is a model to start from."""
+    model = trained((DENSE, MIXTURE))
+    found, _ = split(model, SPEC.build(model.architecture), windows())
+    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
+    first, second = found.architecture.layers
+    threshold = replace(MIXTURE.feed_forward, router=Router("threshold", threshold=0.4, max_k=3))
+    member = found.architecture.with_layers(
+        {first: Layer(DENSE.attention, part), second: Layer(MIXTURE.attention, threshold)}
+    )
+    export = found.extract(member)
+    expected, space = export(windows()).detach(), SPEC.build(member)
+    assert space.cardinality == 1
+    again, costs = split(export, space, windows())
+    torch.testing.assert_close(again(windows(), member), expected, atol=1e-5, rtol=1e-5)
+    assert all(cost.error < 1e-10 for cost in costs)
+
+
 def test_all_experts_of_a_dense_layer_together_are_the_layer() -> None:
     model = trained((DENSE, DENSE))
     space, tokens = SPEC.build(model.architecture), windows(seed=3)
