@@ -13,8 +13,8 @@ from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.sparsify.neurons import contributions, hidden
 
 
-def expert_order(layer: SparseFeedForward, part: FeedForward, read: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [N] and experts [E] of a mixture in their new order; ``scale`` [T] says how much each token matters.
+def expert_order(layer: SparseFeedForward, part: FeedForward, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N] and experts [E] of a mixture in their new order.
 
     Experts by REAP's saliency (router weight times norm of the expert's output, a mean over all tokens,
     arXiv 2510.13999), largest first. An expert's neurons by the mean square of what they contribute to its tokens.
@@ -24,8 +24,7 @@ def expert_order(layer: SparseFeedForward, part: FeedForward, read: Tensor, scal
     start = part.shared_size
     for expert, size in enumerate(part.expert_sizes):
         pairs = slice(int(routing.offsets[expert]), int(routing.offsets[expert + 1]))
-        tokens = routing.tokens[pairs]
-        weights = routing.weights[pairs] * scale[tokens]
+        tokens, weights = routing.tokens[pairs], routing.weights[pairs]
         own, down = hidden(layer, read[tokens], slice(start, start + size)), layer.down[start : start + size]
         saliency.append((weights * (own @ down).norm(dim=1)).sum())
         weighted = weights[:, None] * contributions(own, down)

@@ -20,7 +20,7 @@ from moesaic.supernet.sparsify.neurons import hidden
 from moesaic.supernet.weights import Weights
 
 _ROWS = 4
-_RIDGE = 0.1
+_RIDGE = 0.3
 """Strength of the pull towards the trained weights, in mean squares of the hidden values."""
 
 
@@ -60,9 +60,8 @@ def _repair(
                 # What is missing after attention, too, is this layer's to make up for.
                 gap = torch.cat([(a - x).flatten(0, 1) for a, x in zip(after, states, strict=True)])
                 post = block.post_norm
-                scale = torch.cat([x.flatten(0, 1).norm(dim=1) for x in after]).clamp(min=1e-12).reciprocal()
                 target = torch.cat(wanted) + (0 if post else gap)
-                fit_down(block.feed_forward, layer.feed_forward, read, target, scale)
+                fit_down(block.feed_forward, layer.feed_forward, read, target)
             states = [_through(block, layer.feed_forward, x) for x in states]
             targets = [source.written(x, out.view_as(x)) for x, out in zip(after, wanted, strict=True)]
             on_layer(done)
@@ -72,9 +71,8 @@ def _through(block: TransformerLayer, part: FeedForward, x: Tensor) -> Tensor:
     return block.written(x, block.feed_forward(block.reads(x).flatten(0, 1), part)[0].view_as(x))
 
 
-def fit_down(layer: SparseFeedForward, part: FeedForward, read: Tensor, target: Tensor, scale: Tensor) -> None:
-    """Change ``layer.down`` so that outputs for ``read`` [T, D] are as near as possible to ``target`` [T, D], where an
-    error counts ``scale`` [T] times (see ``split.LayerInput``).
+def fit_down(layer: SparseFeedForward, part: FeedForward, read: Tensor, target: Tensor) -> None:
+    """Change ``layer.down`` so that outputs for ``read`` [T, D] are as near as possible to ``target`` [T, D].
 
     Ridge regression of what is missing: down + (H'H + l I)^-1 H' (target - H down), where H [T, n] are the weighted
     hidden values of the experts that each token uses, and l is ``_RIDGE`` times their mean square.
@@ -83,7 +81,6 @@ def fit_down(layer: SparseFeedForward, part: FeedForward, read: Tensor, target: 
     missing = target - values @ layer.down
     if layer.down_bias is not None:
         missing = missing - layer.down_bias
-    values, missing = values * scale[:, None], missing * scale[:, None]
     gram = (values.T @ values).double()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=1e-12))
     layer.down.add_(torch.linalg.solve(gram, (values.T @ missing).double()).float())

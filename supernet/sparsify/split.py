@@ -35,8 +35,7 @@ _JUDGED = 2048
 class PartCost:
     """What a layer loses when ``part`` replaces its feed-forward part, the rest of the model unchanged.
 
-    ``error`` is the squared error of the part's output, as a share of the output's square, both summed over tokens with
-    the weights of ``LayerInput``; ``load`` is the experts'.
+    ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` is the experts'.
     """
 
     slot: Slot
@@ -47,17 +46,12 @@ class PartCost:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer's feed-forward part reads, [T, D], and how much a change of its output matters for each token.
-
-    ``scale`` [T] is 1 / the norm of the states that the output is added to: the next norm divides by it. Without it
-    the few tokens with huge states, on which attention rests, would decide alone.
-    """
+    """What a layer's feed-forward part reads, [T, D]."""
 
     slot: Slot
     feed_forward: SparseFeedForward
     part: FeedForward
     read: Tensor
-    scale: Tensor
 
 
 @torch.no_grad()
@@ -102,8 +96,7 @@ def layer_inputs(source: Transformer, windows: Tensor) -> Iterator[LayerInput]:
             assert isinstance(block, TransformerLayer)
             states = [block.attend(x, layer, inputs) for x in states]
             read = [block.reads(x).flatten(0, 1) for x in states]
-            scale = torch.cat([x.flatten(0, 1).norm(dim=1) for x in states]).clamp(min=1e-12).reciprocal()
-            yield LayerInput(Slot(name, index), block.feed_forward, layer.feed_forward, torch.cat(read), scale)
+            yield LayerInput(Slot(name, index), block.feed_forward, layer.feed_forward, torch.cat(read))
             outputs = (block.feed_forward(x, layer.feed_forward)[0] for x in read)
             states = [block.written(x, out.view_as(x)) for x, out in zip(states, outputs, strict=True)]
 
@@ -117,12 +110,12 @@ def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster:
     old, read = given.feed_forward, given.read
     values, rows = dict(old.named_parameters()), torch.arange(given.part.neurons, device=read.device)
     if given.part.router is None and splits_dense(new.part):
-        contribution = contributions(hidden(old, read), old.down) * given.scale[:, None]
+        contribution = contributions(hidden(old, read), old.down)
         rows = neuron_order(old, contribution, _bounds(space), cluster)
         weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
         values |= {"router": nn.Parameter(weight), "router_bias": nn.Parameter(bias)}
     elif given.part.router is not None and given.part.router.score == "softmax":
-        rows, experts = expert_order(old, given.part, read, given.scale)
+        rows, experts = expert_order(old, given.part, read)
         values["router"] = nn.Parameter(values["router"][experts])
     for name, value in values.items():
         setattr(new, name, nn.Parameter(value[rows] if name in _PER_NEURON else value.detach(), requires_grad=False))
@@ -134,15 +127,14 @@ def _bounds(space: LayerSpace) -> list[int]:
 
 
 def _part_costs(new: SparseFeedForward, given: LayerInput, space: LayerSpace) -> list[PartCost]:
-    step = max(1, len(given.read) // _JUDGED)
-    read, weight = given.read[::step], given.scale[::step, None].square()
+    read = given.read[:: max(1, len(given.read) // _JUDGED)]
     bias = 0 if given.feed_forward.down_bias is None else given.feed_forward.down_bias  # common to all choices
     target = given.feed_forward(read, given.part)[0] - bias
-    size, costs = (target.square() * weight).sum().clamp(min=1e-30), []
+    size, costs = target.square().sum().clamp(min=1e-30), []
     for choice in _choices(space):
         out, routing = new(read, choice)
         load = None if routing is None else LayerLoad(tuple((routing.load / len(read)).tolist()))
-        error = ((out - bias - target).square() * weight).sum() / size
+        error = (out - bias - target).square().sum() / size
         costs.append(PartCost(given.slot, choice, error.item(), load))
     return costs
 
