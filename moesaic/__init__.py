@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moesaic.nas.executors import Executor, LocalExecutor, Outcome, Work, evaluate_all
     from moesaic.nas.executors.ray_lanes import RayExecutor
     from moesaic.nas.executors.tune_trials import TuneExecutor
+    from moesaic.nas.inspect import Inspection, inspect_checkpoint
     from moesaic.nas.pipeline import run_stages
     from moesaic.nas.report.summary import Summary
     from moesaic.nas.search.budget import Budget, cost_ranges, find_feasible, resolve_budget
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from moesaic.search_spaces import Architecture, MoesaicError, SearchSpace
     from moesaic.search_spaces.files import read_value, write_value
     from moesaic.supernet import Batch, Evaluation, Judge, Transformer
+    from moesaic.supernet.convert import open_checkpoint, write_folder
 
 _WHERE = {
     "nas": ["__version__"],
@@ -78,6 +80,7 @@ _WHERE = {
     "nas.executors": ["Executor", "LocalExecutor", "Outcome", "Work", "evaluate_all"],
     "nas.executors.ray_lanes": ["RayExecutor"],
     "nas.executors.tune_trials": ["TuneExecutor"],
+    "nas.inspect": ["Inspection", "inspect_checkpoint"],
     "nas.pipeline": ["run_stages"],
     "nas.report.summary": ["Summary"],
     "nas.search.budget": ["Budget", "cost_ranges", "find_feasible", "resolve_budget"],
@@ -104,6 +107,7 @@ _WHERE = {
     "search_spaces": ["Architecture", "MoesaicError", "SearchSpace"],
     "search_spaces.files": ["read_value", "write_value"],
     "supernet": ["Batch", "Evaluation", "Judge", "Transformer"],
+    "supernet.convert": ["open_checkpoint", "write_folder"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -128,6 +132,7 @@ __all__ = [
     "ExecutorConfig",
     "FeasibleSampler",
     "Genome",
+    "Inspection",
     "Interval",
     "Judge",
     "Judged",
@@ -172,6 +177,7 @@ __all__ = [
     "holm",
     "hypervolume",
     "hypervolumes",
+    "inspect_checkpoint",
     "kendall_tau",
     "leave_one_out",
     "load",
@@ -184,6 +190,7 @@ __all__ = [
     "measure_costs",
     "model_terms",
     "non_dominated",
+    "open_checkpoint",
     "open_run",
     "peak_activation_bytes",
     "plan",
@@ -199,6 +206,7 @@ __all__ = [
     "uniform_layouts",
     "versions",
     "worst_status",
+    "write_folder",
     "write_value",
 ]
 

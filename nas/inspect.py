@@ -14,6 +14,7 @@ from torch import Tensor
 from moesaic.nas.data.tokenizer import read_tokenizer
 from moesaic.nas.terminal.tables import plain_table
 from moesaic.search_spaces import MoesaicError, Slot
+from moesaic.search_spaces.files import PathLike
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet.convert import Checkpoint
 from moesaic.supernet.sparsify.activity import Activity, activity
@@ -60,7 +61,7 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, text: Path | None, on_layer: Callable[[int, int], None] = lambda done, total: None
+    checkpoint: Checkpoint, text: PathLike | None, on_layer: Callable[[int, int], None] = lambda done, total: None
 ) -> Inspection:
     """Reads the whole model. ``text`` is a text file of the kind that the model is for; by default the Python standard
     library's licence and sources. ``on_layer`` gets the layers done and their number.
@@ -69,7 +70,7 @@ def inspect_checkpoint(
     ------
     MoesaicError : the text is too short or cannot be read; the checkpoint is damaged.
     """
-    windows = _windows(checkpoint, text)
+    windows = _windows(checkpoint, None if text is None else Path(text))
     model, architecture = checkpoint.load(), checkpoint.architecture
     total, found = 2 * len(architecture.layers), {}
     with torch.no_grad():

@@ -1,0 +1,138 @@
+"""A trained decoder made sparser: the searched model, the best uniform choice and the best pruned dense model.
+
+python -m experiments.real_decoder.run MODEL TRAIN VALIDATION TEST [--out runs/real-decoder] [KEY=VALUE]...
+
+MODEL is a Hugging Face folder (README.md says how to get the one of the result); the others are text files. The run is
+that of sparsify.yaml with the KEY=VALUE settings: no training, unless retrain.steps is set. Then every model is timed in
+one process, in turns: a decoding step after 256 tokens, and a prefill of 256. Run nothing else beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import moesaic
+from experiments.common import Row, facts, markdown, parser_of, run_script
+from moesaic import Transformer, open_checkpoint, open_run, write_value
+from moesaic.supernet import KeyValueCache
+
+HERE = Path(__file__).parent
+LENGTH, ROUNDS = 256, 15
+SOURCE = "source"
+
+
+def decoding(model: Transformer) -> Callable[[], object]:
+    cache = KeyValueCache(model.architecture, 1, LENGTH + 1, model.device)
+    tokens = torch.randint(0, model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    model.run(tokens, cache=cache)
+
+    def step() -> None:
+        cache.length = LENGTH
+        model.run(tokens[:, :1], cache=cache)
+
+    return step
+
+
+def prefill(model: Transformer) -> Callable[[], object]:
+    tokens = torch.randint(0, model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    return lambda: model.run(tokens)
+
+
+@torch.inference_mode()
+def timed(models: dict[str, Transformer]) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each model in turns, and as multiples of the source's in the same round."""
+    found: dict[str, dict[str, float]] = {name: {} for name in models}
+    for phase, make in (("decode", decoding), ("prefill", prefill)):
+        steps = {name: make(model) for name, model in models.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(ROUNDS + 1):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if turn:  # the first warms up
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        for name, values in times.items():
+            found[name][f"{phase}_ms"] = round(statistics.median(values), 2)
+            ratios = [value / whole for value, whole in zip(values, times[SOURCE], strict=True)]
+            found[name][f"{phase}_share"] = round(statistics.median(ratios), 3)
+    return found
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    for name in ("model", "train", "validation", "test"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("runs/real-decoder"))
+    arguments = parser.parse_args()
+    files = ", ".join(f"{split}: '{getattr(arguments, split)}'" for split in ("train", "validation", "test"))
+    settings = [f"model.from={arguments.model}", f"data.files={{{files}}}", *arguments.settings]
+    run = open_run(HERE / "sparsify.yaml", settings, arguments.out)
+    summaries = moesaic.run(HERE / "sparsify.yaml", settings, arguments.out)
+
+    models = {SOURCE: open_checkpoint(arguments.model).load()}
+    judge = run.judge("test", run.config.retrain.evaluation_windows, models[SOURCE])
+    rows: list[Row] = [{"budget": "", "model": SOURCE, "repaired_loss": judge(models[SOURCE].architecture).loss}]
+    whole = run.pricer.expected(models[SOURCE].architecture)["flops"]
+    for budget, summary in summaries.items():
+        for result in (summary.chosen.retrained, *summary.rivals):
+            folder = arguments.out / "budgets" / budget / "retrain" / result.name / f"seed-{summary.seed}"
+            model = models[f"{budget} {result.name}"] = moesaic.load(folder)
+            inherited = run.judge("test", run.config.retrain.evaluation_windows)(result.architecture)
+            rows.append(
+                {
+                    "budget": budget,
+                    "model": result.name,
+                    "flops_share": round(result.measured["flops"] / whole, 3),
+                    "parameters": round(result.measured["parameters"]),
+                    "inherited_loss": round(inherited.loss, 4),
+                    "repaired_loss": round(result.loss, 4),
+                    "above_searched": round(result.above_searched.mean, 4),
+                    "p_value": result.above_searched.p_value,
+                    "layers": kinds(model),
+                }
+            )
+    times = timed(models)
+    for name, row in zip(models, rows, strict=True):
+        row |= times[name]
+    seconds = {budget: summary.stage_seconds for budget, summary in summaries.items()}
+    result = {
+        **facts(run.device),
+        "seed": run.config.seed,
+        "settings": list(arguments.settings),
+        "tokens": judge.batch.tokens.numel(),
+        "stage_seconds": seconds,
+        "rows": rows,
+    }
+    write_value(HERE / ("result.json" if not arguments.settings else "result-changed.json"), result, dict)
+    columns = "budget|model|FLOPs|inherited loss|repaired loss|decode|prefill"
+    print(markdown(columns, [table_row(row) for row in rows]))
+
+
+def kinds(model: Transformer) -> dict[str, int]:
+    """How many layers are dense, and have experts of which size."""
+    found: dict[str, int] = {}
+    for layer in model.architecture.layers.values():
+        part = layer.feed_forward
+        kind = "dense" if part.router is None else f"experts of {part.expert_sizes[0]}"
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def table_row(row: Row) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return format(row[key], form) if key in row else ""
+
+    names = (row["budget"], row["model"], shown("flops_share", ".0%"))
+    losses = (shown("inherited_loss", ".3f"), shown("repaired_loss", ".3f"))
+    times = (f"{row[f'{phase}_ms']:.1f} ms ({row[f'{phase}_share']:.2f})" for phase in ("decode", "prefill"))
+    return [*names, *losses, *times]
+
+
+if __name__ == "__main__":
+    run_script(main)
