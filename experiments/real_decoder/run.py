@@ -2,8 +2,8 @@
 
 python -m experiments.real_decoder.run MODEL TRAIN VALIDATION TEST [--out runs/real-decoder] [KEY=VALUE]...
 
-MODEL is a Hugging Face folder (README.md says how to get the one of the result); the others are text files. The run is
-that of sparsify.yaml with the KEY=VALUE settings: no training, unless retrain.steps is set. Then every model is timed in
+MODEL is a Hugging Face folder (README.md says how to get the one of the result); the others are text files. It is the
+run of sparsify.yaml with the KEY=VALUE settings: no training, unless retrain.steps is set. Then all models are timed in
 one process, in turns: a decoding step after 256 tokens, and a prefill of 256. Run nothing else beside it.
 """
 
