@@ -98,8 +98,7 @@ def main() -> None:
                 }
             )
     times = timed(models)
-    for name, row in zip(models, rows, strict=True):
-        row |= times[name]
+    rows = [row | times[name] for name, row in zip(models, rows, strict=True)]
     seconds = {budget: summary.stage_seconds for budget, summary in summaries.items()}
     result = {
         **facts(run.device),

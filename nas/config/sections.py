@@ -134,12 +134,12 @@ class ModelConfig(_Section):
 
     Each of its layers is reordered on ``calibration_windows`` windows of training text, so that its slices are the best
     ones. Neurons of a dense layer that act on the same tokens (``coactivation``), or whose input weights are alike
-    (``weights``), become one expert; ``none`` goes by importance alone.
+    (``weights``), become one expert; ``none`` goes by importance alone, and ``stored`` by chance, for comparison.
     """
 
     from_: Annotated[str, Field(alias="from", min_length=1)]
     calibration_windows: Count = 16
-    cluster: Literal["coactivation", "weights", "none"] = "coactivation"
+    cluster: Literal["coactivation", "weights", "none", "stored"] = "coactivation"
 
 
 class SupernetConfig(TrainingConfig):

@@ -63,6 +63,8 @@ CLUSTERS: dict[str, Callable[[SparseFeedForward, Tensor], Tensor] | None] = {
     "none": None,
 }
 """By name, what makes neurons neighbours inside a band of importance; ``none`` leaves the order of importance."""
+STORED = "stored"
+"""The order in which the model stores its neurons, which is that of chance: a control."""
 
 
 def neuron_order(layer: SparseFeedForward, contribution: Tensor, bounds: Sequence[int], cluster: str) -> Tensor:
@@ -70,7 +72,10 @@ def neuron_order(layer: SparseFeedForward, contribution: Tensor, bounds: Sequenc
 
     Neurons fall by importance into bands that end at ``bounds``, so that the first rows up to any bound are the most
     important ones. Inside a band, neurons of one tile, and neighbouring tiles, are alike by ``CLUSTERS[cluster]``.
+    ``STORED`` changes nothing.
     """
+    if cluster == STORED:
+        return torch.arange(contribution.shape[1], device=contribution.device)
     ranked = importance(contribution).argsort(descending=True)
     points = CLUSTERS[cluster]
     if points is None:

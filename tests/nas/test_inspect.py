@@ -1,4 +1,4 @@
-"""`moesaic inspect`: the figures are those of the layers, the sentences follow from them, and bad input is one message."""
+"""`moesaic inspect`: figures are those of the layers, sentences follow from them, and bad input is one message."""
 
 from __future__ import annotations
 
