@@ -37,8 +37,9 @@ Names = Mapping[str, Pieces]
 
 
 def ours(pieces: Pieces, read: Read) -> Tensor:
-    """The value of our parameter, as float32."""
-    return torch.cat([piece.of(read(piece.name)).float() for piece in pieces])
+    """The value of our parameter, as float32. One that is stored as it is stays a view of its memory-mapped file."""
+    parts = [piece.of(read(piece.name)).float() for piece in pieces]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def theirs(names: Names, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
