@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,20 +39,39 @@ class Settings:
         return next((key for key in keys if key in self.data), keys[0])
 
     def size(self, key: str, default: Any = _MISSING) -> int:
-        """A positive integer."""
+        """A positive integer; ``default`` also where it is null."""
         value = self.get(key, default)
+        value = default if value is None and default is not _MISSING else value
         if type(value) is not int or value < 1:
             raise self.error("is not a positive integer", key, value, "1 and more")
         return value
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A mapping; empty where it is absent or null."""
+        value = self.get(key, None)
+        if not isinstance(value, dict | None):
+            raise self.error("is not a mapping", key, value, "a mapping, or null")
+        return value or {}
+
+    def listed(self, key: str) -> list[Any]:
+        """A list; empty where it is absent or null."""
+        value = self.get(key, None)
+        if not isinstance(value, list | None):
+            raise self.error("is not a list", key, value, "a list, or null")
+        return value or []
+
     def number(self, key: str, default: Any = _MISSING) -> float:
         value = self.get(key, default)
-        if type(value) not in (int, float):
-            raise self.error("is not a number", key, value, "a number")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.error("is not a number", key, value, "a finite number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        return bool(self.get(key, default))
+        """``default`` also where it is null."""
+        value = self.get(key, default)
+        if not isinstance(value, bool | None):
+            raise self.error("is neither true nor false", key, value, "true or false")
+        return default if value is None else value
 
     def only(self, key: str, allowed: Any, default: Any = None) -> None:
         """Raises MoesaicError unless the key is absent, null, or ``allowed``: nothing else has an exact counterpart."""
@@ -62,7 +82,7 @@ class Settings:
     def one_of(self, key: str, names: Mapping[str, str], default: Any = _MISSING) -> str:
         """Our name for the value of a key."""
         value = self.get(key, default)
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise self.error("cannot be represented exactly", key, value, ", ".join(names))
         return names[value]
 

@@ -40,7 +40,7 @@ def _read_gpt2(settings: Settings) -> Architecture:
         width,
         settings.size("n_layer", 12),
         settings.size("n_head", 12),
-        settings.get("n_inner", None) or 4 * width,
+        settings.size("n_inner", 4 * width),
         settings.one_of("activation_function", _ACTIVATIONS, "gelu_new"),
         settings.number("layer_norm_epsilon", 1e-5),
         settings.size("n_positions", 1024),

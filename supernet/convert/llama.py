@@ -47,8 +47,8 @@ class _Variant:
 
 def _read(variant: _Variant, settings: Settings) -> Architecture:
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
-    kv_heads = settings.get("num_key_value_heads", None) or heads
-    head_size = settings.get("head_dim", variant.head_size) or width // heads
+    kv_heads = settings.size("num_key_value_heads", heads)
+    head_size = settings.size("head_dim", variant.head_size or width // heads)
     for key in variant.unsupported:
         settings.only(key, False)
     _full_attention(settings)
@@ -73,7 +73,7 @@ def _read(variant: _Variant, settings: Settings) -> Architecture:
 
 def _full_attention(settings: Settings) -> None:
     """Raises MoesaicError where some layers attend to a window only."""
-    kinds = settings.get("layer_types", None) or []
+    kinds = settings.listed("layer_types")
     if "sliding_attention" in kinds:
         raise settings.error("cannot be represented exactly", "layer_types", "sliding_attention", "full_attention")
     if settings.get("use_sliding_window", None) is not False and not kinds:
@@ -82,15 +82,15 @@ def _full_attention(settings: Settings) -> None:
 
 def _rotary_base(settings: Settings) -> float:
     """The base of rotary angles, in either spelling. Raises MoesaicError for scaled and partial rotation."""
-    rope = settings.get("rope_parameters", None) or {}
-    scaling = settings.get("rope_scaling", None) or rope
+    rope = settings.mapping("rope_parameters")
+    scaling = settings.mapping("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise settings.error("cannot be represented exactly", "rope_scaling", kind, "default, without scaling")
     fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", None))
     if fraction not in (None, 1, 1.0):
         raise settings.error("cannot be represented exactly", "partial_rotary_factor", fraction, "1.0")
-    return float(rope.get("rope_theta", settings.number("rope_theta", _BASE)))
+    return Settings(rope, settings.path).number("rope_theta", settings.number("rope_theta", _BASE))
 
 
 def _part(mixture: _Mixture | None, settings: Settings, index: int) -> FeedForward:
@@ -109,7 +109,7 @@ def _is_sparse(mixture: _Mixture, settings: Settings, index: int) -> bool:
     if not mixture.dense_layers:
         return True
     step = settings.size("decoder_sparse_step", 1)
-    return index not in (settings.get("mlp_only_layers", None) or []) and (index + 1) % step == 0
+    return index not in (settings.listed("mlp_only_layers")) and (index + 1) % step == 0
 
 
 def _write(variant: _Variant, architecture: Architecture, vocab_size: int) -> dict[str, Any]:

@@ -127,6 +127,17 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: retensor(f, lambda t: t.update({"lm_head.weight": torch.zeros(40, 32).to(torch.float8_e4m3fn)})),
         "lm_head.weight is stored as F8_E4M3",
     ),
+    "a listed type": (lambda f: change(f, model_type=["llama"]), "model_type: this family cannot be read"),
+    "a quantized name": (lambda f: change(f, quantization_config="fp8"), "(?s)quantized weights.*fp8"),
+    "heads as text": (lambda f: change(f, num_key_value_heads="2"), "num_key_value_heads: is not a positive integer"),
+    "size as text": (lambda f: change(f, head_dim="16"), "head_dim: is not a positive integer"),
+    "a rope list": (lambda f: change(f, rope_parameters=[1]), "rope_parameters: is not a mapping"),
+    "a rope base": (lambda f: change(f, rope_parameters={"rope_theta": "1e4"}), "rope_theta: is not a number"),
+    "kinds as text": (lambda f: change(f, layer_types="full"), "layer_types: is not a list"),
+    "tied as text": (lambda f: change(f, tie_word_embeddings="false"), "tie_word_embeddings: is neither true nor"),
+    "length as text": (lambda f: change(f, max_position_embeddings="64"), "max_position_embeddings: is not a positive"),
+    "activation as list": (lambda f: change(f, hidden_act=["silu"]), "hidden_act: cannot be represented exactly"),
+    "infinite eps": (lambda f: change(f, rms_norm_eps=float("inf")), "rms_norm_eps: is not a number"),
     "no tokenizer": (lambda f: open_checkpoint(f).tokenizer, "no tokenizer.json"),
 }
 
@@ -153,10 +164,43 @@ def test_whole_and_sharded_folders_are_the_same_model(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
+def test_a_layer_alone_is_checked_as_well(folder: Path) -> None:
+    prefix = "stacks.decoder.layers.1."
+    retensor(folder, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+    assert open_checkpoint(folder).tensors(prefix)  # this layer is whole
+    name = "model.layers.1.mlp.up_proj.weight"
+    retensor(folder, lambda tensors: tensors.update({name: torch.ones(16, 32)}))
+    with pytest.raises(MoesaicError, match=f"the shape of {name} does not fit config.json"):
+        open_checkpoint(folder).tensors(prefix)
+    retensor(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(MoesaicError, match=f"(?s)1 tensors are missing.*{name}"):
+        open_checkpoint(folder).tensors(prefix)
+
+
+def test_links_to_files_elsewhere_are_followed(folder: Path, tmp_path: Path) -> None:
+    """A cache of downloads has links to its blobs."""
+    expected = open_checkpoint(folder).load()
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    found = open_checkpoint(folder).load()
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_change_of_a_loaded_model_does_not_reach_its_file(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model = open_checkpoint(folder).load()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
 def test_the_fingerprint_knows_weights_and_configuration(folder: Path) -> None:
     first = open_checkpoint(folder).fingerprint
     assert open_checkpoint(folder).fingerprint == first
-    retensor(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    (folder / "model.safetensors").write_bytes(data)
     second = open_checkpoint(folder).fingerprint
     change(folder, rms_norm_eps=1e-5)
     assert len({first, second, open_checkpoint(folder).fingerprint}) == 3
