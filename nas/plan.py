@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -110,8 +110,7 @@ def build_plan(part: BudgetRun, latency: bool = False) -> Plan:
 
 def _estimate_seconds(run: Run) -> dict[str, float]:
     """Seconds per stage, from FLOPs and the speed of one layer; a training step costs about 3 forward passes."""
-    config, space = run.config, run.space
-    data = supernet_recipe(config, space, run.device.bfloat16).data(run.task)
+    space = run.space
     context = Context(run.task.vocab_size, run.task.sequence_length, 8, run.device.bytes_per_value)
     pricer, second_per_flop = Pricer(context), seconds_per_flop(space.smallest, context, run.device)
 
@@ -120,16 +119,24 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
         work = sum(pricer.expected(architecture)["flops"] for architecture in architectures)
         return second_per_flop * work * context.sequence_length
 
-    first, alone = round(config.supernet.largest_first * config.supernet.steps), config.supernet.largest_first
-    slices = sum(forward_seconds(data.slices(first + step)) for step in range(8)) / 8
-    step = alone * forward_seconds([space.largest]) + (1 - alone) * slices
     rng = Random(0)
     typical = forward_seconds([space.sample_balanced(rng) for _ in range(50)]) / 50
     return {
-        "supernet": 3 * step * config.supernet.batch_size * config.supernet.steps,
+        "supernet": BY_NAME["supernet"].passes(run) * _supernet_seconds(run, forward_seconds),
         "search": BY_NAME["search"].passes(run) / len(run.budgets) * typical,
         **{name: BY_NAME[name].passes(run.budgets[0]) * typical for name in ("fidelity", "retrain")},
     }
+
+
+def _supernet_seconds(run: Run, forward_seconds: Callable[[Iterable[Architecture]], float]) -> float:
+    """Of one sequence that passes forward in stage supernet: a trained model, or a mean over the slices of a step."""
+    if run.loaded.checkpoint is not None:
+        return forward_seconds([run.space.largest])
+    config = run.config.supernet
+    data = supernet_recipe(run.config, run.space, run.device.bfloat16).data(run.task)
+    first, alone = round(config.largest_first * config.steps), config.largest_first
+    slices = sum(forward_seconds(data.slices(first + step)) for step in range(8)) / 8
+    return alone * forward_seconds([run.space.largest]) + (1 - alone) * slices
 
 
 def print_plan(console: Console, plan: Plan, budget: str = "") -> None:

@@ -12,6 +12,7 @@ import torch
 from moesaic.nas.config import load_config
 from moesaic.nas.data import load_corpus
 from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.plan import build_plan
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.retrain_models import load_results
 from moesaic.nas.stages.run import Run
@@ -208,6 +209,16 @@ def test_a_setting_is_an_input_of_the_stages_whose_files_it_decides(
         patch.setattr(StageDirectory, "settled", property(lambda stage: (stage.path / "artifact.json").exists()))
         after = inputs(open_run(tmp_path, trained("llama"), corpus_folder, *overrides))
     assert {name for name in before if before[name] != after[name]} == expected
+
+
+def test_a_plan_prices_the_space_and_estimates_the_stages(
+    trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path, trained("llama"), corpus_folder)
+    found = build_plan(only(run), latency=True)
+    assert (found.space, found.cardinality, found.problem) == ("from-model", run.space.cardinality, None)
+    assert found.budget[0].limit < found.costs["flops"].largest
+    assert found.seconds["supernet"] > 0
 
 
 WRONG = {
