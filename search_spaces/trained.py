@@ -84,7 +84,7 @@ class TrainedSpec(BaseModel):
         kept = {*(_tiles(share * neurons) for share in self.kept), neurons}
         groups = {1: FeedForwardGroup(1, tuple(sorted(size for size in kept if size <= neurons)), (0,), (None,))}
         for size, shared in product(sorted(self.expert_sizes), self.shared):
-            experts = (neurons - _tiles(shared * neurons)) // size
+            experts = (neurons - round(shared * neurons / TILE) * TILE) // size
             if experts > 1 and experts not in groups:
                 rest = neurons - experts * size
                 groups[experts] = FeedForwardGroup(experts, (size,), (rest,), self._mass_routers(experts))

@@ -93,6 +93,12 @@ def test_the_same_number_of_experts_is_one_layout() -> None:
     assert found == {4: ((16,), (128,)), 8: ((16,), (64,)), 2: ((32,), (128,))}
 
 
+def test_no_shared_neurons_are_none() -> None:
+    source = Architecture(Stack(32, (Layer(Attention(2, 2), FeedForward((192,))),)), Backbone(head_size=8))
+    (layer,) = TrainedSpec(expert_sizes=[16, 64], shared=[0.0]).build(source).layers.values()
+    assert {group.experts: group.shared_sizes for group in layer.groups} == {1: (0,), 3: (0,), 12: (0,)}
+
+
 def test_experts_of_different_sizes_are_refused() -> None:
     part = FeedForward((32, 16), Router("top_k", k=1))
     source = Architecture(Stack(32, (Layer(Attention(2, 2), part),)), Backbone(head_size=8))
