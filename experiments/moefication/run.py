@@ -123,7 +123,7 @@ def search_at(share: float, model: Path, out: Path) -> Row:
     run = split_by("coactivation", model, out)
     member = uniform(run, share)
     flops = run.pricer.expected(member)["flops"]
-    settings = [f"model.from={model}", "model.cluster=coactivation", f"budget.flops={flops * 1.0001:.0f}"]
+    settings = [f"model.from={model}", "model.cluster=coactivation", f"budget.flops={flops * 1.0001:.0f} FLOPs"]
     searching = open_run(HERE / "split.yaml", settings, out / f"search-{share}")
     for stage in ("supernet", "latency", "search"):
         do_stage(searching, stage)

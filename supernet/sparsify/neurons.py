@@ -18,7 +18,7 @@ from moesaic.search_spaces.parts import TILE
 from moesaic.supernet.experts import SparseFeedForward
 
 _ROUNDS = 6
-_SPECTRUM = 24
+_SPECTRUM = 64
 """Singular vectors that describe which neurons act together."""
 _COARSE = 4
 """Tiles of a coarse cluster, so that larger experts also consist of neurons that act together."""
