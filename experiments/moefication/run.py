@@ -88,6 +88,7 @@ def main() -> None:
     model = arguments.out / "relu" / "exports" / "best"
 
     rows: list[Row] = []
+    dense = 0.0
     for order in ORDERS:
         run = split_by(order, model, arguments.out)
         windows = torch.cat([(batch := run.task.held_out("test", 64)).tokens, batch.targets[:, -1:]], dim=1)
