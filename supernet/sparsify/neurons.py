@@ -76,14 +76,15 @@ def neuron_order(layer: SparseFeedForward, contribution: Tensor, bounds: Sequenc
     """
     if cluster == STORED:
         return torch.arange(contribution.shape[1], device=contribution.device)
-    ranked = importance(contribution).argsort(descending=True)
+    device, contribution = contribution.device, contribution.cpu()  # scipy assigns on a CPU
+    ranked = importance(contribution).argsort(descending=True, stable=True)
     points = CLUSTERS[cluster]
     if points is None:
-        return ranked
-    at = torch.nn.functional.normalize(points(layer, contribution), dim=1)
+        return ranked.to(device)
+    at = torch.nn.functional.normalize(points(layer, contribution).cpu(), dim=1)
     edges = sorted({0, len(ranked), *(bound for bound in bounds if 0 < bound < len(ranked))})
     bands = [ranked[first:stop] for start, end in pairwise(edges) for first, stop in _pieces(start, end)]
-    return torch.cat([band[_clustered(at[band])] for band in bands])
+    return torch.cat([band[_clustered(at[band])] for band in bands]).to(device)
 
 
 def _pieces(start: int, end: int) -> list[tuple[int, int]]:
