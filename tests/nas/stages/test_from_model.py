@@ -211,6 +211,22 @@ def test_a_setting_is_an_input_of_the_stages_whose_files_it_decides(
     assert {name for name in before if before[name] != after[name]} == expected
 
 
+@pytest.mark.parametrize(("sampler", "kind"), [("evolution", "llama"), ("tpe", "mixtral"), ("nsga2", "llama")])
+def test_any_sampler_searches_the_space_and_the_study_follows(
+    sampler: str, kind: str, trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    """Threshold routers on predicted mass included."""
+    run = open_run(
+        tmp_path, trained(kind), corpus_folder, f"search.sampler={sampler}", "search.population=8", "search.trials=16",
+        "space.threshold=[0.4, 0.7]", "retrain.rivals=false",
+    )  # fmt: skip
+    finish(run)
+    assert "stops here" not in said(run)
+    trials, result = load_search(only(run))
+    assert sum(trial.ended for trial in trials) == 16
+    assert result.best.costs["flops"] <= only(run).budget.lines[0].limit
+
+
 def test_a_plan_prices_the_space_and_estimates_the_stages(
     trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
 ) -> None:
