@@ -22,7 +22,7 @@ from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
 from moesaic.supernet.sharing import splits_dense
 from moesaic.supernet.sparsify.experts import expert_order
-from moesaic.supernet.sparsify.neurons import contributions, hidden, neuron_order
+from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, neuron_order
 from moesaic.supernet.sparsify.routers import fit_masses, masses
 
 _ROWS = 4
@@ -114,7 +114,7 @@ def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster:
         rows = neuron_order(old, contribution, _bounds(space), cluster)
         weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
         values |= {"router": nn.Parameter(weight), "router_bias": nn.Parameter(bias)}
-    elif given.part.router is not None and given.part.router.score == "softmax":
+    elif given.part.router is not None and given.part.router.score == "softmax" and cluster != STORED:
         rows, experts = expert_order(old, given.part, read)
         values["router"] = nn.Parameter(values["router"][experts])
     for name, value in values.items():

@@ -210,6 +210,13 @@ def test_repair_leaves_the_trained_model_as_it_is() -> None:
     assert torch.equal(mended(windows()), found.extract(space.largest)(windows()))
 
 
+def test_the_stored_order_is_kept_as_a_control() -> None:
+    model = trained((DENSE, MIXTURE))
+    before = [layer.feed_forward.down.detach().clone() for layer in model.layers]
+    found, _ = split(model, SPEC.build(model.architecture), windows(), "stored")
+    assert all(torch.equal(layer.feed_forward.down, old) for layer, old in zip(found.layers, before, strict=True))
+
+
 def test_the_most_salient_experts_and_neurons_of_a_mixture_come_first() -> None:
     """One expert's output is scaled up, another's is zero; in each, one neuron writes most."""
     model = trained((MIXTURE,))
