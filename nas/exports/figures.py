@@ -52,6 +52,13 @@ def training_text(init: str, steps: int) -> str:
     return f"{steps} steps from {STARTS[init]}" if steps else f"{STARTS[init]}, not trained"
 
 
+def weights_text(init: str, steps: int, seed: int) -> str:
+    """The same for a model of one seed: ``trained from scratch for 400 steps with seed 0``."""
+    if steps:
+        return f"trained from {STARTS[init]} for {steps} steps with seed {seed}"
+    return training_text(init, steps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetrainedModel(MeanScores):
     """The searched model or a rival, trained alike and evaluated on the test split, with the thresholds that the first

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel, training_text
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel, weights_text
 from moesaic.nas.exports.folder import export_model, load_exported, write_facts
 from moesaic.nas.search.thresholds import lower_thresholds_to_fit
 from moesaic.nas.stages.check_fidelity import load_trust
@@ -155,7 +155,7 @@ def _train_seeds(
 def _export(part: BudgetRun, directory: Path, searched: RetrainedModel, folder: Path) -> None:
     """Export the model in ``folder``, the searched one of the first seed, which was measured."""
     run, inherited, first = part.run, load_exports(part)[0], searched.runs[0]
-    weights = training_text(searched.init, searched.steps) + f" with seed {first.seed}" * (searched.steps > 0)
+    weights = weights_text(searched.init, searched.steps, first.seed)
     if searched.interval is not None:
         low, high = searched.interval
         weights += f", the first of {len(searched.runs)}, whose mean loss is {searched.loss:.4f} "

@@ -66,13 +66,13 @@ def test_figures_are_means_over_seeds_with_students_interval():
     assert (one.loss, one.interval, one.half_interval, one.error) == (3.0, None, None, 0.1)
 
 
-def judged(mean: float, p_value: float, seeds: int, **costs: float) -> str:
+def judged(mean: float, p_value: float, seeds: int, steps: int = 10, **costs: float) -> str:
     """The verdict on a searched model beside a near rival and one that is far behind."""
     above = Difference(mean, 0.1, mean - 0.05, mean + 0.05, p_value, seeds)
     measured = {"flops": 1e6, "latency": 8.0, "parameters": 5e5}
     far = SimpleNamespace(name="dense", loss=3.9, above_searched=replace(above, p_value=1e-9), measured=measured)
     near = SimpleNamespace(name="uniform", loss=3.2, above_searched=above, measured={**measured, **costs})
-    mine = SimpleNamespace(loss=3.0, measured={"flops": 9e5, "latency": 10.0, "parameters": 8.5e5})
+    mine = SimpleNamespace(loss=3.0, steps=steps, measured={"flops": 9e5, "latency": 10.0, "parameters": 8.5e5})
     chosen, more = SimpleNamespace(retrained=mine), "moesaic run 'my run.yaml' retrain.seeds=3 --out runs/x"
     return verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=(far, near), more_seeds=more)))
 
@@ -93,6 +93,13 @@ def test_the_verdict_over_several_seeds_is_that_of_a_test(mean, p_value, words):
     assert "Holm-corrected for 2 rivals" in text
 
 
+def test_models_that_were_not_trained_are_judged_over_sequences() -> None:
+    text = judged(0.06, 0.01, seeds=1, steps=0)
+    assert text.startswith("The search paid: test loss 3.0000 against 3.2000 of the best rival (uniform)")
+    assert "over the test sequences, in pairs; p = 0.010 (Holm-corrected for 2 rivals)" in text
+    assert judged(0.06, 0.2, seeds=1, steps=0).startswith("The search made no significant difference")
+
+
 @pytest.mark.parametrize("p_value", [1e-12, 0.5])
 def test_one_seed_gives_no_verdict_but_the_command_for_one(p_value):
     text = judged(0.06, p_value, 1)
@@ -109,7 +116,7 @@ def test_a_verdict_is_corrected_for_the_number_of_rivals():
     rivals = tuple(
         SimpleNamespace(name=name, loss=2.9 + n, above_searched=above, measured=costs) for n, name in enumerate("ab")
     )
-    chosen = SimpleNamespace(retrained=SimpleNamespace(loss=3.0, measured=costs))
+    chosen = SimpleNamespace(retrained=SimpleNamespace(loss=3.0, steps=10, measured=costs))
     both = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals)))
     alone = verdict(cast(Summary, SimpleNamespace(chosen=chosen, rivals=rivals[:1])))
     assert both.startswith("The search made no significant difference")
