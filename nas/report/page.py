@@ -111,9 +111,9 @@ def _result(findings: Findings) -> Iterator[str]:
 def _about_seeds(result: RetrainedModel) -> str:
     seeds = len(result.runs)
     if seeds == 1:
+        alike = "with one seed and the same batches; " if result.steps else ""
         return (
-            "with one seed and the same batches; ± is the standard error over sequences of "
-            f"{result.tokens} test tokens, far larger than that of a difference between models on the same "
+            f"{alike}± is the standard error over sequences of {result.tokens} test tokens, far larger than that of a difference between models on the same "
             "sequences. Costs are measured"
         )
     return (
