@@ -113,8 +113,8 @@ def _about_seeds(result: RetrainedModel) -> str:
     if seeds == 1:
         alike = "with one seed and the same batches; " if result.steps else ""
         return (
-            f"{alike}± is the standard error over sequences of {result.tokens} test tokens, far larger than that of a difference between models on the same "
-            "sequences. Costs are measured"
+            f"{alike}± is the standard error over sequences of {result.tokens} test tokens, far larger than that of a "
+            "difference between models on the same sequences. Costs are measured"
         )
     return (
         f"once with each of {seeds} seeds, all on the same batches; figures are means, ± half the 95 % interval of the "
