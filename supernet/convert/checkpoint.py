@@ -43,13 +43,9 @@ def _export_names(architecture: Architecture) -> Names:
         return {name: [Piece(name)] for name, _ in parameters}
 
 
-def _not_written(architecture: Architecture, vocab_size: int) -> dict[str, Any]:
-    raise NotImplementedError("exports are written with their figures, by moesaic.nas.exports")
-
-
 FAMILIES = {
     family.model_type: family
-    for family in (*llama.FAMILIES, *gpt2.FAMILIES, Family(OWN, "an export", _read_export, _not_written, _export_names))
+    for family in (*llama.FAMILIES, *gpt2.FAMILIES, Family(OWN, "an export", _read_export, None, _export_names))
 }
 """By ``model_type``. A new family is a module and an entry here."""
 _NOT_YET = {"t5": "encoder-decoder models", "mt5": "encoder-decoder models", "bart": "encoder-decoder models",
@@ -225,9 +221,20 @@ def write_folder(model: Transformer, folder: PathLike, model_type: str) -> None:
 
     Raises
     ------
-    MoesaicError : the family cannot represent this architecture exactly.
+    MoesaicError : the family is not written (an export has figures, too: ``nas.exports`` writes it), or cannot
+        represent this architecture exactly.
     """
-    family, folder = FAMILIES[model_type], Path(folder)
+    folder, writers = Path(folder), {name: family for name, family in FAMILIES.items() if family.write is not None}
+    if model_type not in writers:
+        raise MoesaicError(
+            "this family is not written",
+            where="model_type",
+            found=model_type,
+            allowed=", ".join(writers),
+            nearest=nearest_name(model_type, writers),
+        )
+    family = writers[model_type]
+    assert family.write is not None
     data = family.write(model.architecture, model.vocab_size)
     problem = f"{family.title} cannot represent this architecture"
     try:

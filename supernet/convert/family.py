@@ -95,14 +95,14 @@ class Family:
     """Models with one ``model_type``.
 
     ``read`` gives the architecture that a configuration describes, ``write`` is its inverse where there is one: the
-    configuration of an architecture with a vocabulary size. ``names`` gives the tensors of our parameters, for an
+    configuration of an architecture with a vocabulary size (None: the family is only read). ``names`` gives the tensors of our parameters, for an
     architecture. ``prefix``: models without a head are stored without it. ``ignored``: ends of names of buffers.
     """
 
     model_type: str
     title: str
     read: Callable[[Settings], Architecture]
-    write: Callable[[Architecture, int], dict[str, Any]]
+    write: Callable[[Architecture, int], dict[str, Any]] | None
     names: Callable[[Architecture], Names]
     prefix: str = ""
     ignored: tuple[str, ...] = ()

@@ -48,7 +48,7 @@ def _read_gpt2(settings: Settings) -> Architecture:
 
 
 def _write_gpt2(architecture: Architecture, vocab_size: int) -> dict[str, Any]:
-    stack, backbone = architecture.decoder, architecture.backbone
+    stack, backbone = architecture.output, architecture.backbone
     return {
         "model_type": "gpt2",
         "vocab_size": vocab_size,
@@ -64,14 +64,14 @@ def _write_gpt2(architecture: Architecture, vocab_size: int) -> dict[str, Any]:
 
 
 def _names_gpt2(architecture: Architecture) -> Names:
-    width = architecture.decoder.width
+    width = architecture.output.width
     names = {
         "stacks.decoder.embedding.weight": [Piece("transformer.wte.weight")],
         "stacks.decoder.positions.weight": [Piece("transformer.wpe.weight")],
         **_norm("stacks.decoder.norm", "transformer.ln_f"),
         **_output(architecture),
     }
-    for index in range(len(architecture.decoder.layers)):
+    for index in range(len(architecture.output.layers)):
         own, name = f"stacks.decoder.layers.{index}", f"transformer.h.{index}"
         names |= _norm(f"{own}.attention_norm", f"{name}.ln_1") | _norm(f"{own}.feed_forward_norm", f"{name}.ln_2")
         for third, letter in enumerate("qkv"):
@@ -107,7 +107,7 @@ def _read_opt(settings: Settings) -> Architecture:
 
 
 def _write_opt(architecture: Architecture, vocab_size: int) -> dict[str, Any]:
-    stack, backbone = architecture.decoder, architecture.backbone
+    stack, backbone = architecture.output, architecture.backbone
     return {
         "model_type": "opt",
         "vocab_size": vocab_size,
@@ -131,7 +131,7 @@ def _names_opt(architecture: Architecture) -> Names:
         **_norm("stacks.decoder.norm", "model.decoder.final_layer_norm"),
         **_output(architecture),
     }
-    for index in range(len(architecture.decoder.layers)):
+    for index in range(len(architecture.output.layers)):
         own, name = f"stacks.decoder.layers.{index}", f"model.decoder.layers.{index}"
         names |= _norm(f"{own}.attention_norm", f"{name}.self_attn_layer_norm")
         names |= _norm(f"{own}.feed_forward_norm", f"{name}.final_layer_norm")

@@ -113,7 +113,7 @@ def _is_sparse(mixture: _Mixture, settings: Settings, index: int) -> bool:
 
 
 def _write(variant: _Variant, architecture: Architecture, vocab_size: int) -> dict[str, Any]:
-    stack, backbone = architecture.decoder, architecture.backbone
+    stack, backbone = architecture.output, architecture.backbone
     first, mixture = stack.layers[0], variant.mixture
     dense = [layer.feed_forward.router is None for layer in stack.layers]
     parts = [layer.feed_forward for layer in stack.layers]
@@ -154,7 +154,7 @@ def _names(variant: _Variant, architecture: Architecture) -> Names:
     }
     if not backbone.tied:
         names["output"] = [Piece("lm_head.weight")]
-    for index, layer in enumerate(architecture.decoder.layers):
+    for index, layer in enumerate(architecture.output.layers):
         own, name = f"stacks.decoder.layers.{index}", f"model.layers.{index}"
         names[f"{own}.attention_norm.weight"] = [Piece(f"{name}.input_layernorm.weight")]
         names[f"{own}.feed_forward_norm.weight"] = [Piece(f"{name}.post_attention_layernorm.weight")]

@@ -224,6 +224,13 @@ def test_what_a_family_cannot_hold_is_not_written(tmp_path: Path) -> None:
         assert not (tmp_path / kind).exists()
 
 
+@pytest.mark.parametrize(("kind", "nearest"), [("lama", "nearest: llama"), ("moesaic", "found: +moesaic")])
+def test_an_unknown_family_to_write_is_one_message(kind: str, nearest: str, tmp_path: Path) -> None:
+    with pytest.raises(MoesaicError, match=f"(?s)this family is not written.*{nearest}"):
+        write_folder(small(), tmp_path / "out", kind)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_what_is_written_is_read_back(kind: str, tmp_path: Path) -> None:
     model = small(kind)
