@@ -235,7 +235,7 @@ def _field_names(kind: Any, path: KeyPath) -> list[str]:
 
 def _field_types(kind: Any) -> dict[str, Any]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: info.annotation for name, info in kind.model_fields.items()}
+        return {info.alias or name: info.annotation for name, info in kind.model_fields.items()}
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
         return {f.name: hints[f.name] for f in fields(kind) if f.init}

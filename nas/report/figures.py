@@ -260,7 +260,7 @@ def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
         )
     figure.update_layout(**_layout(460))
     figure.update_xaxes(title="inherited validation loss, nats per token")
-    figure.update_yaxes(title="validation loss trained from scratch,<br>nats per token")
+    figure.update_yaxes(title="validation loss trained alone,<br>nats per token")
     return figure
 
 

@@ -78,7 +78,7 @@ def _check(check: Check) -> Iterator[str]:
             chosen=0,
         )
         yield paragraph(
-            "Agreement with the losses of the same architectures trained from scratch. Regret: how far the best of a "
+            "Agreement with the losses of the same architectures trained alone. Regret: how far the best of a "
             "judge's top k is above the best of all. The interval is exact in Mallows's model, where the "
             "chance of a ranking falls by one factor with every pair in the wrong order.",
             "muted",

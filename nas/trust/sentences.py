@@ -68,7 +68,7 @@ def check_sentence(check: Check | None) -> str:
     """How well inherited losses ranked the members that were trained from scratch, or how to find out."""
     if check is None:
         return (
-            "It was not measured how well inherited losses rank models trained from scratch; `fidelity.check=8` trains "
+            "It was not measured how well inherited losses rank models trained alone; `fidelity.check=8` trains "
             "eight architectures to find out."
         )
     failed = sum(member.retrained_loss is None for member in check.members)
@@ -76,10 +76,10 @@ def check_sentence(check: Check | None) -> str:
     diverged = f" ({failed} more diverged)" if failed else ""
     judges = check.judges
     if judges is None:
-        return f"Only {count} members were trained from scratch{diverged}: too few to estimate a rank correlation."
+        return f"Only {count} members were trained alone{diverged}: too few to estimate a rank correlation."
     own = judges[INHERITED]
     text = (
-        f"Inherited loss ranked {count} members{diverged}, trained from scratch for {check.steps} steps, with "
+        f"Inherited loss ranked {count} members{diverged}, trained alone for {check.steps} steps, with "
         f"Kendall's tau {tau_text(own)}, {FLOPS} with {_number(judges[FLOPS].tau)}, {PARAMETERS} with "
         f"{_number(judges[PARAMETERS].tau)}"
     )

@@ -95,8 +95,9 @@ class Family:
     """Models with one ``model_type``.
 
     ``read`` gives the architecture that a configuration describes, ``write`` is its inverse where there is one: the
-    configuration of an architecture with a vocabulary size (None: the family is only read). ``names`` gives the tensors of our parameters, for an
-    architecture. ``prefix``: models without a head are stored without it. ``ignored``: ends of names of buffers.
+    configuration of an architecture with a vocabulary size (None: it is only read). ``names`` gives the tensors of our
+    parameters, for an architecture. ``prefix``: models without a head are stored without it. ``ignored``: ends of
+    names of buffers.
     """
 
     model_type: str

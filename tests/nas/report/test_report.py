@@ -273,7 +273,7 @@ def test_trust_shows_the_front_the_rivals_and_the_check(page: str, findings: Fin
     section = page.split('<section id="trust">')[1].split("</section>", maxsplit=1)[0]
     for row in (*findings.summary.trust.front, *findings.summary.trust.rivals):
         assert f"<td>{row.name}</td><td>{row.loss:.4f} ± {row.standard_error:.4f}</td>" in section
-    assert "Inherited loss ranked 4 members, trained from scratch for 3 steps" in section
+    assert "Inherited loss ranked 4 members, trained alone for 3 steps" in section
     for judge in ("inherited loss", "counting FLOPs", "counting parameters"):
         assert f"<td>{judge}</td>" in section
     assert 'id="ranking"' in section

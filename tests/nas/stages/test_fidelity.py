@@ -178,7 +178,7 @@ def test_when_all_diverge_the_stage_still_ends(micro_config, fresh):
     check = check_of(run)
     assert check.judges is None
     assert {member.retrained_loss for member in check.members} == {None}
-    assert "Only 0 members were trained from scratch (4 more diverged)" in check_sentence(check)
+    assert "Only 0 members were trained alone (4 more diverged)" in check_sentence(check)
     assert 'id="ranking"' not in "".join(trust_section(found(run)))
 
 

@@ -238,6 +238,10 @@ def test_a_plan_prices_the_space_and_estimates_the_stages(
 
 
 WRONG = {
+    "a misspelt key": (
+        ["model.form=x"],
+        r"(?s)model.form: unknown key.*allowed: +calibration_windows, cluster, from\n.*nearest: from$",
+    ),
     "no folder": (["model.from=nowhere"], "nowhere: no such folder"),
     "another space": (
         ["space=small"],
