@@ -52,6 +52,11 @@ def sparse_ffn(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | N
     return product(bank.down, True, hidden.mul_(routing.weights.to(x.dtype).repeat_interleave(sizes)))
 
 
+def release() -> None:
+    """Free the buffer that this thread keeps: that of the largest model so far."""
+    _kept.__dict__.clear()
+
+
 def _dense(x: Tensor, bank: Bank, rows: slice, activation: str) -> Tensor:
     columns = slice(0, x.shape[1])
     up, down = bank.up[rows, columns].to(x.dtype), bank.down[rows, columns].to(x.dtype)

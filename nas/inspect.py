@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.nas.data.tokenizer import read_tokenizer
 from moesaic.nas.terminal.tables import plain_table
-from moesaic.search_spaces import MoesaicError, Slot
+from moesaic.search_spaces import FeedForward, MoesaicError, Slot
 from moesaic.search_spaces.files import PathLike
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet.convert import Checkpoint
@@ -75,7 +75,8 @@ def inspect_checkpoint(
     total, found = 2 * len(architecture.layers), {}
     with torch.no_grad():
         for done, layer in enumerate(layer_inputs(model, windows), start=1):
-            found[layer.slot] = activity(layer.feed_forward, layer.part, layer.read)
+            if layer.layer.feed_forward.experts:
+                found[layer.slot] = activity(layer.block.feed_forward, layer.layer.feed_forward, layer.read())
             on_layer(done, total)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     half = len(architecture.layers)
@@ -91,6 +92,7 @@ def inspect_checkpoint(
             _error(costs, slot, _QUARTER, dense=False),
         )
         for slot, layer in architecture.layers.items()
+        if slot in found
     )
     activation = architecture.backbone.activation
     return Inspection(
@@ -137,11 +139,9 @@ def _own_text() -> str:
 
 def _error(costs: Sequence[PartCost], slot: Slot, share: float, dense: bool) -> float | None:
     """The least error of a choice of this kind that uses at most about ``share`` of the layer's neurons."""
-    own = [cost for cost in costs if cost.slot == slot]
-    most = 1.02 * share * max(cost.part.worst_active_neurons for cost in own)
-    fitting = [
-        cost.error for cost in own if (cost.part.router is None) == dense and cost.part.worst_active_neurons <= most
-    ]
+    own = [(cost.part, cost.error) for cost in costs if cost.slot == slot and isinstance(cost.part, FeedForward)]
+    most = 1.02 * share * max(part.worst_active_neurons for part, _ in own)
+    fitting = [error for part, error in own if (part.router is None) == dense and part.worst_active_neurons <= most]
     return min(fitting, default=None)
 
 

@@ -21,17 +21,23 @@ class LayerPicture:
     router: str
     text: str
 
+    @property
+    def feed_forward(self) -> str:
+        """The feed-forward part in words."""
+        return f"{self.router}: {sizes_text(self)}" if self.tiles else "no feed-forward part"
+
 
 def picture(architecture: Architecture) -> list[LayerPicture]:
     """The lines of the picture; all layers have the same scale."""
-    scale = max(layer.feed_forward.neurons for layer in architecture.layers.values()) / CELLS
+    scale = max(1, *(layer.feed_forward.neurons for layer in architecture.layers.values())) / CELLS
     lines = []
     for slot, layer in architecture.layers.items():
         part = layer.feed_forward
         tiles = ["█" * max(1, round(size / scale)) for size in part.expert_sizes]
         if part.shared_size:
             tiles.insert(0, "▒" * max(1, round(part.shared_size / scale)))
-        attention = f"{layer.attention.heads}/{layer.attention.kv_heads} heads"
+        heads, kv_heads = layer.attention.heads, layer.attention.kv_heads
+        attention = f"{heads}/{kv_heads} heads" if heads else "no heads"
         router = str(part.router) if part.router else "dense"
         lines.append(LayerPicture(slot, attention, part.expert_sizes, part.shared_size, router, " ".join(tiles)))
     return lines
@@ -54,7 +60,7 @@ def draw(architecture: Architecture) -> str:
     tile_width = max(len(line.text) for line in lines)
     names = [str(line.slot) if len(stacks) > 1 else f"{line.slot.index:2}" for line in lines]
     rows = [
-        f"  {name}  {line.attention:>10}  {line.text:<{tile_width}}  {line.router}: {sizes_text(line)}"
+        f"  {name}  {line.attention:>10}  {line.text:<{tile_width}}  {line.feed_forward}"
         for name, line in zip(names, lines, strict=True)
     ]
     return "\n".join([head, *rows])

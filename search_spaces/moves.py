@@ -104,7 +104,7 @@ def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
         }
         sizes = tuple(nearest[old] for old in part.expert_sizes[:count])
         shared = part.shared_size if part.shared_size in group.shared_sizes else group.shared_sizes[0]
-        router = part.router.for_experts(count) if part.router else None
+        router = part.router.for_experts(count) if part.router and count else None
         routers = (router,) if router in group.routers else group.routers
         for added in group.sizes if count > len(sizes) else (0,):
             grown = sizes + (added,) * (count - len(sizes))

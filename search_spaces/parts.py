@@ -92,7 +92,8 @@ class Router:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Experts of one layer: neurons per expert, largest first. One expert without a router is a dense layer.
+    """Experts of one layer: neurons per expert, largest first. One expert without a router is a dense layer, none means
+    that the layer has no feed-forward part.
 
     Every token also uses the ``shared_size`` neurons of the shared expert.
     """
@@ -104,14 +105,12 @@ class FeedForward:
     shared_size: int = 0
 
     def __post_init__(self) -> None:
-        if not self.expert_sizes:
-            raise ValueError("expert_sizes needs at least one expert")
         for size in dict.fromkeys(self.expert_sizes):
             tile_multiple(size, "expert size")
         if self.shared_size:
             tile_multiple(self.shared_size, "shared_size")
-        if len(self.expert_sizes) == 1 and (self.router or self.shared_size):
-            raise ValueError("a layer of one expert is dense: it has neither router nor shared expert")
+        if len(self.expert_sizes) < 2 and (self.router or self.shared_size):
+            raise ValueError("a layer of one expert, or none, has neither router nor shared expert")
         if len(self.expert_sizes) > 1 and self.router is None:
             raise ValueError("a layer of several experts needs a router")
         if self.router and self.router.kind == "top_k" and self.router.max_experts > len(self.expert_sizes):
@@ -137,7 +136,8 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention with ``heads`` query heads in groups that share ``kv_heads`` key/value heads."""
+    """Self-attention with ``heads`` query heads in groups that share ``kv_heads`` key/value heads. With 0 of both, the
+    layer has no attention."""
 
     __pydantic_config__ = STRICT
 
@@ -145,6 +145,8 @@ class Attention:
     kv_heads: int
 
     def __post_init__(self) -> None:
+        if self.heads == self.kv_heads == 0:
+            return
         at_least(self.heads, 1, "heads")
         at_least(self.kv_heads, 1, "kv_heads")
         if self.heads % self.kv_heads:
@@ -154,10 +156,17 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layer:
+    """Attention, then a feed-forward part. One that is not there costs nothing: its norm and biases are gone too."""
+
     __pydantic_config__ = STRICT
 
     attention: Attention
     feed_forward: FeedForward
+
+    @property
+    def blocks(self) -> int:
+        """How many of the two are there."""
+        return (self.attention.heads > 0) + (self.feed_forward.experts > 0)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FeedForwardGroup:
-    """All feed-forward parts with one number of experts: any multiset of ``sizes``, a shared size, a router."""
+    """All feed-forward parts with one number of experts: any multiset of ``sizes``, a shared size, a router. With no
+    experts there is one, whatever the sizes."""
 
     experts: int
     sizes: tuple[int, ...]
@@ -313,10 +314,9 @@ def _smallest_layer(space: LayerSpace) -> Layer:
 
 
 def _envelope_layer(space: LayerSpace) -> Layer:
-    attention = Attention(max(a.heads for a in space.attentions), 1)
     kv_heads = max(a.kv_heads for a in space.attentions)
     # The most query heads and the most key/value heads may come from different pairs: round up to a multiple.
-    heads = -(-attention.heads // kv_heads) * kv_heads
+    heads = -(-max(a.heads for a in space.attentions) // max(kv_heads, 1)) * kv_heads
     if space.bank is not None:
         return Layer(Attention(heads, kv_heads), space.bank)
     dense = space.group(1)

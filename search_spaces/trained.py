@@ -1,8 +1,9 @@
 """The search space that a trained model gives: what each of its layers may become, the model itself included.
 
-A dense layer of N neurons may keep its N most important ones (structured pruning), or become experts: some neurons
-serve every token, the others are split into experts of equal size, of which a token uses a share. A mixture may keep
-its most important experts, the most important neurons of each, and route to fewer of them.
+A dense layer may keep its most important neurons (structured pruning), or become experts: some neurons serve every
+token, the others are split into experts of equal size, of which a token uses a share. A mixture may keep its most
+important experts, the most important neurons of each, and route to fewer of them. Attention may keep its most important
+heads. A layer may lose its attention, its feed-forward part, or both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.search_spaces.architecture import Architecture, Stack
 from moesaic.search_spaces.errors import MoesaicError
-from moesaic.search_spaces.parts import TILE, FeedForward, Layer, Router
+from moesaic.search_spaces.parts import TILE, Attention, FeedForward, Layer, Router
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace
 
 PRESET = "from-model"
@@ -28,8 +29,11 @@ class TrainedSpec(BaseModel):
     Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
     ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
     the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
-    share ``active`` of the model's experts per token. Attention stays as it is, and so do layers that were split
-    before and those with a threshold router.
+    share ``active`` of the model's experts per token. Feed-forward parts that were split before, and those with a
+    threshold router, stay as they are.
+
+    ``prune``: ``heads`` also lets attention keep shares ``kept`` of its heads, those with a common key/value head
+    together; ``layers`` also leaves out the attention or the feed-forward part of a layer, or both: it is gone then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -41,6 +45,7 @@ class TrainedSpec(BaseModel):
     threshold: list[Annotated[float, Field(gt=0, lt=1)]] = []
     kept: Shares = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]
     expert_kept: Shares = [0.5, 0.75, 1.0]
+    prune: list[Literal["heads", "layers"]] = []
 
     def build(self, source: Architecture) -> SearchSpace:
         """The members of ``source``. Its slices share the bank of ``split_bank`` in each dense layer.
@@ -54,16 +59,31 @@ class TrainedSpec(BaseModel):
 
     def _stack(self, stack: Stack) -> StackSpace:
         layers = tuple(
-            LayerSpace((layer.attention,), self._groups(layer.feed_forward), self._bank(layer))
+            LayerSpace(self._attentions(layer.attention), self._groups(layer.feed_forward), self._bank(layer))
             for layer in stack.layers
         )
         return StackSpace((stack.width,), (len(stack.layers),), layers, stack.causal)
 
     def _bank(self, layer: Layer) -> FeedForward:
         part = layer.feed_forward
-        return part if part.router else split_bank(part.neurons)
+        return part if part.router or not part.experts else split_bank(part.neurons)
+
+    def _attentions(self, attention: Attention) -> tuple[Attention, ...]:
+        groups = attention.kv_heads
+        kept = {max(1, round(share * groups)) for share in self.kept} if "heads" in self.prune and groups else set()
+        if "layers" in self.prune:
+            kept.add(0)
+        per_group = attention.heads // max(groups, 1)
+        return tuple(Attention(per_group * count, count) for count in sorted({*kept, groups}))
 
     def _groups(self, part: FeedForward) -> tuple[FeedForwardGroup, ...]:
+        """By rising number of experts."""
+        groups = self._parts(part) if part.experts else {}
+        if "layers" in self.prune or not part.experts:
+            groups[0] = FeedForwardGroup(0, (TILE,), (0,), (None,))
+        return tuple(groups[experts] for experts in sorted(groups))
+
+    def _parts(self, part: FeedForward) -> dict[int, FeedForwardGroup]:
         if len(set(part.expert_sizes)) > 1:
             raise MoesaicError(
                 "a layer with experts of different sizes cannot be made sparser yet",
@@ -71,13 +91,11 @@ class TrainedSpec(BaseModel):
                 allowed="dense layers, and experts of one size in each layer",
             )
         if part.router is None:
-            groups = self._experts_of(part.neurons)
-        elif part.router.kind == "threshold" or part.router.score == "mass":
+            return self._experts_of(part.neurons)
+        if part.router.kind == "threshold" or part.router.score == "mass":
             size, shared = part.expert_sizes[0], part.shared_size
-            groups = {part.experts: FeedForwardGroup(part.experts, (size,), (shared,), (part.router,))}
-        else:
-            groups = self._fewer_experts(part, part.router)
-        return tuple(groups[experts] for experts in sorted(groups))
+            return {part.experts: FeedForwardGroup(part.experts, (size,), (shared,), (part.router,))}
+        return self._fewer_experts(part, part.router)
 
     def _experts_of(self, neurons: int) -> dict[int, FeedForwardGroup]:
         """Groups by their number of experts. Where two layouts have the same, the one of smaller experts stays."""

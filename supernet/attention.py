@@ -61,8 +61,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attention: Attention, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        length, width = x.shape[1:]
-        at, cache = self.where(width, attention), inputs.cache
+        at = self.where(x.shape[-1], attention)
+        bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
+        return F.linear(self._mixed(x, at, inputs), at["o"].of(self.o), bias)
+
+    def mixed(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """[B, S, D] to [B, S, H C]: what the output weights read, all heads one after the other."""
+        return self._mixed(x, self.where(self.width, self.attention), inputs)
+
+    def _mixed(self, x: Tensor, at: dict[str, Region], inputs: Inputs) -> Tensor:
+        length, cache = x.shape[1], inputs.cache
 
         def heads(name: str, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
             own = None if bias is None else at[f"{name}_bias"].of(bias)
@@ -81,9 +89,7 @@ class SelfAttention(nn.Module):
             q, k = _rotate(q, angles), _rotate(k, angles)
         if cache is not None:
             k, v = cache.extended(k, v)
-        mixed = _mix(q, k, v, inputs).transpose(1, 2).flatten(2)
-        bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
-        return F.linear(mixed, at["o"].of(self.o), bias)
+        return _mix(q, k, v, inputs).transpose(1, 2).flatten(2)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of [B, S, H * C], over as many values as ``weight`` has at a time."""

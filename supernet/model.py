@@ -46,38 +46,52 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, layer: Layer, backbone: Backbone, sharing: Sharing):
         super().__init__()
         self.post_norm = backbone.norm_place == "post"
-        self.attention_norm = Norm(width, backbone)
-        self.attention = SelfAttention(width, layer.attention, backbone)
-        self.feed_forward_norm = Norm(width, backbone)
-        self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
+        if layer.attention.heads:
+            self.attention_norm = Norm(width, backbone)
+            self.attention = SelfAttention(width, layer.attention, backbone)
+        if layer.feed_forward.experts:
+            self.feed_forward_norm = Norm(width, backbone)
+            self.feed_forward = SparseFeedForward(width, layer.feed_forward, backbone, sharing)
 
     def where(self, width: int, layer: Layer) -> dict[str, Region]:
         """The region of each parameter that ``layer`` uses. Raises ValueError where it does not fit."""
-        return {
-            **inside("attention_norm", self.attention_norm.where(width)),
-            **inside("attention", self.attention.where(width, layer.attention)),
-            **inside("feed_forward_norm", self.feed_forward_norm.where(width)),
-            **inside("feed_forward", self.feed_forward.where(width, layer.feed_forward)),
-        }
+        regions: dict[str, Region] = {}
+        for name, part, there in (
+            ("attention", layer.attention, layer.attention.heads),
+            ("feed_forward", layer.feed_forward, layer.feed_forward.experts),
+        ):
+            if there:
+                module = getattr(self, name, None)
+                if module is None:
+                    raise ValueError(f"there is no {name} part")
+                regions |= inside(f"{name}_norm", getattr(self, f"{name}_norm").where(width))
+                regions |= inside(name, module.where(width, part))
+        return regions
 
     def forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
-        x = self.attend(x, layer, inputs)
-        out, routing = self._feed_forward(self.reads(x), layer, inputs)
-        return self.written(x, out), routing
+        return self.feed(self.attend(x, layer, inputs), layer, inputs)
 
     def attend(self, x: Tensor, layer: Layer, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]: the states after attention."""
-        if self.post_norm:
-            return self.attention_norm(x + self.attention(x, layer.attention, inputs))
-        return x + self.attention(self.attention_norm(x), layer.attention, inputs)
+        if not layer.attention.heads:
+            return x
+        out = self.attention(self.attended(x), layer.attention, inputs)
+        return self.attention_norm(x + out) if self.post_norm else x + out
+
+    def attended(self, x: Tensor) -> Tensor:
+        """What attention reads of the layer's input."""
+        return x if self.post_norm else self.attention_norm(x)
+
+    def feed(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
+        """[B, S, D] to [B, S, D]: the layer's states, from those after attention, and the routing."""
+        if not layer.feed_forward.experts:
+            return x, None
+        out, routing = self._feed_forward(self.reads(x), layer, inputs)
+        return self.feed_forward_norm(x + out) if self.post_norm else x + out, routing
 
     def reads(self, x: Tensor) -> Tensor:
         """What the feed-forward part reads of the states after attention."""
         return x if self.post_norm else self.feed_forward_norm(x)
-
-    def written(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's states, from those after attention and the output of the feed-forward part."""
-        return self.feed_forward_norm(x + out) if self.post_norm else x + out
 
     def _feed_forward(self, x: Tensor, layer: Layer, inputs: Inputs) -> tuple[Tensor, Routing | None]:
         """[B, S, D] to [B, S, D]; padding is not routed and gives zeros."""

@@ -113,7 +113,7 @@ class AdditiveCosts:
 
         here = np.array([price(part) for part in parts])
         longer = FeedForward((size + TILE,) * experts, router, parts[0].shared_size)
-        stored = (price(longer) - here[0]) / (experts * TILE)
+        stored = (price(longer) - here[0]) / (max(experts, 1) * TILE)
         active, tiled = (price(parts[0], **{name: TILE}) - here[0] for name in ("neurons", "tiled_neurons"))
         extent = self.pricer.context.extent(slot.stack)
         weights = {

@@ -74,11 +74,12 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
     for (slot, layer), count in zip(architecture.layers.items(), neurons, strict=True):
         width, attention, part = architecture.width_at(slot), layer.attention, layer.feed_forward
         heads = attention.heads + attention.kv_heads
-        total += 2 * width * (backbone.norm_vectors + heads * backbone.head_size)
+        total += width * (layer.blocks * backbone.norm_vectors + 2 * heads * backbone.head_size)
         total += backbone.matrices * width * count
         if part.router:
             total += (width + (part.router.score == "mass")) * part.experts
             total += width * (backbone.shared_gate and part.shared_size > 0)
-        total += {"none": 0, "head": 2, "all": heads}[backbone.qk_norm] * backbone.head_size
-        total += reads * (heads + attention.kv_heads) * backbone.head_size + all_biases * (2 * width + count)
+        total += {"none": 0, "head": 2 * (heads > 0), "all": heads}[backbone.qk_norm] * backbone.head_size
+        total += reads * (heads + attention.kv_heads) * backbone.head_size
+        total += all_biases * (layer.blocks * width + count)
     return total

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moesaic.kernels import inference
 from moesaic.nas.costs.latency.predictor import LEVEL, LatencyPredictor
 from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
 from moesaic.nas.costs.latency.timing import AnchoredTiming, Timer, time_with_anchors
@@ -57,6 +58,7 @@ def peak_activation_bytes(one: Pass) -> int:
     On a GPU it is the peak of torch's allocator, which sees what operators allocate inside; on a CPU, the peak of the
     tensors that operators return.
     """
+    inference.release()  # the buffer of another model
     one()  # the first pass also fills caches that outlive it
     if one.device.kind == "cuda":
         torch.cuda.synchronize()

@@ -38,15 +38,18 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     backbone, size = architecture.backbone, context.bytes_per_value
     kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
     peak: float = vocabulary_memory(architecture.output.width, context)
+    buffer: float = 0
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, extent, part = architecture.width_at(slot), context.extent(slot.stack), layer.feed_forward
         attention = attention_memory(width, layer.attention, backbone, extent, size)
         routing = _routing_memory(part, use, extent)
         peak = max(peak, attention, routing + _feed_forward_memory(width, part, use, backbone, extent, size))
         kept += routing
+        if _copies_rows(part, extent, size):
+            buffer = max(buffer, use.neurons * width * size)
     if backbone.positions == "rotary":
         kept += 4 * backbone.rotary_size * max(context.extent(name).keys for name in architecture.stacks)  # cos, sin
-    return peak + kept
+    return peak + kept + buffer
 
 
 def vocabulary_memory(width: int, context: Context) -> int:
@@ -62,6 +65,8 @@ def _copied(rows: int, width: int, size: int) -> int:
 
 def attention_memory(width: int, attention: Attention, backbone: Backbone, extent: Extent, size: int) -> int:
     """The highest moment of an attention block: a projection, the rotation of q or k, the mix, or the output."""
+    if not attention.heads:
+        return 0
     tokens, pre = extent.tokens, backbone.norm_place == "pre"
     q, kv = (heads * backbone.head_size for heads in (attention.heads, attention.kv_heads))
     copies_q, copies_kv = (
@@ -92,6 +97,12 @@ def attention_memory(width: int, attention: Attention, backbone: Backbone, exten
     return max(4 * tokens * width * states + max(moments), 4 * tokens * width * (2 if pre else 3))
 
 
+def _copies_rows(part: FeedForward, extent: Extent, size: int) -> bool:
+    """Whether the rows of a token's experts are copied into one buffer, which outlives the layer."""
+    whole = extent.implementation == "torch" and size == 4  # no copies in another type
+    return part.router is not None and whole and gathers_rows(extent.tokens, part.expert_sizes)
+
+
 def _routing_memory(part: FeedForward, use: LayerUse, extent: Extent) -> float:
     """What a layer's routing keeps until the pass ends: per pair its token, expert and weight, and the softmax."""
     if part.router is None:
@@ -104,6 +115,8 @@ def _feed_forward_memory(
     width: int, part: FeedForward, use: LayerUse, backbone: Backbone, extent: Extent, size: int
 ) -> float:
     """The highest moment of a feed-forward block beside what its routing keeps."""
+    if not part.experts:
+        return 0
     tokens, biased = extent.tokens, backbone.biases == "all"
     pre = backbone.norm_place == "pre"
     states = 4 * tokens * width
@@ -128,9 +141,9 @@ def _feed_forward_memory(
         else:
             pairs, hidden = tokens * use.pairs, tokens * use.largest_neurons * size
             first, second = part.expert_sizes[:2]
-            if gathers_rows(tokens, part.expert_sizes):
-                # The copied rows; their numbers, and those of all experts' rows.
-                routed += use.neurons * (width * size + 8) + 8 * (sum(part.expert_sizes) + 2 * part.experts)
+            if _copies_rows(part, extent, size):
+                # The numbers of the copied rows, and those of all experts' rows.
+                routed += 8 * (use.neurons + sum(part.expert_sizes) + 2 * part.experts)
             routed += gathered_values(pairs, tokens * use.largest_pairs, width) * size + _copied(1, 1, size) * pairs
             # Hidden values of the expert before are alive while the next expert's weights are copied.
             routed += max(

@@ -136,7 +136,7 @@ def size_weights(
     """[experts] twice: how much one neuron of each expert, the largest first, adds to ``neurons`` and to
     ``tiled_neurons`` of the expected use under ``loads``, or of the worst use (None). Both are linear in the sizes."""
     if router is None:
-        return np.ones(1), np.ones(1)
+        return np.ones(experts), np.ones(experts)
     tile = _row_tile(experts, router, extent)
     if loads is not None:
         return np.array(loads), np.array(_expected_rows(loads, extent, tile)) / extent.tokens
@@ -147,7 +147,7 @@ def size_weights(
 
 
 def dense_use(part: FeedForward) -> LayerUse:
-    """A layer of one expert that every token uses."""
+    """A layer of one expert that every token uses, or of none."""
     neurons = part.neurons - part.shared_size
     return LayerUse(1, neurons, neurons, neurons, 1, 1)
 

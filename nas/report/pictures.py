@@ -8,7 +8,7 @@ from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.report.colours import EXPERT, INK, MUTED, SHARED, USED
 from moesaic.nas.report.data import Model
 from moesaic.search_spaces import FeedForward
-from moesaic.search_spaces.draw import LayerPicture, picture, sizes_text
+from moesaic.search_spaces.draw import LayerPicture, picture
 
 _WIDTH, _LEFT, _TILES, _GAP = 1040, 118, 500, 2
 _ROW, _TILE, _BAR = 46, 22, 4
@@ -26,7 +26,8 @@ HATCH = (
 def pixels_per_neuron(models: list[Model]) -> float:
     """A common scale for pictures that are compared: the largest feed-forward part fills the row."""
     parts = [layer.feed_forward for model in models for layer in model.architecture.layers.values()]
-    return min((_TILES - _GAP * (part.experts + bool(part.shared_size))) / part.neurons for part in parts)
+    wide = ((_TILES - _GAP * (part.experts + bool(part.shared_size))) / part.neurons for part in parts if part.experts)
+    return min(wide, default=1.0)
 
 
 def architecture_svg(model: Model, scale: float) -> str:
@@ -77,7 +78,7 @@ def _row(name: str, line: LayerPicture, part: FeedForward, use: LayerUse, scale:
             _text(0, 19.5, name, MUTED),
             _text(_LEFT - 14, 19.5, line.attention, anchor="end"),
             *shapes,
-            _text(_TEXT_AT, 16, f"{line.router}: {sizes_text(line)}"),
+            _text(_TEXT_AT, 16, line.feed_forward),
             _text(_TEXT_AT, 33, use_text(part, use), MUTED, size=11),
         ]
     )

@@ -157,7 +157,8 @@ class TiltedLaw:
         logs = {}
         for (experts, sizes), rows in self._families.items():
             slopes = np.stack([self._layers[number].choices[at].slopes @ tilt for number, at in rows], 1)
-            totals = np.log(chains(slopes, sizes)[0].sum(-1)) - slopes.sum(0) * sizes[0]
+            sums = chains(slopes, sizes)[0].sum(-1) if experts else np.ones(len(rows))
+            totals = np.log(sums) - slopes.sum(0) * sizes[0]
             multisets = math.log(math.comb(len(sizes) + experts - 1, experts))
             logs |= zip(rows, totals - multisets, strict=True)
         laws = []

@@ -1,7 +1,8 @@
 """Block-local recovery in closed form: each layer's output weights are fitted again to the trained model's outputs.
 
-Layer by layer, the slice reads its own states, errors of earlier layers included, and its rows of ``down`` become the
-least-squares solution for the outputs of the trained model's layer. Shapes: T tokens, n neurons of the slice, D width.
+Layer by layer, the slice reads its own states, errors of earlier layers included. The output weights of attention that
+changed, and of the feed-forward part in a layer that changed, become the least-squares solution for the states of the
+trained model. Shapes: T tokens, n values that the output weights read, D width.
 """
 
 from __future__ import annotations
@@ -52,38 +53,48 @@ def _repair(
         layers = zip(mine.layers, stack.layers, theirs.layers, trained.stacks[name].layers, strict=False)
         for done, (block, layer, source, whole) in enumerate(layers, start=1):
             assert isinstance(block, TransformerLayer) and isinstance(source, TransformerLayer)
-            states = [block.attend(x, layer, inputs) for x in states]
             after = [source.attend(x, whole, inputs) for x in targets]
-            wanted = [source.feed_forward(source.reads(x).flatten(0, 1), whole.feed_forward)[0] for x in after]
-            if layer.feed_forward != whole.feed_forward:
+            if layer.attention.heads and layer.attention != whole.attention:
+                read = torch.cat([block.attention.mixed(block.attended(x), inputs).flatten(0, 1) for x in states])
+                outputs = [source.attention(source.attended(x), whole.attention, inputs) for x in targets]
+                fit_rows(block.attention.o.T, block.attention.o_bias, read, _missing(block, outputs, targets, states))
+            states = [block.attend(x, layer, inputs) for x in states]
+            if layer.feed_forward.experts and layer != whole:  # also makes up for attention that is gone
                 read = torch.cat([block.reads(x).flatten(0, 1) for x in states])
-                # What is missing after attention, too, is this layer's to make up for.
-                gap = torch.cat([(a - x).flatten(0, 1) for a, x in zip(after, states, strict=True)])
-                post = block.post_norm
-                target = torch.cat(wanted) + (0 if post else gap)
-                fit_down(block.feed_forward, layer.feed_forward, read, target)
-            states = [_through(block, layer.feed_forward, x) for x in states]
-            targets = [source.written(x, out.view_as(x)) for x, out in zip(after, wanted, strict=True)]
+                outputs = [
+                    source.feed_forward(source.reads(x).flatten(0, 1), whole.feed_forward)[0].view_as(x) for x in after
+                ]
+                fit_down(block.feed_forward, layer.feed_forward, read, _missing(block, outputs, after, states))
+            states = [block.feed(x, layer, inputs)[0] for x in states]
+            targets = [source.feed(x, whole, inputs)[0] for x in after]
             on_layer(done)
 
 
-def _through(block: TransformerLayer, part: FeedForward, x: Tensor) -> Tensor:
-    return block.written(x, block.feed_forward(block.reads(x).flatten(0, 1), part)[0].view_as(x))
+def _missing(block: TransformerLayer, outputs: list[Tensor], before: list[Tensor], mine: list[Tensor]) -> Tensor:
+    """[T, D] what a part of ``block`` is to write: the trained part's ``outputs`` and, where the sum is not normed, the
+    difference between the trained model's states ``before`` the part and ``mine``."""
+    gaps = zip(outputs, before, mine, strict=True)
+    return torch.cat([(out if block.post_norm else out + theirs - x).flatten(0, 1) for out, theirs, x in gaps])
 
 
 def fit_down(layer: SparseFeedForward, part: FeedForward, read: Tensor, target: Tensor) -> None:
-    """Change ``layer.down`` so that outputs for ``read`` [T, D] are as near as possible to ``target`` [T, D].
+    """Change ``layer.down`` so that outputs for ``read`` [T, D] are as near as possible to ``target`` [T, D]."""
+    fit_rows(layer.down, layer.down_bias, hidden(layer, read) * used(layer, part, read), target)
 
-    Ridge regression of what is missing: down + (H'H + l I)^-1 H' (target - H down), where H [T, n] are the weighted
-    hidden values of the experts that each token uses, and l is ``_RIDGE`` times their mean square.
+
+def fit_rows(rows: Tensor, bias: Tensor | None, values: Tensor, target: Tensor) -> None:
+    """Change ``rows`` [n, D] so that ``values`` [T, n] times them, plus ``bias``, are as near as possible to ``target``
+    [T, D].
+
+    Ridge regression of what is missing: rows + (H'H + l I)^-1 H' (target - bias - H rows), where H are the values (0 in
+    experts that a token does not use) and l is ``_RIDGE`` times their mean square.
     """
-    values = hidden(layer, read) * used(layer, part, read)
-    missing = target - values @ layer.down
-    if layer.down_bias is not None:
-        missing = missing - layer.down_bias
+    missing = target - values @ rows
+    if bias is not None:
+        missing = missing - bias
     gram = (values.T @ values).double()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=1e-12))
-    layer.down.add_(torch.linalg.solve(gram, (values.T @ missing).double()).float())
+    rows.add_(torch.linalg.solve(gram, (values.T @ missing).double()).float())
 
 
 def used(layer: SparseFeedForward, part: FeedForward, read: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from moesaic.supernet.model import Output, Transformer, TransformerLayer, Transf
 def replacement_losses(
     model: Transformer,
     architecture: Architecture,
-    replacements: Mapping[Slot, Layer],
+    replacements: Mapping[Slot, Sequence[Layer]],
     batch: Batch,
     loss: str = "cross_entropy",
     on_layer: Callable[[int], None] = lambda done: None,
-) -> tuple[float, dict[Slot, float]]:
-    """The loss of the slice ``architecture``, and its loss with the layer of each slot replaced alone, on the
-    unpadded ``batch``; ``loss`` is a key of ``LOSSES``. ``on_layer`` gets the number of layers that are done."""
+) -> tuple[float, dict[Slot, list[float]]]:
+    """The loss of the slice ``architecture``, and its losses with the layer of each slot replaced alone, by each of its
+    ``replacements``, on the unpadded ``batch``; ``loss`` is a key of ``LOSSES``. ``on_layer`` gets the number of layers
+    that are done."""
     batch = batch.to(model.device)
     ((name, stack),) = architecture.stacks.items()
     module, inputs = model.stacks[name], Inputs(stack.causal)
@@ -34,14 +35,14 @@ def replacement_losses(
         logits = model.logits(x if module.norm is None else module.norm(x))
         return batch.mean(LOSSES[loss](Output(logits, ()), batch)).item()
 
-    x, losses = module.embedded(batch.tokens, stack), {}
+    x, losses = module.embedded(batch.tokens, stack), dict[Slot, list[float]]()
     for index, (block, layer) in enumerate(zip(blocks, stack.layers, strict=False)):
         slot = Slot(name, index)
-        if slot in replacements:
-            changed = block(x, replacements[slot], inputs)[0]
+        for replacement in replacements.get(slot, ()):
+            changed = block(x, replacement, inputs)[0]
             for later, own in zip(blocks[index + 1 :], stack.layers[index + 1 :], strict=False):
                 changed = later(changed, own, inputs)[0]
-            losses[slot] = end(changed)
+            losses.setdefault(slot, []).append(end(changed))
         x = block(x, layer, inputs)[0]
         on_layer(index + 1)
     return end(x), losses

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from moesaic.search_spaces import FeedForward, SearchSpace, Slot
+from moesaic.search_spaces import Attention, FeedForward, Layer, SearchSpace, Slot
 from moesaic.search_spaces.space import LayerSpace
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.evaluate import LayerLoad
@@ -22,6 +22,7 @@ from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
 from moesaic.supernet.sharing import splits_dense
 from moesaic.supernet.sparsify.experts import expert_order
+from moesaic.supernet.sparsify.heads import head_order, reorder_heads
 from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, neuron_order
 from moesaic.supernet.sparsify.routers import fit_masses, masses
 
@@ -33,25 +34,31 @@ _JUDGED = 2048
 
 @dataclass(frozen=True)
 class PartCost:
-    """What a layer loses when ``part`` replaces its feed-forward part, the rest of the model unchanged.
+    """What a layer loses when ``part`` replaces its attention or feed-forward part, the rest of the model unchanged.
 
     ``error`` is the squared error of the part's output, as a share of the output's square; ``load`` is the experts'.
     """
 
     slot: Slot
-    part: FeedForward
+    part: Attention | FeedForward
     error: float
     load: LayerLoad | None
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What a layer's feed-forward part reads, [T, D]."""
+    """States [b, S, D] of a few sequences each, before the layer and after its attention."""
 
     slot: Slot
-    feed_forward: SparseFeedForward
-    part: FeedForward
-    read: Tensor
+    block: TransformerLayer
+    layer: Layer
+    inputs: Inputs
+    before: list[Tensor]
+    after: list[Tensor]
+
+    def read(self) -> Tensor:
+        """[T, D] what the feed-forward part reads."""
+        return torch.cat([self.block.reads(x).flatten(0, 1) for x in self.after])
 
 
 @torch.no_grad()
@@ -71,15 +78,20 @@ def split(
         model = Transformer(space.envelope, source.vocab_size)
     given = dict(source.named_parameters())
     costs: list[PartCost] = []
-    for done, given_to in enumerate(layer_inputs(source, windows.to(source.device)), start=1):
-        slot, old = given_to.slot, given_to.feed_forward
-        name = f"stacks.{slot.stack}.layers.{slot.index}.feed_forward"
-        new = SparseFeedForward(old.width, space.envelope.layers[slot].feed_forward, space.backbone, model.sharing)
-        new = new.to(source.device)
-        _fill(new, given_to, space.layers[slot], cluster)
-        given = {key: value for key, value in given.items() if not key.startswith(f"{name}.")}
-        given |= {f"{name}.{key}": value for key, value in new.named_parameters()}
-        costs += _part_costs(new, given_to, space.layers[slot])
+    for done, one in enumerate(layer_inputs(source, windows.to(source.device)), start=1):
+        choices, name = space.layers[one.slot], f"stacks.{one.slot.stack}.layers.{one.slot.index}"
+        if len(choices.attentions) > 1:
+            if cluster != STORED:
+                _order_heads(one)
+            given |= {f"{name}.attention.{key}": value for key, value in one.block.attention.named_parameters()}
+            costs += _attention_costs(one, choices)
+        if one.layer.feed_forward.experts:
+            old, read, bank = one.block.feed_forward, one.read(), space.envelope.layers[one.slot].feed_forward
+            new = SparseFeedForward(old.width, bank, space.backbone, model.sharing).to(source.device)
+            _fill(new, old, one.layer.feed_forward, read, choices, cluster)
+            given = {key: value for key, value in given.items() if not key.startswith(f"{name}.feed_forward.")}
+            given |= {f"{name}.feed_forward.{key}": value for key, value in new.named_parameters()}
+            costs += _part_costs(one.slot, new, old, one.layer.feed_forward, read, choices)
         on_layer(done)
     missing = model.load_state_dict(given, strict=True, assign=True)
     assert not missing.missing_keys
@@ -94,28 +106,50 @@ def layer_inputs(source: Transformer, windows: Tensor) -> Iterator[LayerInput]:
         states = [module.embedded(part, stack) for part in windows.split(_ROWS)]
         for index, (block, layer) in enumerate(zip(module.layers, stack.layers, strict=True)):
             assert isinstance(block, TransformerLayer)
-            states = [block.attend(x, layer, inputs) for x in states]
-            read = [block.reads(x).flatten(0, 1) for x in states]
-            yield LayerInput(Slot(name, index), block.feed_forward, layer.feed_forward, torch.cat(read))
-            outputs = (block.feed_forward(x, layer.feed_forward)[0] for x in read)
-            states = [block.written(x, out.view_as(x)) for x, out in zip(states, outputs, strict=True)]
+            after = [block.attend(x, layer, inputs) for x in states]
+            yield LayerInput(Slot(name, index), block, layer, inputs, states, after)
+            states = [block.feed(x, layer, inputs)[0] for x in after]
 
 
 _PER_NEURON = ("up", "gate", "down", "up_bias")
 """Parameters with a row, or a value, per neuron."""
 
 
-def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster: str) -> None:
+def _order_heads(one: LayerInput) -> None:
+    block = one.block
+    mixed = torch.cat([block.attention.mixed(block.attended(x), one.inputs).flatten(0, 1) for x in one.before])
+    reorder_heads(block.attention, head_order(block.attention, mixed))
+
+
+def _attention_costs(one: LayerInput, space: LayerSpace) -> list[PartCost]:
+    sequences = torch.cat([one.block.attended(x) for x in one.before])
+    sequences = sequences[: max(1, _JUDGED // sequences.shape[1])]
+    module, whole = one.block.attention, one.layer.attention
+    bias = 0 if module.o_bias is None else module.o_bias  # common to all choices
+    target = module(sequences, whole, one.inputs) - bias
+    costs = []
+    for choice in space.attentions:
+        out = module(sequences, choice, one.inputs) - bias if choice.heads else torch.zeros_like(target)
+        costs.append(PartCost(one.slot, choice, _error(out, target), None))
+    return costs
+
+
+def _error(out: Tensor, target: Tensor) -> float:
+    return ((out - target).square().sum() / target.square().sum().clamp(min=1e-30)).item()
+
+
+def _fill(
+    new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace, cluster: str
+) -> None:
     """Copy a layer into ``new``, in the order of importance, and fit the routers of one that was dense."""
-    old, read = given.feed_forward, given.read
-    values, rows = dict(old.named_parameters()), torch.arange(given.part.neurons, device=read.device)
-    if given.part.router is None and splits_dense(new.part):
+    values, rows = dict(old.named_parameters()), torch.arange(part.neurons, device=read.device)
+    if part.router is None and splits_dense(new.part):
         contribution = contributions(hidden(old, read), old.down)
         rows = neuron_order(old, contribution, _bounds(space), cluster)
         weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
         values |= {"router": nn.Parameter(weight), "router_bias": nn.Parameter(bias)}
-    elif given.part.router is not None and given.part.router.score == "softmax" and cluster != STORED:
-        rows, experts = expert_order(old, given.part, read)
+    elif part.router is not None and part.router.score == "softmax" and cluster != STORED:
+        rows, experts = expert_order(old, part, read)
         values["router"] = nn.Parameter(values["router"][experts])
     for name, value in values.items():
         setattr(new, name, nn.Parameter(value[rows] if name in _PER_NEURON else value.detach(), requires_grad=False))
@@ -123,19 +157,20 @@ def _fill(new: SparseFeedForward, given: LayerInput, space: LayerSpace, cluster:
 
 def _bounds(space: LayerSpace) -> list[int]:
     """Numbers of rows that some choice takes as its first: shared neurons, and those of a smaller dense layer."""
-    return [size for group in space.groups for size in (group.shared_sizes if group.experts > 1 else group.sizes)]
+    groups = (group for group in space.groups if group.experts)
+    return [size for group in groups for size in (group.shared_sizes if group.experts > 1 else group.sizes)]
 
 
-def _part_costs(new: SparseFeedForward, given: LayerInput, space: LayerSpace) -> list[PartCost]:
-    read = given.read[:: max(1, len(given.read) // _JUDGED)]
-    bias = 0 if given.feed_forward.down_bias is None else given.feed_forward.down_bias  # common to all choices
-    target = given.feed_forward(read, given.part)[0] - bias
-    size, costs = target.square().sum().clamp(min=1e-30), []
+def _part_costs(
+    slot: Slot, new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace
+) -> list[PartCost]:
+    read = read[:: max(1, len(read) // _JUDGED)]
+    bias = 0 if old.down_bias is None else old.down_bias  # common to all choices
+    target, costs = old(read, part)[0] - bias, []
     for choice in _choices(space):
-        out, routing = new(read, choice)
+        out, routing = new(read, choice) if choice.experts else (torch.zeros_like(target) + bias, None)
         load = None if routing is None else LayerLoad(tuple((routing.load / len(read)).tolist()))
-        error = (out - bias - target).square().sum() / size
-        costs.append(PartCost(given.slot, choice, error.item(), load))
+        costs.append(PartCost(slot, choice, _error(out - bias, target), load))
     return costs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +13,10 @@ import pytest
 from moesaic.nas.config import SearchConfig
 from moesaic.nas.search.loop import result_of
 from moesaic.nas.search.trials import Trial
-from moesaic.search_spaces import Architecture, Interrupted
+from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.supernet import Evaluation
 from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
+from tests.search_spaces.pruned import pruned_space
 
 
 def key(trials: list[Trial]) -> list[tuple]:
@@ -36,8 +38,11 @@ class SamplerContract:
             {"sampler": self.sampler, "trials": min(trials or self.trials, self.trials), "population": 8}
         )
 
-    def test_nothing_over_budget_is_evaluated_and_nothing_twice(self, tmp_path: Path) -> None:
-        space, asked = tiny_space(), []
+    @pytest.mark.parametrize("make_space", [tiny_space, pruned_space])
+    def test_nothing_over_budget_is_evaluated_and_nothing_twice(
+        self, tmp_path: Path, make_space: Callable[[], SearchSpace]
+    ) -> None:
+        space, asked = make_space(), []
         budget = budget_of(space, flops="55%", parameters="50%")
 
         def evaluate(architecture: Architecture) -> Evaluation:

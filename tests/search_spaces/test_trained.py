@@ -23,6 +23,7 @@ specs = st.builds(
     threshold=st.lists(st.floats(0.05, 0.95), max_size=2),
     kept=shares,
     expert_kept=shares,
+    prune=st.lists(st.sampled_from(["heads", "layers"]), unique=True),
 )
 dense = st.integers(1, 40).map(lambda tiles: FeedForward((16 * tiles,)))
 mixtures = st.builds(
@@ -53,7 +54,13 @@ def test_the_source_is_the_largest_member_and_its_bank_holds_all(
         assert member in space
         for slot, layer in member.layers.items():
             part, whole = layer.feed_forward, source.layers[slot].feed_forward
-            assert layer.attention == source.layers[slot].attention
+            attention, trained = layer.attention, source.layers[slot].attention
+            assert attention == trained or (attention.kv_heads > 0 and "heads" in spec.prune) or "layers" in spec.prune
+            assert attention.kv_heads <= trained.kv_heads
+            assert attention.heads * trained.kv_heads == attention.kv_heads * trained.heads  # whole groups
+            if not part.experts:
+                assert "layers" in spec.prune
+                continue
             assert part.neurons <= banks[slot].neurons == whole.neurons
             assert part.worst_active_neurons <= whole.worst_active_neurons or part.router is not None
             if whole.router is None and part.router is not None:

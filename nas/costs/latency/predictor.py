@@ -27,8 +27,8 @@ from moesaic.search_spaces.yaml_source import adapter
 TERMS = (
     "pass",  # 1
     "vocabulary_products",  # multiply-accumulates of the vocabulary layer
-    "layers",
-    "layer_elements",  # tokens x width: norms and residuals
+    "attentions",
+    "block_elements",  # tokens x width of both parts of a layer: norms and residuals
     "projection_products",  # multiply-accumulates of q, k, v and o
     "score_products",  # queries x positions x width of the heads
     "cache_elements",  # cached keys and values read
@@ -54,14 +54,14 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, ext
     common = (
         0,
         0,
-        1,
-        elements,
+        attention.heads > 0,
+        layer.blocks * elements,
         2 * elements * (q + kv),
         tokens * positions * q,
         extent.sequences * positions * kv,
     )
     if part.router is None:
-        return (*common, 1, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
+        return (*common, part.experts, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
     return (
         *common,
         part.shared_size > 0,

@@ -59,9 +59,9 @@ class Genome:
                 "attention": space.attentions.index(layer.attention),
                 "experts": [group.experts for group in space.groups].index(part.experts),
             }
-            if part.router is None:
+            if part.experts == 1:
                 values["dense_size"] = sizes["dense_size"].index(part.expert_sizes[0])
-            else:
+            elif part.router is not None:
                 values["router"] = _routers(space).index(part.router)
                 values["shared_size"] = sizes["shared_size"].index(part.shared_size)
                 values |= {f"size{j}": sizes[f"size{j}"].index(size) for j, size in enumerate(part.expert_sizes)}
@@ -80,8 +80,8 @@ class Genome:
             value = values[gene][at[gene]]
             return value if value in offered else offered[at[gene] % len(offered)]
 
-        if group.experts == 1:
-            return Layer(attention, FeedForward((size("dense_size", group.sizes),)))
+        if group.experts < 2:
+            return Layer(attention, FeedForward(tuple(size("dense_size", group.sizes) for _ in range(group.experts))))
         router = _routers(space)[at["router"]].for_experts(group.experts)
         if router not in group.routers:
             router = group.routers[at["router"] % len(group.routers)]
@@ -101,7 +101,7 @@ def _sizes(space: LayerSpace) -> dict[str, tuple[int, ...]]:
     for group in space.groups:
         if group.experts == 1:
             genes["dense_size"] = set(group.sizes)
-        else:
+        elif group.experts:
             genes.setdefault("shared_size", set()).update(group.shared_sizes)
             for j in range(group.experts):
                 genes.setdefault(f"size{j}", set()).update(group.sizes)

@@ -27,6 +27,10 @@ def places_of(slots: Iterable[Slot]) -> list[Place]:
     return list(product(slots, KINDS))
 
 
+def kind_of(part: Part) -> Kind:
+    return "attention" if isinstance(part, Attention) else "feed_forward"
+
+
 def part_of(architecture: Architecture, place: Place) -> Part:
     return getattr(architecture.layers[place[0]], place[1])
 

@@ -49,10 +49,10 @@ def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
     part, router, attention = layer.feed_forward, layer.feed_forward.router, layer.attention
     return [
         1.0,
-        math.log(part.neurons),
-        math.log(active_neurons),
-        math.log(part.experts),
-        math.log(part.expert_sizes[0] / part.expert_sizes[-1]),
+        math.log(max(part.neurons, 1)),
+        math.log(max(active_neurons, 1)),
+        math.log(max(part.experts, 1)),
+        math.log(max(part.expert_sizes, default=1) / min(part.expert_sizes, default=1)),
         float(part.shared_size),
         float(router is not None and router.max_experts == 1),
         (router.threshold or 0.0) if router else 0.0,

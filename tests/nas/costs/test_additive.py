@@ -18,6 +18,7 @@ from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy
 from moesaic.search_spaces import Architecture, SearchSpace, load_space, preset_source
 from moesaic.search_spaces.yaml_source import YamlSource
+from tests.search_spaces.pruned import pruned_space
 
 CASES = ("expected", "worst")
 COSTS = ("flops", "parameters", "active_parameters", "memory")
@@ -25,6 +26,7 @@ TERMS: tuple[Term, ...] = tuple((cost, case) for cost in COSTS for case in CASES
 OPT = {"head_size": 16, "activation": "gelu", "biases": "all", "tied": False, "norm": "layer", "positions": "learned"}
 SPACES = {
     **{name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")},
+    "pruned": pruned_space(),
     "opt": load_space(YamlSource("opt", {"preset": "tiny", "backbone": {**OPT, "max_positions": 64}})),
 }
 

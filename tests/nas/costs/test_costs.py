@@ -23,11 +23,13 @@ from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Backbone, FeedForward, Router, Slot, load_space, preset_source
 from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import LayerLoad, Transformer, evaluate, experts
+from tests.search_spaces.pruned import pruned_space
 
 VOCABULARY, LENGTH, BATCH = 97, 12, 3
 CONTEXT = Context(VOCABULARY, LENGTH, BATCH)
 CPU = choose_device(DeviceConfig(device="cpu", threads=1))
 SPACES = {name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe", "medium")}
+SPACES["pruned"] = pruned_space()
 
 
 def architectures(name: str, count: int) -> list[Architecture]:
@@ -39,9 +41,9 @@ def architectures(name: str, count: int) -> list[Architecture]:
 def model_and_tokens(architecture: Architecture) -> tuple[Transformer, torch.Tensor]:
     torch.manual_seed(0)
     model = Transformer(architecture, VOCABULARY).eval()
-    for layer in model.layers:
-        if layer.feed_forward.router is not None:
-            torch.nn.init.normal_(layer.feed_forward.router)  # routers that send tokens to different experts
+    for name, weight in model.named_parameters():
+        if name.endswith(".router"):
+            torch.nn.init.normal_(weight)  # routers that send tokens to different experts
     return model, torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1))
 
 
@@ -49,7 +51,7 @@ def measured_uses(model: Transformer, windows: torch.Tensor) -> list[LayerUse]:
     return Pricer(CONTEXT).measured_uses(model.architecture, evaluate(model, next_tokens(windows)).loads)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "xmoe", "medium"])
+@pytest.mark.parametrize("name", SPACES)
 def test_parameters_are_those_of_the_module(name):
     for architecture in architectures(name, 2 if name == "medium" else 10):
         with torch.device("meta"):
@@ -70,7 +72,8 @@ BACKBONES = {
 
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 def test_parameters_and_flops_hold_on_every_backbone(backbone, unfused_attention):
-    for architecture in (replace(member, backbone=backbone) for member in architectures("tiny", 8)):
+    members = architectures("tiny", 8) + architectures("pruned", 8)
+    for architecture in (replace(member, backbone=backbone) for member in members):
         model, windows = model_and_tokens(architecture)
         assert parameters(architecture, CONTEXT) == sum(p.numel() for p in model.parameters())
         uses = measured_uses(model, windows)

@@ -18,11 +18,22 @@ from moesaic.nas.costs.measure import peak_activation_bytes
 from moesaic.nas.costs.memory import activation_memory
 from moesaic.nas.costs.use import LayerUse, worst_use
 from moesaic.nas.device import choose_device
-from moesaic.search_spaces import Architecture, Backbone, load_space, preset_source
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    Backbone,
+    FeedForward,
+    Layer,
+    Router,
+    Stack,
+    load_space,
+    preset_source,
+)  # fmt: skip
+from tests.search_spaces.pruned import pruned_space
 
 CPU = choose_device(DeviceConfig(device="cpu", threads=1))
 BYTES = {"float32": 4, "bfloat16": 2}
-SPACES = {name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")}
+SPACES = {name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")} | {"pruned": pruned_space()}
 BACKBONES = {
     "Llama": Backbone(32),
     "GPT-2": Backbone(16, "gelu_tanh", "layer", positions="learned", max_positions=65, biases="all"),
@@ -45,10 +56,9 @@ def worst_memory(architecture: Architecture, context: Context) -> float:
 
 def one_expert_for_all(one: Pass) -> None:
     """Every token prefers the first experts, in the same order."""
-    for layer in one.model.layers:
-        router = layer.feed_forward.router
-        if router is not None:
-            torch.nn.init.zeros_(router)
+    for name, weight in one.model.named_parameters():
+        if name.endswith(".router"):
+            torch.nn.init.zeros_(weight)
 
 
 @given(
@@ -74,8 +84,21 @@ def test_what_is_measured_is_within_the_worst_case_and_near_the_price(
     measured = peak_activation_bytes(one)
     assert measured <= worst_memory(architecture, context)
     # Where few tokens choose experts, the copies of the largest experts' weights are priced, whichever are chosen.
-    upper = 1.2 if context.tokens > 32 else 3
+    upper = 1.25 if context.tokens > 32 else 3
     assert 1 <= activation_memory(architecture, one.uses(), context) / measured <= upper
+
+
+def test_memory_does_not_depend_on_what_was_measured_before():
+    """A decoding step keeps a buffer as large as the largest model of the process needed."""
+    context = Context(61, 1, 1, 4, "prefill")
+    few, many = (FeedForward((16,) * n, Router("top_k", k=n // 2)) for n in (4, 32))
+    architectures = [
+        replace(SPACES["tiny"].smallest, decoder=Stack(32, (Layer(Attention(1, 1), part),))) for part in (few, many)
+    ]
+    small, large = random_passes(architectures, context, CPU, 0)
+    alone = peak_activation_bytes(small)
+    assert peak_activation_bytes(large) > alone
+    assert peak_activation_bytes(small) == alone
 
 
 @pytest.mark.parametrize("dtype", list(BYTES))

@@ -21,6 +21,7 @@ from moesaic.nas.search.feasible import FeasibleSampler
 from moesaic.search_spaces import Architecture, Router, SearchSpace, Slot, load_space, preset_source
 from moesaic.search_spaces.yaml_source import YamlSource
 from tests.nas.search_tools import PRICER
+from tests.search_spaces.pruned import pruned_space
 from tests.search_spaces.two_stacks import two_stack_space
 
 LAYER = {
@@ -34,7 +35,9 @@ LAYER = {
 OTHER = {"heads": [1, 2], "shared_sizes": [0, 16], "routers": [{"kind": "top_k", "k": [2]}]}
 ONE = load_space(YamlSource("one", {"width": [16, 32], "depth": [2, 3], "layer": LAYER, "layers": {1: OTHER}}))
 TWO = two_stack_space()
-MEMBERS = {"one": list(ONE), "two": list(TWO)}
+PRUNED = pruned_space()
+SPACES = {"one": ONE, "two": TWO, "pruned": PRUNED}
+MEMBERS = {name: list(space) for name, space in SPACES.items()}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ PRICERS = {
     "uneven": Pricer(PRICER.context, UNEVEN),
     "layers' peaks": Pricer(Context(16, 64, 8)),
     "two": Pricer(TwoContext(64, 16, 2)),
+    "pruned": PRICER,
 }
 BUDGETS = [
     ("one", 0.01, [("flops", "expected")]),
@@ -61,6 +65,8 @@ BUDGETS = [
     ("uneven", 0.04, [("flops", "expected"), ("parameters", "expected"), ("memory", "worst")]),
     ("layers' peaks", 0.02, [("memory", "expected")]),
     ("two", 0.02, [("flops", "expected")]),
+    ("pruned", 0.03, [("flops", "expected")]),
+    ("pruned", 0.05, [("flops", "worst"), ("parameters", "expected")]),
     ("two", 0.05, [("flops", "worst"), ("parameters", "expected")]),
 ]
 
@@ -83,9 +89,8 @@ def probability(space: SearchSpace, architecture: Architecture) -> float:
 def tight(name: str, share: float, terms: Sequence[Term]) -> tuple[FeasibleSampler, dict[Architecture, float]]:
     """A budget of the lines ``terms``, each of which members of probability ``share`` meet, and the probabilities of
     the members that meet all."""
-    space, members, pricer = (
-        (TWO, MEMBERS["two"], PRICERS[name]) if name == "two" else (ONE, MEMBERS["one"], PRICERS[name])
-    )
+    own = name if name in SPACES else "one"
+    space, members, pricer = SPACES[own], MEMBERS[own], PRICERS[name]
     chances = np.array([probability(space, a) for a in members])
     lines = []
     for cost, bind in terms:
@@ -100,7 +105,7 @@ def tight(name: str, share: float, terms: Sequence[Term]) -> tuple[FeasibleSampl
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_probabilities_of_all_members_add_up_to_one(name):
-    space = {"one": ONE, "two": TWO}[name]
+    space = SPACES[name]
     assert sum(probability(space, a) for a in MEMBERS[name]) == pytest.approx(1)
 
 

@@ -24,6 +24,7 @@ from moesaic.search_spaces import Interrupted, load_space, preset_source
 from moesaic.supernet import Evaluation
 from tests.contracts.samplers import key
 from tests.nas.search_tools import Stop, budget_of, formula, search, small_space, tiny_space
+from tests.search_spaces.pruned import pruned_space
 
 
 def config(sampler: str, trials: int = 40, **changes) -> SearchConfig:
@@ -88,9 +89,8 @@ def test_best_is_the_least_loss_whatever_the_order_of_objectives(tmp_path):
     assert result.best.loss == min(t.loss for t in trials if t.feasible)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_a_genome_decodes_to_what_was_encoded(name):
-    space = load_space(preset_source(name))
+@pytest.mark.parametrize("space", [tiny_space(), small_space(), pruned_space()])
+def test_a_genome_decodes_to_what_was_encoded(space):
     genome, rng = Genome(space), Random(0)
     for _ in range(200):
         architecture = space.sample_balanced(rng)

@@ -16,6 +16,7 @@ from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward
 from moesaic.search_spaces.architecture import Stack
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet import Batch, Transformer, evaluate
+from moesaic.supernet.batch import Inputs
 from moesaic.supernet.sparsify.neurons import CLUSTERS, contributions, hidden, importance, neuron_order
 from moesaic.supernet.sparsify.repair import repaired
 from moesaic.supernet.sparsify.replace import replacement_losses
@@ -30,8 +31,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "gpt2": {"activation": "gelu_tanh", "norm": "layer", "biases": "all", "positions": "learned", "max_positions": 32},
     "bert": {"activation": "gelu", "norm": "layer", "norm_place": "post", "biases": "all", "embedding_norm": True},
     "relu": {"activation": "relu", "tied": False},
+    "qwen3": {"activation": "swiglu", "qk_norm": "head", "biases": "qkv"},
+    "olmoe": {"activation": "swiglu", "qk_norm": "all"},
 }
 SPEC = TrainedSpec(expert_sizes=[16, 32], shared=[0.0, 0.25, 0.5], active=[0.25, 0.5], threshold=[0.5])
+PRUNED = SPEC.model_copy(update={"prune": ["heads", "layers"]})
 
 
 def trained(layers: tuple[Layer, ...], seed: int = 0, causal: bool = True, **backbone: Any) -> Transformer:
@@ -53,7 +57,7 @@ def windows(count: int = 4, length: int = 16, seed: int = 1) -> Tensor:
 def case(request: pytest.FixtureRequest) -> tuple[Transformer, SearchSpace]:
     layers = {"mixture": (MIXTURE, MIXTURE), "both": (DENSE, MIXTURE)}.get(request.param, (DENSE, DENSE))
     model = trained(layers, causal=request.param != "bert", **BACKBONES.get(request.param, {}))
-    return model, SPEC.build(model.architecture)
+    return model, PRUNED.build(model.architecture)
 
 
 def test_the_largest_member_is_the_trained_model_and_gives_its_logits(case: tuple[Transformer, SearchSpace]) -> None:
@@ -69,7 +73,7 @@ def test_slices_are_what_is_extracted(case: tuple[Transformer, SearchSpace]) -> 
     model, space = case
     found, _ = split(model, space, windows())
     tokens = windows(seed=2)
-    for seed in range(8):
+    for seed in range(12):
         member = space.sample_balanced(Random(seed))
         torch.testing.assert_close(found.extract(member)(tokens), found(tokens, member), atol=1e-5, rtol=1e-5)
 
@@ -116,18 +120,27 @@ def test_all_experts_of_a_dense_layer_together_are_the_layer() -> None:
 
 def test_part_costs_are_the_errors_and_loads_of_the_parts() -> None:
     model = trained((DENSE,))
-    space = SPEC.build(model.architecture)
+    space = PRUNED.build(model.architecture)
     block, read = model.layers[0], []
+    block.attention.register_forward_hook(lambda module, given, out: read.append(given[0]))
     block.feed_forward.register_forward_hook(lambda module, given, out: read.append(given[0]))
     model(windows())
-    expected = block.feed_forward(read[0], DENSE.feed_forward)[0].detach()
+    mixed = block.attention(read[0], DENSE.attention, Inputs()).detach()
+    expected = block.feed_forward(read[1], DENSE.feed_forward)[0].detach()
     found, costs = split(model, space, windows())
-    assert [cost.part for cost in costs] == [
-        part for group in space.layers[Slot("decoder", 0)].groups for part in group
-    ]
-    new = found.layers[0].feed_forward
+    choices = space.layers[Slot("decoder", 0)]
+    assert [cost.part for cost in costs] == [*choices.attentions, *(part for group in choices.groups for part in group)]
+    new = found.layers[0]
     for cost in costs:
-        out, routing = new(read[0], cost.part)
+        if isinstance(cost.part, Attention):
+            out = new.attention(read[0], cost.part, Inputs()) if cost.part.heads else 0 * mixed
+            error = ((out - mixed).square().sum() / mixed.square().sum()).item()
+            assert cost.error == pytest.approx(error, rel=1e-4, abs=1e-9)
+            continue
+        if not cost.part.experts:
+            assert cost.error == pytest.approx(1)
+            continue
+        out, routing = new.feed_forward(read[1], cost.part)
         error = ((out - expected).square().sum() / expected.square().sum()).item()
         assert cost.error == pytest.approx(error, rel=1e-4, abs=1e-9)
         if routing is None:
@@ -175,27 +188,37 @@ def test_a_fit_of_masses_is_additive_and_recovers_a_linear_law(seed: int) -> Non
 
 def test_replacement_losses_are_those_of_whole_models() -> None:
     model = trained((DENSE, DENSE, MIXTURE))
-    space = SPEC.build(model.architecture)
+    space = PRUNED.build(model.architecture)
     found, _ = split(model, space, windows())
     tokens, rng = windows(3, 17, 5), Random(0)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    changed = {slot: Layer(space.largest.layers[slot].attention, rng.choice(layer.groups).sample(rng))
+    changed = {slot: [Layer(rng.choice(layer.attentions), rng.choice(layer.groups).sample(rng)) for _ in range(3)]
                for slot, layer in space.layers.items()}  # fmt: skip
     loss, losses = replacement_losses(found, space.largest, changed, batch)
     assert loss == pytest.approx(evaluate(found, batch, space.largest).loss, rel=1e-5)
-    for slot, layer in changed.items():
-        member = space.largest.with_layers({slot: layer})
-        assert losses[slot] == pytest.approx(evaluate(found, batch, member).loss, rel=1e-5)
+    for slot, layers in changed.items():
+        members = [space.largest.with_layers({slot: layer}) for layer in layers]
+        assert losses[slot] == pytest.approx([evaluate(found, batch, member).loss for member in members], rel=1e-5)
 
 
+SPLIT = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
+LESS: dict[str, tuple[Layer, Layer]] = {
+    "experts": (Layer(DENSE.attention, SPLIT), Layer(DENSE.attention, SPLIT)),
+    "heads": (Layer(Attention(2, 1), DENSE.feed_forward), Layer(Attention(2, 1), SPLIT)),
+    "no attention": (Layer(Attention(0, 0), DENSE.feed_forward), Layer(Attention(2, 1), DENSE.feed_forward)),
+    "no feed-forward": (Layer(Attention(2, 1), FeedForward(())), Layer(DENSE.attention, SPLIT)),
+    "no layer": (Layer(Attention(0, 0), FeedForward(())), Layer(DENSE.attention, SPLIT)),
+}
+
+
+@pytest.mark.parametrize("less", LESS)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_repair_brings_a_member_nearer_to_the_trained_model(name: str) -> None:
+def test_repair_brings_a_member_nearer_to_the_trained_model(name: str, less: str) -> None:
     model = trained((DENSE, DENSE), causal=name != "bert", **BACKBONES[name])
-    space, text = SPEC.build(model.architecture), windows(32, 16)
+    space, text = PRUNED.build(model.architecture), windows(32, 16)
     expected = model(text).detach()
     found, _ = split(model, space, text)
-    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
-    member = space.largest.with_layers({slot: Layer(DENSE.attention, part) for slot in space.layers})
+    member = space.largest.with_layers(dict(zip(space.layers, LESS[less], strict=True)))
     mended = repaired(found, space.largest, text)(member)
     assert mended.architecture == member
     before, after = ((m(text) - expected).square().mean().item() for m in (found.extract(member), mended))
@@ -230,3 +253,38 @@ def test_the_most_salient_experts_and_neurons_of_a_mixture_come_first() -> None:
     ordered = found.layers[0].feed_forward.down
     assert torch.equal(ordered[16], last)
     assert (ordered[-48:] == 0).all()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_heads_that_write_most_come_first(name: str) -> None:
+    """Of four groups of two heads, the third writes most and the first nothing."""
+    model = trained((Layer(Attention(8, 4), FeedForward((64,))),), causal=name != "bert", **BACKBONES[name])
+    o, text = model.layers[0].attention.o.data, windows(8)
+    o[:, 32:48] *= 20
+    o[:, :16] = 0
+    third = o[:, 32:48].clone()
+    expected = model(text).detach()
+    found, costs = split(model, PRUNED.build(model.architecture), text)
+    ordered = found.layers[0].attention.o
+    assert torch.equal(ordered[:, :16], third)
+    assert (ordered[:, -16:] == 0).all()
+    torch.testing.assert_close(found(text), expected, atol=1e-4, rtol=1e-4)
+    errors = {cost.part.kv_heads: cost.error for cost in costs if isinstance(cost.part, Attention)}
+    assert errors[4] < 1e-9 < errors[1] < errors[0] == pytest.approx(1)
+
+
+def test_what_is_left_out_has_no_weights_and_changes_nothing() -> None:
+    model = trained((DENSE, DENSE, DENSE))
+    found, _ = split(model, PRUNED.build(model.architecture), windows())
+    nothing = Layer(Attention(0, 0), FeedForward(()))
+    member = found.architecture.with_layers({Slot("decoder", 1): nothing})
+    export = found.extract(member)
+    assert not list(export.layers[1].parameters())
+    first, _, last = member.layers.values()
+    shorter = Transformer(Architecture(Stack(WIDTH, (first, last)), member.backbone), VOCABULARY).eval()
+    names = {name.replace("layers.2", "layers.1"): value for name, value in export.state_dict().items()}
+    shorter.load_state_dict(names)
+    assert torch.equal(export(windows()), shorter(windows()))
+    again, costs = split(export, PRUNED.build(member), windows())  # an export of it is a model to start from
+    torch.testing.assert_close(again(windows()), shorter(windows()), atol=1e-5, rtol=1e-5)
+    assert not [cost for cost in costs if cost.slot.index == 1]
