@@ -17,8 +17,8 @@ from moesaic.search_spaces import FeedForward, MoesaicError, Slot
 from moesaic.search_spaces.files import PathLike
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet.convert import Checkpoint
-from moesaic.supernet.sparsify.activity import Activity, activity
-from moesaic.supernet.sparsify.split import PartCost, layer_inputs, split
+from moesaic.supernet.sparsify.activity import Activity, Captured
+from moesaic.supernet.sparsify.split import PartCost, split
 
 _TOKENS, _LENGTH, _CHARACTERS = 2048, 256, 1 << 20
 _SPARSE, _DENSE = 0.2, 0.4
@@ -32,7 +32,8 @@ _SPEC = TrainedSpec(expert_sizes=[16], shared=[0.125, 0.25], active=[0.1429, 0.3
 @dataclass(frozen=True)
 class LayerFacts:
     """``experts`` is 1 for a dense layer. The others are squared errors of the layer's output, as shares of its square,
-    where a token uses about half or a quarter of the neurons: as ``pruned`` dense layers and as experts (``split``)."""
+    where a token uses about half or a quarter of the neurons: as ``pruned`` dense layers and as experts (``split``).
+    ``captured`` says how well a router finds the neurons that matter."""
 
     slot: Slot
     neurons: int
@@ -41,6 +42,7 @@ class LayerFacts:
     pruned_half: float | None
     split_half: float | None
     split_quarter: float | None
+    captured: tuple[Captured, ...]
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,22 @@ def inspect_checkpoint(
     """
     windows = _windows(checkpoint, None if text is None else Path(text))
     model, architecture = checkpoint.load(), checkpoint.architecture
-    total, found = 2 * len(architecture.layers), {}
-    with torch.no_grad():
-        for done, layer in enumerate(layer_inputs(model, windows), start=1):
-            if layer.layer.feed_forward.experts:
-                found[layer.slot] = activity(layer.block.feed_forward, layer.layer.feed_forward, layer.read())
-            on_layer(done, total)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    half = len(architecture.layers)
-    _, costs = split(model, _SPEC.build(architecture), windows, on_layer=lambda done: on_layer(half + done, total))
+    made = split(
+        model, _SPEC.build(architecture), windows, on_layer=lambda done: on_layer(done, len(architecture.layers))
+    )
     layers = tuple(
         LayerFacts(
-            slot,
-            layer.feed_forward.neurons,
-            layer.feed_forward.experts,
-            found[slot],
-            _error(costs, slot, _HALF, dense=True),
-            _error(costs, slot, _HALF, dense=False),
-            _error(costs, slot, _QUARTER, dense=False),
+            found.slot,
+            architecture.layers[found.slot].feed_forward.neurons,
+            architecture.layers[found.slot].feed_forward.experts,
+            found.activity,
+            _error(made.costs, found.slot, _HALF, dense=True),
+            _error(made.costs, found.slot, _HALF, dense=False),
+            _error(made.costs, found.slot, _QUARTER, dense=False),
+            found.captured,
         )
-        for slot, layer in architecture.layers.items()
-        if slot in found
+        for found in made.activities
     )
     activation = architecture.backbone.activation
     return Inspection(
@@ -194,15 +191,20 @@ def print_inspection(console: Console, found: Inspection) -> None:
         highlight=False,
     )
     title = "Layers: shares of neurons or experts, and errors of the output where a token uses half or a quarter"
-    columns = "layer|neurons|experts|hold 95 %|below 1 %|negative|pruned to half|split, half|split, quarter"
+    columns = "layer|neurons|experts|hold 95 %|below 1 %|negative|router finds|pruned, half|split, half|split, quarter"
     table = plain_table(title, columns, "layer")
     for layer in found.layers:
         seen = layer.activity
-        shares = (seen.concentrated, seen.small, seen.negative)
+        found_half = next((one.routed / one.best for one in layer.captured if one.share == _HALF), None)
+        shares = (seen.concentrated, seen.small, seen.negative, found_half)
         errors = (layer.pruned_half, layer.split_half, layer.split_quarter)
         cells = [*("" if share is None else f"{share:.0%}" for share in shares)]
         cells += ["" if error is None else f"{error:.1%}" for error in errors]
         table.add_row(str(layer.slot), str(layer.neurons), str(layer.experts), *cells)
     console.print(table)
+    if any(layer.captured for layer in found.layers):
+        console.print(
+            "Router finds: the activation mass in the half of the tiles that it chooses, of the mass in the best half."
+        )
     for sentence in found.advice:
         console.print(sentence, highlight=False)

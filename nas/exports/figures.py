@@ -39,6 +39,15 @@ class ExportFigures(Scores):
     reload_max_logit_difference: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceModel(Scores):
+    """The trained model that a run starts from, on the test split, measured like the models that come from it."""
+
+    architecture: ArchitectureField
+    measured: dict[str, float]
+    latency: LatencyFigures | None
+
+
 STARTS = {
     "scratch": "scratch",
     "inherited": "inherited weights",

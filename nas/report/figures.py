@@ -77,7 +77,7 @@ def pareto_figure(
     )
     lowest = _STRIP + 0.03 if any(point.kind == "refused" for point in points) else 0
     figure.update_layout(
-        **_layout(620),
+        **layout(620),
         **_cost_layout(default_cost, budget, context),
         yaxis={"title": "inherited validation loss, nats per token", "domain": [lowest, 1]},
         yaxis2={"domain": [0, _STRIP], "range": [-1, 1], "visible": False, "fixedrange": True, "anchor": "x"},
@@ -140,7 +140,7 @@ def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point]) -> go.
             line={"dash": "dash", "color": colour, "width": 1.5},
             name=f"rival {escape(point.label)}",
         )
-    figure.update_layout(**_layout(480))
+    figure.update_layout(**layout(480))
     figure.update_yaxes(title="inherited loss,<br>nats per token", row=1, col=1)
     figure.update_yaxes(title="hypervolume", row=2, col=1)
     figure.update_xaxes(title="architectures evaluated", row=2, col=1)
@@ -165,7 +165,7 @@ def training_figure(curves: Sequence[Curve]) -> go.Figure:
             line={"width": 1.8, **style},
             name=escape(curve.label),
         )
-    figure.update_layout(**_layout(420))
+    figure.update_layout(**layout(420))
     figure.update_yaxes(title="loss on a training batch, nats per token")
     figure.update_xaxes(title="steps")
     return figure
@@ -188,7 +188,7 @@ def breakdown_figure(models: Sequence[Model], context: Context) -> go.Figure:
                 row=1,
                 col=column,
             )
-    figure.update_layout(**_layout(420), barmode="stack", bargap=0.25)
+    figure.update_layout(**layout(420), barmode="stack", bargap=0.25)
     figure.update_annotations(font={"size": 13})
     figure.update_yaxes(title=axis_title("flops", context), col=1)
     figure.update_yaxes(tickformat="~s")
@@ -225,7 +225,7 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
             name=f"{name} ({len(rows)})",
         )
     per = per_text("latency", context)
-    figure.update_layout(**_layout(480))
+    figure.update_layout(**layout(480))
     ticks = {"type": "log", "tickvals": [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)], "tickformat": "~g"}
     figure.update_xaxes(title=f"measured, ms {per}", **ticks)
     figure.update_yaxes(title="predicted, ms", **ticks)
@@ -258,7 +258,7 @@ def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
                 for row in rows
             ],
         )
-    figure.update_layout(**_layout(460))
+    figure.update_layout(**layout(460))
     figure.update_xaxes(title="inherited validation loss, nats per token")
     figure.update_yaxes(title="validation loss trained alone,<br>nats per token")
     return figure
@@ -278,7 +278,7 @@ def _groups(points: Sequence[Point]) -> list[tuple[str, dict[str, Any], list[Poi
     return groups
 
 
-def _layout(height: int) -> dict[str, Any]:
+def layout(height: int) -> dict[str, Any]:
     return {
         "template": "plotly_white",
         "height": height,

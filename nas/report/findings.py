@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moesaic.nas.context import Context
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.report.data import Curve, Evaluated, Measurement, Model, Point
+from moesaic.nas.report.source_section import Sparsity
 from moesaic.nas.report.summary import Summary
 from moesaic.nas.search.budget import BudgetLine
 from moesaic.nas.search.loop import SearchResult
@@ -15,7 +16,7 @@ from moesaic.nas.search.loop import SearchResult
 @dataclass(frozen=True)
 class Findings:
     """``models`` are the searched one and its rivals, ``exported`` the other exported members of the front, ``exports``
-    the figures of all exports, the chosen one first."""
+    the figures of all exports, the chosen one first. ``sparsity`` is that of the trained model a run starts from."""
 
     summary: Summary
     configuration: str
@@ -30,6 +31,7 @@ class Findings:
     exports: list[ExportFigures]
     curves: list[Curve]
     measurements: list[Measurement]
+    sparsity: Sparsity | None
 
     @property
     def default_cost(self) -> str:

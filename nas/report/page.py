@@ -17,7 +17,8 @@ from moesaic.nas.report.findings import Findings
 from moesaic.nas.report.html import flag, paragraph, plot, section, table
 from moesaic.nas.report.pictures import HATCH, architecture_svg, pixels_per_neuron
 from moesaic.nas.report.ranking_section import trust_section
-from moesaic.nas.report.summary import Chosen, over_sentence, verdict
+from moesaic.nas.report.source_section import source_section
+from moesaic.nas.report.summary import Chosen, Summary, over_sentence, source_sentence, verdict
 from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.trust.sentences import flops_sentence
@@ -40,6 +41,7 @@ def build_page(findings: Findings) -> str:
     sections = {
         "result": ("Result", _result(findings)),
         "front": ("Pareto front", _front(findings)),
+        **({"source": ("Trained model", source_section(summary, findings.sparsity))} if findings.sparsity else {}),
         "trust": ("Trust", trust_section(summary.trust)),
         "architectures": ("Architectures", _architectures(findings)),
         "compute": ("Compute by layer", _compute(findings)),
@@ -71,6 +73,8 @@ def _result(findings: Findings) -> Iterator[str]:
     chosen = summary.chosen
     if over := over_sentence(summary):
         yield paragraph(over, "verdict bad")
+    if of_source := source_sentence(summary):
+        yield paragraph(of_source, "verdict")
     yield paragraph(verdict(summary), "verdict")
     yield f"<h3>Costs of the retrained model, exports/{BEST}</h3>"
     yield table(
@@ -97,7 +101,7 @@ def _result(findings: Findings) -> Iterator[str]:
             *(_COMPARED[cost] for cost in costs),
             "budget",
         ),
-        [_result_row(result, summary.metrics, costs) for result in results],
+        [*(_result_row(result, summary.metrics, costs) for result in results), *_source_row(summary, costs)],
         chosen=0,
     )
     per = f", latency {per_text('latency', context)}" if "latency" in costs else ""
@@ -147,6 +151,14 @@ def _result_row(result: RetrainedModel, metrics: Sequence[Metric], costs: Sequen
         *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
         flag(budget_text(result.budget), worst_status(result.budget)),
     )
+
+
+def _source_row(summary: Summary, costs: Sequence[str]) -> Iterator[tuple]:
+    """The row of the trained model that the run starts from, if it does."""
+    if (source := summary.source) is not None:
+        metrics = (metric.format(source.metrics[metric.name]) for metric in summary.metrics)
+        measured = (DIMENSIONS[cost].format(source.measured[cost]) for cost in costs)
+        yield "trained model", f"{source.loss:.4f} ± {source.standard_error:.4f}", *metrics, *measured, ""
 
 
 def _front(findings: Findings) -> Iterator[str]:

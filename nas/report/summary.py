@@ -10,12 +10,15 @@ from moesaic.nas.context import Context
 from moesaic.nas.costs.compliance import MeasuredLine, Refused, lines_over, over_text
 from moesaic.nas.costs.latency.fitting import Accuracy
 from moesaic.nas.costs.measure import LatencyFigures
-from moesaic.nas.exports.figures import ExportFigures, RetrainedModel
+from moesaic.nas.exports.figures import ExportFigures, RetrainedModel, SourceModel
 from moesaic.nas.search.loop import SearchFigures
 from moesaic.nas.tasks import Metric
 from moesaic.nas.trust.findings import Trust
 from moesaic.nas.trust.significance import LEVEL, holm
 from moesaic.search_spaces.architecture import ArchitectureField
+
+_COSTS = {"latency": "latency", "parameters": "parameters", "flops": "FLOPs"}
+"""Costs that sentences compare, and their names there."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class PredictorFigures:
 @dataclass(frozen=True)
 class Summary:
     """Everything a run found for one budget. ``metrics`` are those of its task, ``budget`` the lines of the exported
-    ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model."""
+    ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model.
+    ``source`` is the trained model that the run starts from, if it does."""
 
     name: str
     date: str
@@ -65,6 +69,24 @@ class Summary:
     stage_seconds: dict[str, float]
     context: Context
     more_seeds: str
+    source: SourceModel | None = None
+
+
+def source_sentence(summary: Summary) -> str | None:
+    """What the searched model costs and loses compared with the trained model that it comes from."""
+    source, searched = summary.source, summary.chosen.retrained
+    if source is None:
+        return None
+    shares = [
+        f"{searched.measured[cost] / source.measured[cost]:.0%} of the {name}"
+        for cost, name in _COSTS.items()
+        if cost in searched.measured
+    ]
+    return (
+        f"The searched model has {', '.join(shares[:-1])} and {shares[-1]}, compared with the trained model that it "
+        f"comes from. Its test loss is {searched.loss:.4f}, that model's {source.loss:.4f}: "
+        f"{searched.loss - source.loss:+.4f} nats per token."
+    )
 
 
 def verdict(summary: Summary) -> str:
@@ -106,7 +128,7 @@ def costs_sentence(searched: RetrainedModel, rival: RetrainedModel) -> str:
     """The searched model's measured costs as multiples of a rival's; latency where both were timed."""
     shares = [
         f"{searched.measured[cost] / rival.measured[cost]:.2f} times the {name}"
-        for cost, name in (("latency", "latency"), ("parameters", "parameters"), ("flops", "FLOPs"))
+        for cost, name in _COSTS.items()
         if cost in searched.measured and cost in rival.measured
     ]
     return f"The searched model has {', '.join(shares[:-1])} and {shares[-1]} of that rival."

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from moesaic.nas.costs.compliance import MeasuredLine, Status, predicted_text, refused_text, worst_status
 from moesaic.nas.costs.measure import latency_text
-from moesaic.nas.exports.figures import BEST, RetrainedModel, training_text
-from moesaic.nas.report.summary import Chosen, Summary, over_sentence, verdict
+from moesaic.nas.exports.figures import BEST, RetrainedModel, SourceModel, training_text
+from moesaic.nas.report.summary import Chosen, Summary, over_sentence, source_sentence, verdict
 from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.terminal.tables import PlainTable, plain_table, what_costs_are_per
@@ -38,7 +38,9 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
     console.print(Text(what_costs_are_per(summary.context)))
     console.print(Text(latency_text(chosen.latency)))
     console.print()
-    console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics))
+    console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics, summary.source))
+    if of_source := source_sentence(summary):
+        console.print(Text(of_source))
     console.print(Text(verdict(summary)))
     console.print()
     console.print(Text("Trust in the ranking", style="bold"))
@@ -74,7 +76,9 @@ def _costs_table(chosen: Chosen) -> PlainTable:
     return table
 
 
-def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) -> PlainTable:
+def _rivals_table(
+    results: Sequence[RetrainedModel], metrics: Sequence[Metric], source: SourceModel | None
+) -> PlainTable:
     first = results[0]
     seeds = len(first.runs)
     alike = training_text(first.init, first.steps) + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
@@ -95,4 +99,7 @@ def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) 
             *(DIMENSIONS[cost].format(result.measured[cost]) for cost in costs),
             _status_text(status, ", ".join(lines)),
         )
+    if source is not None:
+        scores = (f"{source.loss:.4f}", *(metric.format(source.metrics[metric.name]) for metric in metrics))
+        table.add_row("trained", *scores, *(DIMENSIONS[cost].format(source.measured[cost]) for cost in costs), "")
     return table

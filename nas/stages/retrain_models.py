@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.nas.costs.measure import MeasuredCosts
-from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel, weights_text
+from moesaic.nas.exports.figures import BEST, INHERITED_BEST, RetrainedModel, SourceModel, weights_text
 from moesaic.nas.exports.folder import export_model, load_exported, write_facts
 from moesaic.nas.search.thresholds import lower_thresholds_to_fit
 from moesaic.nas.stages.check_fidelity import load_trust
@@ -22,6 +22,7 @@ from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Evaluation
 
 SEARCHED = "searched"
+_SOURCE = "source.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def passes(part: BudgetRun) -> float:
 
 def work(part: BudgetRun, directory: StageDirectory) -> None:
     """Writes a folder per model and seed (a model that loads, and metrics) and ``results.json``, the searched model
-    first; exports the searched model of the first seed as ``best``.
+    first; exports the searched model of the first seed as ``best``. Of the trained model that a run starts from, it
+    writes ``source.json``.
 
     If a model's threshold routers keep more experts after training than its budget allows, its thresholds are
     lowered.
@@ -92,7 +94,26 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
                 )
             )
     _export(part, best, results[0], seed_directory(directory.path / SEARCHED, part.run.config.seed))
+    if part.run.space.source is not None:
+        write_value(directory.path / _SOURCE, _measured_source(part, part.run.space.source), SourceModel)
     write_value(directory.path / "results.json", results, list[RetrainedModel])
+
+
+def _measured_source(part: BudgetRun, architecture: Architecture) -> SourceModel:
+    run = part.run
+    model = run.supernet.extract(architecture).eval()
+    judge = run.judge("test", run.config.retrain.evaluation_windows, model)
+    evaluation = judge(architecture)
+    measured = part.measure(model, evaluation.loads, judge.batch.tokens)
+    scores = vars(Scores.of(run.task, "test", evaluation))
+    return SourceModel(**scores, architecture=architecture, measured=measured.costs, latency=measured.latency)
+
+
+def load_source(part: BudgetRun) -> SourceModel | None:
+    """The trained model that the run starts from; None where it starts from random weights."""
+    if part.run.space.source is None:
+        return None
+    return read_value(part.folder("retrain").path / _SOURCE, SourceModel)
 
 
 def load_results(part: BudgetRun) -> list[RetrainedModel]:

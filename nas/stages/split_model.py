@@ -15,10 +15,11 @@ from moesaic.nas.stages.run import Run
 from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, Slot
 from moesaic.search_spaces.files import read_value, write_value
 from moesaic.supernet import Transformer
+from moesaic.supernet.sparsify.activity import LayerActivity
 from moesaic.supernet.sparsify.replace import replacement_losses
 from moesaic.supernet.sparsify.split import PartCost, split
 
-SCORES = "parts.json"
+SCORES, ACTIVITY = "parts.json", "activity.json"
 _SCORED_TOKENS = 2048
 """Tokens on which networks that differ in one layer are compared."""
 _TYPICAL = 2 / 3
@@ -45,7 +46,7 @@ class PartScores:
 
 
 def split_model(run: Run, directory: StageDirectory) -> tuple[Transformer, Occupancy]:
-    """The split model and the loads of its experts; writes the scores of all parts."""
+    """The split model and the loads of its experts; writes the scores of all parts and how sparse the layers are."""
     checkpoint, chosen = run.loaded.checkpoint, run.config.model
     assert checkpoint is not None and chosen is not None
     windows = run.task.batch(chosen.calibration_windows, run.config.seed, 0).tokens
@@ -57,14 +58,15 @@ def split_model(run: Run, directory: StageDirectory) -> tuple[Transformer, Occup
             run.check_stop("supernet")
 
         source = checkpoint.load().to(run.device.torch_device)
-        model, costs = split(source, run.space, windows, chosen.cluster, on_layer)
+        made = split(source, run.space, windows, chosen.cluster, on_layer)
+        write_value(directory.path / ACTIVITY, made.activities, list[LayerActivity])
 
         def on_score(done: int) -> None:
             bar.update(layers + done, 2 * layers, "layers scored")
             run.check_stop("supernet")
 
-        write_value(directory.path / SCORES, _scores(run, model, costs, on_score))
-    return model, occupancy_of(costs)
+        write_value(directory.path / SCORES, _scores(run, made.model, made.costs, on_score))
+    return made.model, occupancy_of(made.costs)
 
 
 def _scores(run: Run, model: Transformer, costs: list[PartCost], on_score: Callable[[int], None]) -> PartScores:
@@ -128,6 +130,12 @@ def occupancy_of(costs: list[PartCost]) -> Occupancy:
         if cost.load is not None and isinstance(cost.part, FeedForward) and cost.part.router is not None:
             seen.setdefault((cost.slot, cost.part.experts, cost.part.router), []).append(cost.load.pairs_per_token)
     return Occupancy({key: tuple(np.mean(loads, axis=0).tolist()) for key, loads in seen.items()})
+
+
+def load_sparsity(run: Run) -> tuple[list[LayerActivity], PartScores]:
+    """How sparse the layers of the trained model are, and the scores of what they may become."""
+    folder = run.folder("supernet").path
+    return read_value(folder / ACTIVITY, list[LayerActivity]), read_value(folder / SCORES, PartScores)
 
 
 def load_scores(run: Run) -> Scores | None:

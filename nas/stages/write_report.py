@@ -16,17 +16,19 @@ from moesaic.nas.report.data import (
     training_curves,
 )
 from moesaic.nas.report.findings import Findings
+from moesaic.nas.report.source_section import PartError, Sparsity
 from moesaic.nas.report.summary import Chosen, PredictorFigures, Summary
 from moesaic.nas.search.loop import SearchFigures
 from moesaic.nas.stages.check_fidelity import load_trust
 from moesaic.nas.stages.directory import StageDirectory
 from moesaic.nas.stages.export_models import load_exports
 from moesaic.nas.stages.provenance import SUMMARY, OwnFiles
-from moesaic.nas.stages.retrain_models import SEARCHED, load_results, seed_directory
+from moesaic.nas.stages.retrain_models import SEARCHED, load_results, load_source, seed_directory
 from moesaic.nas.stages.run import BudgetRun
 from moesaic.nas.stages.run_search import load_search, search_folder, write_front
+from moesaic.nas.stages.split_model import load_sparsity
 from moesaic.nas.stages.stage import STAGES
-from moesaic.search_spaces import Architecture, draw
+from moesaic.search_spaces import Architecture, FeedForward, draw
 from moesaic.search_spaces.files import read_json, read_value, value_text, write_text
 
 
@@ -93,6 +95,7 @@ def build_summary(part: BudgetRun) -> Summary:
         stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
         context=run.context,
         more_seeds=run.command("run", "retrain.seeds=3"),
+        source=load_source(part),
     )
 
 
@@ -120,6 +123,7 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
         models=[
             _model(part, SEARCHED, summary.chosen.architecture),
             *(_model(part, rival.label, rival.architecture) for rival in rivals),
+            *([_model(part, "trained model", run.space.source)] if run.space.source else []),
         ],
         exported=[
             _model(part, name, by_number[number].architecture)
@@ -128,8 +132,27 @@ def gather(part: BudgetRun, summary: Summary) -> Findings:
         ],
         exports=exports,
         curves=training_curves(part.folder("supernet").path, first_seeds),
+        sparsity=_sparsity(part),
         measurements=read_measurements(part.folder("latency").path / "measurements.csv") if run.predictor else [],
     )
+
+
+def _sparsity(part: BudgetRun) -> Sparsity | None:
+    """What the stage that split the trained model found in it; None where the run starts from random weights."""
+    source = part.run.space.source
+    if source is None:
+        return None
+    activities, scores = load_sparsity(part.run)
+    errors = []
+    for score in scores.parts:
+        choice, whole = score.part, source.layers[score.slot].feed_forward
+        if not isinstance(choice, FeedForward) or not choice.experts:
+            continue
+        if choice.router is None or choice.router.kind == "top_k":  # how many a threshold keeps, the text decides
+            kind = f"experts of {choice.expert_sizes[0]}" if choice.router else "dense, pruned"
+            share = choice.worst_active_neurons / whole.worst_active_neurons
+            errors.append(PartError(score.slot, kind, share, score.error))
+    return Sparsity(activities, errors)
 
 
 def _model(part: BudgetRun, name: str, architecture: Architecture) -> Model:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -235,18 +235,53 @@ def write_folder(model: Transformer, folder: PathLike, model_type: str) -> None:
         )
     family = writers[model_type]
     assert family.write is not None
-    data = family.write(model.architecture, model.vocab_size)
+    architecture, parameters = _without_empty_layers(model)
     problem = f"{family.title} cannot represent this architecture"
+    for slot, layer in model.architecture.layers.items():
+        if layer.blocks == 1:
+            raise MoesaicError(
+                problem,
+                where=str(folder),
+                found=f"{slot} without {'a feed-forward part' if layer.attention.heads else 'attention'}",
+                allowed="layers with both, or with neither",
+            )
+    data = family.write(architecture, model.vocab_size)
     try:
         back = family.read(Settings(data, folder / "config.json"))
     except MoesaicError as error:
         raise MoesaicError(problem, where=str(folder), found=error.found, allowed=error.allowed) from None
-    if back != model.architecture:
-        raise MoesaicError(problem, where=str(folder), found=_difference(model.architecture, back))
-    tensors = theirs(family.names(back), dict(model.named_parameters()))
+    if back != architecture:
+        raise MoesaicError(problem, where=str(folder), found=_difference(architecture, back))
+    tensors = theirs(family.names(back), parameters)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
+
+
+def _without_empty_layers(model: Transformer) -> tuple[Architecture, dict[str, Tensor]]:
+    """The architecture and parameters of a model that computes the same without layers of which nothing is left.
+
+    Raises
+    ------
+    MoesaicError : no layer is left.
+    """
+    architecture, numbers = model.architecture, dict[tuple[str, str], str]()
+    for name, stack in model.architecture.stacks.items():
+        left = [index for index, layer in enumerate(stack.layers) if layer.blocks]
+        if not left:
+            raise MoesaicError(f"nothing is left of the {name}", allowed="at least one layer")
+        layers = tuple(stack.layers[index] for index in left)
+        architecture = replace(architecture, **{name: replace(stack, layers=layers)})
+        numbers |= {(name, str(old)): str(new) for new, old in enumerate(left)}
+
+    def renamed(key: str) -> str:
+        words = key.split(".")
+        if words[2:3] == ["layers"]:
+            words[3] = numbers[words[1], words[3]]
+        return ".".join(words)
+
+    parameters: dict[str, Tensor] = {renamed(key): value for key, value in model.named_parameters()}
+    return architecture, parameters
 
 
 def _difference(one: Architecture, other: Architecture) -> str:

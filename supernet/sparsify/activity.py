@@ -1,6 +1,6 @@
-"""How sparse a trained layer's activations are, before anything is changed.
+"""How sparse a trained layer's activations are, and how much of them its router finds.
 
-Shapes: T tokens, N neurons, D width, E experts.
+Shapes: T tokens, N neurons, D width, E experts, G tiles of neurons.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.search_spaces import FeedForward
+from moesaic.search_spaces import FeedForward, Router, Slot
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.sparsify.neurons import contributions, hidden
+from moesaic.supernet.sparsify.routers import masses
 
 _MASS = 0.95
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""Shares of the tiles for which ``captured`` says how much of the mass is in those that a router chooses."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,45 @@ class Activity:
     concentrated: float
     small: float | None = None
     negative: float | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Of a dense layer that was split: the share of the activation mass in the tiles that the router chooses for each
+    token, where it chooses a ``share`` of them, and in the ``best`` ones; means over the tokens' masses."""
+
+    share: float
+    routed: float
+    best: float
+
+
+@dataclass(frozen=True)
+class LayerActivity:
+    """``captured`` is empty for a layer that was not dense, or has one tile."""
+
+    slot: Slot
+    activity: Activity
+    captured: tuple[Captured, ...] = ()
+
+
+@torch.no_grad()
+def captured(layer: SparseFeedForward, read: Tensor) -> tuple[Captured, ...]:
+    """For a layer whose bank is split into tiles, and what it reads, [T, D]."""
+    tiles, size = layer.part.experts, layer.part.expert_sizes[0]
+    mass = masses(contributions(hidden(layer, read), layer.down), size)  # [T, G]
+    total, ranked = mass.sum(), mass.sort(1, descending=True).values.cumsum(1).sum(0)
+    found = []
+    for share in SHARES:
+        count = max(1, round(share * tiles))
+        routing = layer.route(read, FeedForward((size,) * tiles, _chooses(count)))
+        experts = torch.arange(tiles, device=read.device).repeat_interleave(routing.offsets.diff())
+        routed = mass[routing.tokens, experts].sum()
+        found.append(Captured(share, (routed / total).item(), (ranked[count - 1] / total).item()))
+    return tuple(found)
+
+
+def _chooses(count: int) -> Router:
+    return Router("top_k", k=count, weights="one", score="mass")
 
 
 @torch.no_grad()

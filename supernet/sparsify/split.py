@@ -21,6 +21,7 @@ from moesaic.supernet.evaluate import LayerLoad
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
 from moesaic.supernet.sharing import splits_dense
+from moesaic.supernet.sparsify.activity import LayerActivity, activity, captured
 from moesaic.supernet.sparsify.experts import expert_order
 from moesaic.supernet.sparsify.heads import head_order, reorder_heads
 from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, neuron_order
@@ -61,6 +62,16 @@ class LayerInput:
         return torch.cat([self.block.reads(x).flatten(0, 1) for x in self.after])
 
 
+@dataclass(frozen=True)
+class Split:
+    """A model of the space's envelope whose largest slice is the trained one; what every part costs; and how sparse
+    the layers with a feed-forward part are."""
+
+    model: Transformer
+    costs: list[PartCost]
+    activities: list[LayerActivity]
+
+
 @torch.no_grad()
 def split(
     source: Transformer,
@@ -68,8 +79,8 @@ def split(
     windows: Tensor,
     cluster: str = "coactivation",
     on_layer: Callable[[int], None] = lambda done: None,
-) -> tuple[Transformer, list[PartCost]]:
-    """A model of ``space.envelope`` whose largest slice is ``source``, and the cost of every part of every layer.
+) -> Split:
+    """Reorders ``source`` into the members of ``space``.
 
     ``source`` hands its weights over and is not to be used again. ``windows`` [B, S] are token ids. ``cluster`` is a
     key of ``neurons.CLUSTERS``. ``on_layer`` gets the number of layers that are done.
@@ -77,7 +88,7 @@ def split(
     with torch.device("meta"):
         model = Transformer(space.envelope, source.vocab_size)
     given = dict(source.named_parameters())
-    costs: list[PartCost] = []
+    costs, activities = list[PartCost](), list[LayerActivity]()
     for done, one in enumerate(layer_inputs(source, windows.to(source.device)), start=1):
         choices, name = space.layers[one.slot], f"stacks.{one.slot.stack}.layers.{one.slot.index}"
         if len(choices.attentions) > 1:
@@ -92,10 +103,12 @@ def split(
             given = {key: value for key, value in given.items() if not key.startswith(f"{name}.feed_forward.")}
             given |= {f"{name}.feed_forward.{key}": value for key, value in new.named_parameters()}
             costs += _part_costs(one.slot, new, old, one.layer.feed_forward, read, choices)
+            found = captured(new, _few(read)) if one.layer.feed_forward.router is None and splits_dense(bank) else ()
+            activities.append(LayerActivity(one.slot, activity(old, one.layer.feed_forward, read), found))
         on_layer(done)
     missing = model.load_state_dict(given, strict=True, assign=True)
     assert not missing.missing_keys
-    return model.eval(), costs
+    return Split(model.eval(), costs, activities)
 
 
 def layer_inputs(source: Transformer, windows: Tensor) -> Iterator[LayerInput]:
@@ -164,7 +177,7 @@ def _bounds(space: LayerSpace) -> list[int]:
 def _part_costs(
     slot: Slot, new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace
 ) -> list[PartCost]:
-    read = read[:: max(1, len(read) // _JUDGED)]
+    read = _few(read)
     bias = 0 if old.down_bias is None else old.down_bias  # common to all choices
     target, costs = old(read, part)[0] - bias, []
     for choice in _choices(space):
@@ -172,6 +185,11 @@ def _part_costs(
         load = None if routing is None else LayerLoad(tuple((routing.load / len(read)).tolist()))
         costs.append(PartCost(slot, choice, _error(out - bias, target), load))
     return costs
+
+
+def _few(read: Tensor) -> Tensor:
+    """Tokens on which choices are compared, evenly spread."""
+    return read[:: max(1, len(read) // _JUDGED)]
 
 
 def _choices(space: LayerSpace) -> Iterator[FeedForward]:

@@ -14,7 +14,7 @@ from moesaic.nas.data import load_corpus
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.plan import build_plan
 from moesaic.nas.stages.directory import StageDirectory
-from moesaic.nas.stages.retrain_models import load_results
+from moesaic.nas.stages.retrain_models import load_results, load_source
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.run_search import load_search
 from moesaic.nas.stages.split_model import SCORES, PartScores, load_scores
@@ -107,11 +107,48 @@ def test_from_a_folder_to_a_sparse_export_that_loads(
     assert evaluate(exported, batch).loss == pytest.approx(searched.loss, abs=0.2)
     assert "the trained model's weights, repaired, not trained" in shown
 
+    # What it costs and saves beside the trained model, in the terminal and on the page.
+    trained_model = load_source(part)
+    assert trained_model is not None
+    assert trained_model.loss == pytest.approx(evaluate(source, batch).loss, rel=1e-4)
+    assert trained_model.measured["flops"] == pytest.approx(whole)
+    assert f"{searched.loss - trained_model.loss:+.4f} nats per token" in " ".join(shown.split())
+    page = (part.folder("report").path / "index.html").read_text()
+    for name in ("quality", "activity", *(["captured", "errors"] if kind == "llama" else ["errors"])):
+        assert f'id="{name}"' in page
+    assert page.count(f"{trained_model.loss:.4f} ± {trained_model.standard_error:.4f}") == 1
+
     # The export is a model to start from, too.
     again = open_checkpoint(part.folder("export").path / "best")
     torch.testing.assert_close(again.load()(batch.tokens), exported(batch.tokens))
 
     assert "skipped" in finish_again(run, tmp_path, trained(kind), corpus_folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_and_layers_may_be_left_out(
+    kind: str, trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    """A budget so low that something has to go; the export loads, and is a model to start from."""
+    run = open_run(
+        tmp_path, trained(kind), corpus_folder, "space={preset: from-model, kept: [0.5], prune: [heads, layers]}",
+        "budget.flops=45%", "search.trials=12",
+    )  # fmt: skip
+    finish(run)
+    part = only(run)
+    found = read_value(run.folder("supernet").path / SCORES, PartScores)
+    gone = [score for score in found.parts if score.part in (Attention(0, 0), FeedForward(()))]
+    assert len(gone) == 4
+    assert all(score.error == pytest.approx(1) and score.loss >= 0 for score in gone)
+    trials, _ = load_search(part)
+    assert all(trial.engine["puzzle"]["role"] == "solution" for trial in trials)
+    blocks = {sum(layer.blocks for layer in trial.architecture.layers.values()) for trial in trials}
+    heads = {layer.attention.heads for trial in trials for layer in trial.architecture.layers.values()}
+    assert min(blocks) < 4 or heads != {4}
+    exported = load_exported(part.folder("export").path / "best")
+    again = open_checkpoint(part.folder("export").path / "best").load()
+    tokens = run.task.held_out("test", 4).tokens
+    torch.testing.assert_close(again(tokens), exported(tokens))
 
 
 def finish_again(run: Run, folder: Path, model: Path, files: Path) -> str:
@@ -180,6 +217,7 @@ INPUTS = {
     "model.calibration_windows": (["model.calibration_windows=17"], ALL_BUT_LATENCY),
     "model.cluster": (["model.cluster=weights"], ALL_BUT_LATENCY),
     "model.from": ([], ALL_BUT_LATENCY),
+    "space.prune": (["space.prune=[layers]"], ALL_BUT_LATENCY | {"latency"}),
     "space.active": (["space.active=[0.75]"], ALL_BUT_LATENCY | {"latency"}),
     "retrain.repair_windows": (["retrain.repair_windows=17"], AFTER_SEARCH),
     "retrain.distil": (["retrain.distil=false"], AFTER_SEARCH),

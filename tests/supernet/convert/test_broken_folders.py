@@ -224,6 +224,34 @@ def test_what_a_family_cannot_hold_is_not_written(tmp_path: Path) -> None:
         assert not (tmp_path / kind).exists()
 
 
+def pruned(*left_out: Layer) -> Transformer:
+    """Three layers of which the second is ``left_out``."""
+    whole = Layer(Attention(2, 1), FeedForward((32,)))
+    torch.manual_seed(0)
+    return Transformer(Architecture(Stack(32, (whole, *left_out, whole)), Backbone(16, norm_eps=1e-5)), 40).eval()
+
+
+NOTHING = Layer(Attention(0, 0), FeedForward(()))
+
+
+def test_layers_of_which_nothing_is_left_are_not_written(tmp_path: Path) -> None:
+    model, tokens = pruned(NOTHING, NOTHING), torch.arange(12)[None]
+    write_folder(model, tmp_path, "llama")
+    again = open_checkpoint(tmp_path).load()
+    assert len(again.layers) == 2
+    assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("layer", [Layer(Attention(0, 0), FeedForward((32,))), Layer(Attention(2, 1), FeedForward(()))])
+def test_half_a_layer_is_not_written(layer: Layer, tmp_path: Path) -> None:
+    with pytest.raises(MoesaicError, match=r"(?s)cannot represent this architecture.*decoder\.1 without"):
+        write_folder(pruned(layer), tmp_path / "out", "llama")
+    empty = Transformer(Architecture(Stack(32, (NOTHING,)), Backbone(16)), 40)
+    with pytest.raises(MoesaicError, match="nothing is left of the decoder"):
+        write_folder(empty, tmp_path / "out", "llama")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("kind", "nearest"), [("lama", "nearest: llama"), ("moesaic", "found: +moesaic")])
 def test_an_unknown_family_to_write_is_one_message(kind: str, nearest: str, tmp_path: Path) -> None:
     with pytest.raises(MoesaicError, match=f"(?s)this family is not written.*{nearest}"):

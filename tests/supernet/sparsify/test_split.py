@@ -65,13 +65,13 @@ def test_the_largest_member_is_the_trained_model_and_gives_its_logits(case: tupl
     assert space.largest == model.architecture
     tokens = windows(seed=2)
     expected = model(tokens).detach()
-    found, _ = split(model, space, windows())
+    found = split(model, space, windows()).model
     torch.testing.assert_close(found(tokens, space.largest), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_slices_are_what_is_extracted(case: tuple[Transformer, SearchSpace]) -> None:
     model, space = case
-    found, _ = split(model, space, windows())
+    found = split(model, space, windows()).model
     tokens = windows(seed=2)
     for seed in range(12):
         member = space.sample_balanced(Random(seed))
@@ -81,7 +81,7 @@ def test_slices_are_what_is_extracted(case: tuple[Transformer, SearchSpace]) -> 
 def test_a_slice_of_a_slice_is_a_slice() -> None:
     """An export of a split model can be split further where its experts allow it."""
     model = trained((DENSE,))
-    found, _ = split(model, SPEC.build(model.architecture), windows())
+    found = split(model, SPEC.build(model.architecture), windows()).model
     router = Router("top_k", k=2, weights="one", score="mass")
     fine, coarse = (Layer(DENSE.attention, FeedForward((size,) * (192 // size), router, 64)) for size in (16, 32))
     whole = found.architecture.with_layers({Slot("decoder", 0): fine})
@@ -92,7 +92,7 @@ def test_a_slice_of_a_slice_is_a_slice() -> None:
 def test_what_was_split_before_stays_as_it_is() -> None:
     """An export of a split model, with a threshold router beside, is a model to start from."""
     model = trained((DENSE, MIXTURE))
-    found, _ = split(model, SPEC.build(model.architecture), windows())
+    found = split(model, SPEC.build(model.architecture), windows()).model
     part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
     first, second = found.architecture.layers
     threshold = replace(MIXTURE.feed_forward, router=Router("threshold", threshold=0.4, max_k=3))
@@ -102,7 +102,8 @@ def test_what_was_split_before_stays_as_it_is() -> None:
     export = found.extract(member)
     expected, space = export(windows()).detach(), SPEC.build(member)
     assert space.cardinality == 1
-    again, costs = split(export, space, windows())
+    made = split(export, space, windows())
+    again, costs = made.model, made.costs
     torch.testing.assert_close(again(windows(), member), expected, atol=1e-5, rtol=1e-5)
     assert all(cost.error < 1e-10 for cost in costs)
 
@@ -111,7 +112,7 @@ def test_all_experts_of_a_dense_layer_together_are_the_layer() -> None:
     model = trained((DENSE, DENSE))
     space, tokens = SPEC.build(model.architecture), windows(seed=3)
     expected = model(tokens).detach()
-    found, _ = split(model, space, windows())
+    found = split(model, space, windows()).model
     for size in (16, 64):
         everything = FeedForward((size,) * (256 // size), Router("top_k", k=256 // size, weights="one", score="mass"))
         member = space.largest.with_layers({slot: replace(DENSE, feed_forward=everything) for slot in space.layers})
@@ -127,7 +128,8 @@ def test_part_costs_are_the_errors_and_loads_of_the_parts() -> None:
     model(windows())
     mixed = block.attention(read[0], DENSE.attention, Inputs()).detach()
     expected = block.feed_forward(read[1], DENSE.feed_forward)[0].detach()
-    found, costs = split(model, space, windows())
+    made = split(model, space, windows())
+    found, costs = made.model, made.costs
     choices = space.layers[Slot("decoder", 0)]
     assert [cost.part for cost in costs] == [*choices.attentions, *(part for group in choices.groups for part in group)]
     new = found.layers[0]
@@ -189,7 +191,7 @@ def test_a_fit_of_masses_is_additive_and_recovers_a_linear_law(seed: int) -> Non
 def test_replacement_losses_are_those_of_whole_models() -> None:
     model = trained((DENSE, DENSE, MIXTURE))
     space = PRUNED.build(model.architecture)
-    found, _ = split(model, space, windows())
+    found = split(model, space, windows()).model
     tokens, rng = windows(3, 17, 5), Random(0)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     changed = {slot: [Layer(rng.choice(layer.attentions), rng.choice(layer.groups).sample(rng)) for _ in range(3)]
@@ -217,7 +219,7 @@ def test_repair_brings_a_member_nearer_to_the_trained_model(name: str, less: str
     model = trained((DENSE, DENSE), causal=name != "bert", **BACKBONES[name])
     space, text = PRUNED.build(model.architecture), windows(32, 16)
     expected = model(text).detach()
-    found, _ = split(model, space, text)
+    found = split(model, space, text).model
     member = space.largest.with_layers(dict(zip(space.layers, LESS[less], strict=True)))
     mended = repaired(found, space.largest, text)(member)
     assert mended.architecture == member
@@ -228,7 +230,7 @@ def test_repair_brings_a_member_nearer_to_the_trained_model(name: str, less: str
 def test_repair_leaves_the_trained_model_as_it_is() -> None:
     model = trained((DENSE, MIXTURE))
     space = SPEC.build(model.architecture)
-    found, _ = split(model, space, windows())
+    found = split(model, space, windows()).model
     mended = repaired(found, space.largest, windows())(space.largest)
     assert torch.equal(mended(windows()), found.extract(space.largest)(windows()))
 
@@ -236,7 +238,7 @@ def test_repair_leaves_the_trained_model_as_it_is() -> None:
 def test_the_stored_order_is_kept_as_a_control() -> None:
     model = trained((DENSE, MIXTURE))
     before = [layer.feed_forward.down.detach().clone() for layer in model.layers]
-    found, _ = split(model, SPEC.build(model.architecture), windows(), "stored")
+    found = split(model, SPEC.build(model.architecture), windows(), "stored").model
     assert all(torch.equal(layer.feed_forward.down, old) for layer, old in zip(found.layers, before, strict=True))
 
 
@@ -249,7 +251,7 @@ def test_the_most_salient_experts_and_neurons_of_a_mixture_come_first() -> None:
     down[loud.stop - 1] *= 20
     down[silent] = 0
     last = down[loud.stop - 1].clone()
-    found, _ = split(model, SPEC.build(model.architecture), windows(8))
+    found = split(model, SPEC.build(model.architecture), windows(8)).model
     ordered = found.layers[0].feed_forward.down
     assert torch.equal(ordered[16], last)
     assert (ordered[-48:] == 0).all()
@@ -264,7 +266,8 @@ def test_the_heads_that_write_most_come_first(name: str) -> None:
     o[:, :16] = 0
     third = o[:, 32:48].clone()
     expected = model(text).detach()
-    found, costs = split(model, PRUNED.build(model.architecture), text)
+    made = split(model, PRUNED.build(model.architecture), text)
+    found, costs = made.model, made.costs
     ordered = found.layers[0].attention.o
     assert torch.equal(ordered[:, :16], third)
     assert (ordered[:, -16:] == 0).all()
@@ -275,7 +278,7 @@ def test_the_heads_that_write_most_come_first(name: str) -> None:
 
 def test_what_is_left_out_has_no_weights_and_changes_nothing() -> None:
     model = trained((DENSE, DENSE, DENSE))
-    found, _ = split(model, PRUNED.build(model.architecture), windows())
+    found = split(model, PRUNED.build(model.architecture), windows()).model
     nothing = Layer(Attention(0, 0), FeedForward(()))
     member = found.architecture.with_layers({Slot("decoder", 1): nothing})
     export = found.extract(member)
@@ -285,6 +288,7 @@ def test_what_is_left_out_has_no_weights_and_changes_nothing() -> None:
     names = {name.replace("layers.2", "layers.1"): value for name, value in export.state_dict().items()}
     shorter.load_state_dict(names)
     assert torch.equal(export(windows()), shorter(windows()))
-    again, costs = split(export, PRUNED.build(member), windows())  # an export of it is a model to start from
+    made = split(export, PRUNED.build(member), windows())  # an export of it is a model to start from
+    again, costs = made.model, made.costs
     torch.testing.assert_close(again(windows()), shorter(windows()), atol=1e-5, rtol=1e-5)
     assert not [cost for cost in costs if cost.slot.index == 1]
