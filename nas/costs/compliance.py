@@ -80,7 +80,7 @@ def margin_text(line: MeasuredLine) -> str:
     """``over by 12.7%``, ``inside by 3%``: the measured cost against the limit."""
     if line.excess > 1:
         return f"over {line.measured / line.limit:.3g}×"
-    return f"over by {line.excess:.1%}" if line.excess > 0 else f"inside by {-line.excess:.1%}"
+    return f"over by {line.excess:.1%}" if line.excess > 0 else f"inside by {abs(line.excess):.1%}"
 
 
 def lines_text(lines: Iterable[MeasuredLine]) -> str:

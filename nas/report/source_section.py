@@ -116,8 +116,8 @@ def captured_figure(activities: Sequence[LayerActivity]) -> go.Figure:
     figure = go.Figure()
     band = [*routed.max(0), *routed.min(0)[::-1]]
     figure.add_scatter(
-        x=[*shares, *shares[::-1]], y=band, fill="toself", line={"width": 0}, fillcolor="rgba(213, 94, 0, 0.15)",
-        name="router, all layers", hoverinfo="skip",
+        x=[*shares, *shares[::-1]], y=band, mode="lines", fill="toself", line={"width": 0},
+        fillcolor="rgba(213, 94, 0, 0.15)", name="router, all layers", hoverinfo="skip",
     )  # fmt: skip
     lines = (("the best choice", best.mean(0), MUTED), ("router, mean", routed.mean(0), KINDS["best"]))
     for name, values, colour in lines:

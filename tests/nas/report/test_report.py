@@ -156,6 +156,7 @@ def test_words(findings: Findings):
         return margin_text(MeasuredLine("flops", "expected", None, 100.0, 0.0, 0.0, measured, "", "inside"))
 
     assert margin(90.0) == "inside by 10.0%"
+    assert margin(100.0) == "inside by 0.0%"
     assert margin(103.0) == "over by 3.0%"
     assert margin(400.0) == "over 4×"
     assert axis_title("flops", findings.context) == "FLOPs per token"
