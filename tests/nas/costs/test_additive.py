@@ -25,6 +25,9 @@ TERMS: tuple[Term, ...] = tuple((cost, case) for cost in COSTS for case in CASES
 OPT = {"head_size": 16, "activation": "gelu", "biases": "all", "tied": False, "norm": "layer", "positions": "learned"}
 SPACES = {
     **{name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")},
+    "bert": load_space(
+        YamlSource("bert", {"preset": "tiny", "backbone": {"activation": "gelu", "norm_place": "post", "head": "masked"}})
+    ),
     "opt": load_space(YamlSource("opt", {"preset": "tiny", "backbone": {**OPT, "max_positions": 64}})),
 }
 
