@@ -174,9 +174,11 @@ class Backbone:
     ``biases``: ``qkv`` has them on query, key and value (Qwen2); ``all`` also on the output of attention and on both
     layers of the feed-forward part (GPT-2, OPT, BERT).
 
-    ``head``: what becomes of the final states: a ``linear`` layer gives logits; ``masked`` puts a layer of the same
-    width, activation and norm before it and a bias on the logits (BERT, arXiv 1810.04805); ``none`` leaves them as they
-    are (sentence encoders). ``tied``: the vocabulary layer shares the embedding's weights. ``qk_norm``: queries and keys are normed (RMSNorm)
+    ``head``: what becomes of the final states. A ``linear`` layer makes logits of them; ``masked`` has a layer of the
+    same width, the activation and a norm before it, and a bias on the logits (BERT, arXiv 1810.04805); ``none`` leaves
+    them as they are (sentence encoders).
+
+    ``tied``: the vocabulary layer shares the embedding's weights. ``qk_norm``: queries and keys are normed (RMSNorm)
     before they are rotated, each ``head`` alone (Qwen3) or ``all`` of a token's heads together (OLMoE).
     ``shared_gate``: the output of a layer's shared expert is scaled by the sigmoid of a linear function of its input
     (Qwen2-MoE).
