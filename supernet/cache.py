@@ -72,7 +72,7 @@ class KeyValueCache:
 
     def check(self, tokens: Tensor, architecture: Architecture) -> None:
         """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
-        if not all(stack.causal for stack in architecture.stacks.values()):
+        if not architecture.output.causal:
             raise MoesaicError(
                 "an encoder sees all tokens at once: it neither decodes nor generates",
                 found="a key/value cache",

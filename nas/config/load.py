@@ -65,6 +65,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         checkpoint = open_checkpoint(config.model.from_)
     space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
+    _check_encoder(config, space, source)
     return Loaded(config, space, source, tuple(overrides), checkpoint)
 
 
@@ -132,6 +133,25 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
             found=longest,
             allowed=f"at most max_positions = {most}",
             nearest=most,
+        )
+
+
+def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where an encoder is to decode, or a model without a head has no trained one to follow."""
+    if config.latency.phase == "decode" and not space.largest.output.causal:
+        raise MoesaicError(
+            "an encoder sees all tokens at once and does not decode",
+            where=source.where(("latency", "phase")),
+            found="decode",
+            allowed="phase: prefill",
+            nearest="prefill",
+        )
+    if config.model is None and space.backbone.head == "none":
+        raise MoesaicError(
+            "a model without a head learns the states of a trained one",
+            where=source.where(("space", "backbone", "head")),
+            found="head: none, and no model",
+            allowed="model: {from: DIR}, or another head",
         )
 
 

@@ -45,8 +45,9 @@ class PredictorFigures:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything a run found for one budget. ``metrics`` are those of its task, ``budget`` the lines of the exported
-    ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model."""
+    """Everything a run found for one budget. ``metrics`` and the ``unit`` of losses are those of its task, ``budget``
+    the lines of the exported ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three
+    seeds of every model."""
 
     name: str
     date: str
@@ -65,6 +66,7 @@ class Summary:
     stage_seconds: dict[str, float]
     context: Context
     more_seeds: str
+    unit: str = "nats per token"
 
 
 def verdict(summary: Summary) -> str:

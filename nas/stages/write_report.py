@@ -47,7 +47,9 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
     write_summary(part, summary)
     findings = gather(part, summary)
     write_front(directory.path / "pareto.csv", findings.result)
-    write_paper_figures(directory.path, findings.points, findings.budget, findings.context, findings.default_cost)
+    write_paper_figures(
+        directory.path, findings.points, findings.budget, findings.context, findings.default_cost, summary.unit
+    )
     write_text(directory.path / "index.html", build_page(findings))
 
 
@@ -93,6 +95,7 @@ def build_summary(part: BudgetRun) -> Summary:
         stage_seconds={name: folder.artifact().seconds for name, folder in folders.items() if folder.complete},
         context=run.context,
         more_seeds=run.command("run", "retrain.seeds=3"),
+        unit=run.task.unit,
     )
 
 
