@@ -20,6 +20,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
         f"{DIMENSIONS[name].format(figures.measured[name])} | {DIMENSIONS[name].per} |"
         for name in figures.measured
     ]
+    outputs = "states" if architecture.backbone.head == "none" else "logits"
     scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in task.metrics)
     return "\n".join(
         [
@@ -29,7 +30,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
             draw(architecture),
             "```",
             "",
-            f"Weights: {figures.weights}. Their loss on the test split: {figures.loss:.4f} {task.unit} "
+            f"Weights: {figures.weights}. Their loss ({task.unit}) on the test split: {figures.loss:.4f} "
             f"(standard error {figures.standard_error:.4f} over sequences, {figures.tokens} tokens), {scores}.",
             _other_weights(figures),
             "",
@@ -49,7 +50,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
             "",
             latency_text(figures.latency),
             "",
-            f"Largest logit difference: {_differences(figures)}.",
+            f"Largest difference of {outputs}: {_differences(figures)}.",
             "",
             "Load it with `moesaic.load(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
             "",

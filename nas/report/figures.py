@@ -335,7 +335,7 @@ def _hover(point: Point, context: Context, unit: str) -> str:
     lines = [point.label]
     if point.loss is not None:
         error = "" if point.standard_error is None else f" ± {point.standard_error:.4f}"
-        lines.append(f"loss {point.loss:.4f}{error} {unit}")
+        lines.append(f"loss ({unit}) {point.loss:.4f}{error}")
     lines += [
         f"{cost_name(cost)} {DIMENSIONS[cost].format(value)} {per_text(cost, context)}"
         for cost, value in sorted(point.costs.items(), key=lambda item: COSTS.index(item[0]))

@@ -224,7 +224,7 @@ def _search(findings: Findings) -> Iterator[str]:
         tau = "" if additivity["tau"] is None else f", Kendall's tau {additivity['tau']:.2f}"
         yield paragraph(
             f"Sums of scores predicted the losses of the {additivity['solutions']} solutions of the integer programme "
-            f"with a mean absolute error of {additivity['mean_absolute_error']:.3f} {findings.summary.unit} "
+            f"with a mean absolute error of {additivity['mean_absolute_error']:.3f} "
             f"(mean error {additivity['mean_error']:+.3f}{tau})."
         )
 

@@ -38,7 +38,7 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
     console.print(Text(what_costs_are_per(summary.context)))
     console.print(Text(latency_text(chosen.latency)))
     console.print()
-    console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics))
+    console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics, summary.unit))
     console.print(Text(verdict(summary)))
     console.print()
     console.print(Text("Trust in the ranking", style="bold"))
@@ -74,14 +74,14 @@ def _costs_table(chosen: Chosen) -> PlainTable:
     return table
 
 
-def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric]) -> PlainTable:
+def _rivals_table(results: Sequence[RetrainedModel], metrics: Sequence[Metric], unit: str) -> PlainTable:
     first = results[0]
     seeds = len(first.runs)
     alike = training_text(first.init, first.steps) + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
     costs = {"flops": "FLOPs", "latency": "latency", "active_parameters": "active", "parameters": "parameters"}
     costs = {cost: title for cost, title in costs.items() if cost in first.measured}
     columns = ["model", "loss", *(metric.title for metric in metrics), *costs.values(), "budget"]
-    title = f"Retrained alike ({alike}), evaluated on the test split"
+    title = f"Retrained alike ({alike}), evaluated on the test split; loss in {unit}"
     table = plain_table(title, "|".join(columns), "model|budget")
     best = min(result.loss for result in results)
     for result in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -116,8 +117,10 @@ def test_from_a_folder_to_a_sparse_export_that_loads(
     unit = run.task.unit
     assert load_summary(part).unit == unit
     card, page = (folder / "README.md").read_text(), (part.folder("report").path / "index.html").read_text()
-    assert f"{searched.loss:.4f} {unit}" in card
-    assert "nats per token" not in card + page.replace("plotly", "")
+    assert f"Their loss ({unit}) on the test split: {searched.loss:.4f}" in card
+    assert f"loss in {unit}" in " ".join(shown.split())
+    assert f"<th>loss, {html.escape(unit)}</th>" in page
+    assert "nats per token" not in card + page + shown
     assert "perplexity" not in shown or head == "masked"
     assert {metric.name for metric in run.task.metrics} == set(searched.metrics)
 
