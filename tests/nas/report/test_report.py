@@ -267,7 +267,7 @@ def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
     assert findings.summary.search.additivity is None
     search = replace(findings.summary.search, additivity=additivity)
     found = build_page(replace(findings, summary=replace(findings.summary, search=search)))
-    assert "the 12 solutions of the integer programme with a mean absolute error of 0.008 nats" in found
+    assert "the 12 solutions of the integer programme with a mean absolute error of 0.008 (" in found
     assert "(mean error -0.007)." in found
 
 
