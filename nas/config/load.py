@@ -137,7 +137,7 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
 
 
 def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
-    """Raises MoesaicError where an encoder is to decode, or a model without a head has no trained one to follow."""
+    """Raises MoesaicError where an encoder is to decode, or to be trained from nothing: spaces are of decoders."""
     if config.latency.phase == "decode" and not space.largest.output.causal:
         raise MoesaicError(
             "an encoder sees all tokens at once and does not decode",
@@ -146,12 +146,13 @@ def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> No
             allowed="phase: prefill",
             nearest="prefill",
         )
-    if config.model is None and space.backbone.head == "none":
+    if config.model is None and space.backbone.head != "linear":
         raise MoesaicError(
-            "a model without a head learns the states of a trained one",
+            "this head is that of an encoder, and encoders start from a trained one",
             where=source.where(("space", "backbone", "head")),
-            found="head: none, and no model",
-            allowed="model: {from: DIR}, or another head",
+            found=space.backbone.head,
+            allowed="head: linear, or model: {from: DIR}",
+            nearest="linear",
         )
 
 

@@ -110,8 +110,8 @@ class Run:
             own=self.own_files,
             vocab_size=source and source.vocab_size,
         )
-        tokenizer = self.loaded.source.where(("data", "tokenizer")) if source is None else str(source.tokenizer)
-        return task_for(self.space.backbone.head, corpus, source, tokenizer)
+        tokenizer = corpus.tokenizer_path if source is None else source.tokenizer
+        return task_for(self.space.backbone.head, corpus, source, str(tokenizer))
 
     @cached_property
     def trainer(self) -> Trainer:

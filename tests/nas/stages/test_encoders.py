@@ -185,8 +185,10 @@ def test_what_an_encoder_cannot_do_is_one_message(
 ) -> None:
     with pytest.raises(MoesaicError, match=r"(?s)latency.phase: an encoder sees all tokens at once.*phase: prefill"):
         open_run(tmp_path, encoder("masked"), corpus_folder, "latency.phase=decode")
-    with pytest.raises(MoesaicError, match=r"(?s)space.backbone.head: a model without a head.*model: \{from: DIR\}"):
-        load_config(micro_config, ["space.backbone.head=none"])
+    for head, activation in (("none", "swiglu"), ("masked", "gelu")):
+        settings = [f"space.backbone.head={head}", f"space.backbone.activation={activation}"]
+        with pytest.raises(MoesaicError, match=r"(?s)space.backbone.head: this head is that of an encoder.*from: DIR"):
+            load_config(micro_config, settings)
     folder = tmp_path / "other"
     folder.mkdir()
     for file in encoder("masked").iterdir():
