@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[int], FeedForward]] = {
 }
 """By name, what a layer of n neurons becomes; all but the first use n / 4 per token."""
 RECOVERED = list(LAYOUTS)[2:]
-RECOVERY = TrainSettings(steps=200, learning_rate=1e-3, warmup_steps=10, weight_decay=0.0, balance_weight=0.0)
+RECOVERY = TrainSettings(steps=100, learning_rate=1e-3, warmup_steps=10, weight_decay=0.0, balance_weight=0.0)
 Ranks = Mapping[Slot, Tensor]
 """Of each layer, [N] neurons, those that stay first."""
 
@@ -154,7 +154,7 @@ def recovery(run: Run, out: Path) -> list[Row]:
                 judge = Judge(model, batch, loss=run.task.loss)
                 row[start] = round(judge(architecture).loss, 4)
                 data = TrainData(
-                    lambda step: run.task.batch(16, run.config.seed, step),
+                    lambda step: run.task.batch(8, run.config.seed, step),
                     lambda step, architecture=architecture: [architecture],
                     "distillation",
                     teacher,
