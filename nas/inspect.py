@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.tasks.text import Frame
 from moesaic.nas.terminal.tables import plain_table
-from moesaic.search_spaces import FeedForward, MoesaicError, Slot
+from moesaic.search_spaces import Architecture, FeedForward, MoesaicError, Slot
 from moesaic.search_spaces.files import PathLike
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet.convert import Checkpoint
@@ -48,6 +49,7 @@ class LayerFacts:
 @dataclass(frozen=True)
 class Inspection:
     family: str
+    kind: str
     folder: str
     parameters: int
     vocab_size: int
@@ -94,6 +96,7 @@ def inspect_checkpoint(
     activation = architecture.backbone.activation
     return Inspection(
         checkpoint.family.title,
+        _kind(architecture),
         str(checkpoint.folder),
         parameters,
         checkpoint.vocab_size,
@@ -105,12 +108,23 @@ def inspect_checkpoint(
     )
 
 
+def _kind(architecture: Architecture) -> str:
+    """What the model is, in words."""
+    head = architecture.backbone.head
+    heads = {"linear": "", "masked": " with a masked-token head", "none": " without a head"}
+    return ("decoder" if architecture.output.causal else "encoder") + heads[head]
+
+
 def _windows(checkpoint: Checkpoint, text: Path | None) -> Tensor:
-    """[B, S] token ids of the text."""
+    """[B, S] token ids of the text; of an encoder, each between the tokens that it expects around a text."""
     length = min(_LENGTH, checkpoint.max_length or _LENGTH)
+    tokenizer = read_tokenizer(checkpoint.tokenizer)
+    causal = checkpoint.architecture.output.causal
+    frame = None if causal else Frame.of(tokenizer, str(checkpoint.tokenizer))
+    length -= 2 if frame else 0
     where = str(text) if text else "the standard library"
     content = text.read_text(encoding="utf-8", errors="strict") if text else _own_text()
-    ids = read_tokenizer(checkpoint.tokenizer).encode(content[:_CHARACTERS]).ids
+    ids = tokenizer.encode(content[:_CHARACTERS], add_special_tokens=frame is None).ids
     count = min(_TOKENS, len(ids)) // length
     if count == 0:
         raise MoesaicError(
@@ -123,7 +137,8 @@ def _windows(checkpoint: Checkpoint, text: Path | None) -> Tensor:
             found=f"token {max(ids)}",
             allowed=f"ids below vocab_size = {checkpoint.vocab_size}",
         )
-    return torch.tensor(ids[: count * length]).view(count, length)
+    windows = torch.tensor(ids[: count * length]).view(count, length)
+    return windows if frame is None else frame.around(windows)
 
 
 def _own_text() -> str:
@@ -144,7 +159,7 @@ def _error(costs: Sequence[PartCost], slot: Slot, share: float, dense: bool) -> 
 
 def _advice(layers: Sequence[LayerFacts], activation: str) -> tuple[str, ...]:
     """What to expect, in sentences."""
-    advice = []
+    advice, names = [], _names(layers)
     dense = [layer for layer in layers if layer.experts == 1]
     mixtures = [layer for layer in layers if layer.experts > 1]
     if dense:
@@ -153,7 +168,8 @@ def _advice(layers: Sequence[LayerFacts], activation: str) -> tuple[str, ...]:
         least = min(dense, key=lambda layer: layer.activity.concentrated)
         advice.append(
             f"Dense layers: 95 % of a token's output comes from {mean:.0%} of the neurons on average, from "
-            f"{least.activity.concentrated:.0%} in {least.slot} to {most.activity.concentrated:.0%} in {most.slot}."
+            f"{least.activity.concentrated:.0%} in {names[least.slot]} to {most.activity.concentrated:.0%} in "
+            f"{names[most.slot]}."
         )
         if mean < _SPARSE:
             advice.append("That is sparse: splitting into experts will lose little, also without recovery.")
@@ -182,17 +198,23 @@ def _advice(layers: Sequence[LayerFacts], activation: str) -> tuple[str, ...]:
     return tuple(advice)
 
 
+def _names(layers: Sequence[LayerFacts]) -> dict[Slot, str]:
+    """How layers are called: by their number, where there is one stack."""
+    several = len({layer.slot.stack for layer in layers}) > 1
+    return {layer.slot: str(layer.slot) if several else f"layer {layer.slot.index}" for layer in layers}
+
+
 def print_inspection(console: Console, found: Inspection) -> None:
     console.print(f"{found.family} in {found.folder}", style="bold", highlight=False, soft_wrap=True)
     longest = f", sequences up to {found.max_length}" if found.max_length else ""
     console.print(
-        f"{found.parameters / 1e6:.1f}M parameters, {len(found.layers)} layers, activation {found.activation}, "
-        f"vocabulary {found.vocab_size}{longest}; measured on {found.tokens} tokens\n",
+        f"{found.kind} of {found.parameters / 1e6:.1f}M parameters, {len(found.layers)} layers, activation "
+        f"{found.activation}, vocabulary {found.vocab_size}{longest}; measured on {found.tokens} tokens\n",
         highlight=False,
     )
     title = "Layers: shares of neurons or experts, and errors of the output where a token uses half or a quarter"
     columns = "layer|neurons|experts|hold 95 %|below 1 %|negative|router finds|pruned, half|split, half|split, quarter"
-    table = plain_table(title, columns, "layer")
+    table, names = plain_table(title, columns, "layer"), _names(found.layers)
     for layer in found.layers:
         seen = layer.activity
         found_half = next((one.routed / one.best for one in layer.captured if one.share == _HALF), None)
@@ -200,7 +222,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
         errors = (layer.pruned_half, layer.split_half, layer.split_quarter)
         cells = [*("" if share is None else f"{share:.0%}" for share in shares)]
         cells += ["" if error is None else f"{error:.1%}" for error in errors]
-        table.add_row(str(layer.slot), str(layer.neurons), str(layer.experts), *cells)
+        table.add_row(names[layer.slot], str(layer.neurons), str(layer.experts), *cells)
     console.print(table)
     if any(layer.captured for layer in found.layers):
         console.print(

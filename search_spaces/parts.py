@@ -183,6 +183,10 @@ class Backbone:
     ``biases``: ``qkv`` has them on query, key and value (Qwen2); ``all`` also on the output of attention and on both
     layers of the feed-forward part (GPT-2, OPT, BERT).
 
+    ``head``: what becomes of the final states. A ``linear`` layer makes logits of them; ``masked`` has a layer of the
+    same width, the activation and a norm before it, and a bias on the logits (BERT, arXiv 1810.04805); ``none`` leaves
+    them as they are (sentence encoders).
+
     ``tied``: the vocabulary layer shares the embedding's weights. ``qk_norm``: queries and keys are normed (RMSNorm)
     before they are rotated, each ``head`` alone (Qwen3) or ``all`` of a token's heads together (OLMoE).
     ``shared_gate``: the output of a layer's shared expert is scaled by the sigmoid of a linear function of its input
@@ -202,6 +206,7 @@ class Backbone:
     rotary_fraction: float = 1.0
     max_positions: int | None = None
     biases: Literal["none", "qkv", "all"] = "none"
+    head: Literal["linear", "masked", "none"] = "linear"
     tied: bool = True
     qk_norm: Literal["none", "head", "all"] = "none"
     shared_gate: bool = False
@@ -236,6 +241,10 @@ class Backbone:
             at_least(self.max_positions, 1, "max_positions")
         if self.biases == "all" and self.gated:
             raise MoesaicError("a gated unit has no biases", found=self.activation, allowed="biases: none or qkv")
+        if self.head == "masked" and self.gated:
+            raise MoesaicError("a masked head has no gate", found=self.activation, allowed="head: linear or none")
+        if self.head == "none" and not self.tied:
+            raise MoesaicError("without a head there is no vocabulary layer", found="tied: false", allowed="tied: true")
 
     @property
     def gated(self) -> bool:

@@ -16,12 +16,14 @@ class Batch:
     """Token ids ``tokens`` [B, S], and ``targets`` [B, S] to predict at the same positions.
 
     ``mask`` [B, S] is True at tokens and False at padding, which is neither routed nor counted; None: no padding.
-    ``teacher`` [B, S, V] are the logits of another model, for a loss that imitates them.
+    ``scored`` [B, S] is True where the loss counts; None: at every token. ``teacher`` are the logits [B, S, V] of
+    another model, or its states [B, S, D], for a loss that imitates them.
     """
 
     tokens: Tensor
     targets: Tensor
     mask: Tensor | None = None
+    scored: Tensor | None = None
     teacher: Tensor | None = None
 
     def __len__(self) -> int:
@@ -49,9 +51,23 @@ class Batch:
             return torch.full((len(self.tokens),), self.tokens.shape[1], device=self.tokens.device)
         return self.mask.sum(1)
 
+    def scored_counts(self) -> Tensor:
+        """[B] positions of each sequence at which the loss counts."""
+        return self.counts() if self.scored is None else self.scored.sum(1)
+
     def mean(self, losses: Tensor) -> Tensor:
-        """Mean of ``losses`` [B, S] over the tokens."""
-        return losses.mean() if self.mask is None else (losses * self.mask).sum() / self.mask.sum().clamp(min=1)
+        """Mean of ``losses`` [B, S] where they count."""
+        scored = self._scored
+        return losses.mean() if scored is None else (losses * scored).sum() / scored.sum().clamp(min=1)
+
+    def means(self, losses: Tensor) -> Tensor:
+        """[B] means of ``losses`` [B, S] where they count; 0 where none does."""
+        scored = self._scored
+        return losses.mean(1) if scored is None else (losses * scored).sum(1) / scored.sum(1).clamp(min=1)
+
+    @property
+    def _scored(self) -> Tensor | None:
+        return self.mask if self.scored is None else self.scored
 
 
 @dataclass(frozen=True)

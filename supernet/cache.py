@@ -72,6 +72,12 @@ class KeyValueCache:
 
     def check(self, tokens: Tensor, architecture: Architecture) -> None:
         """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
+        if not architecture.output.causal:
+            raise MoesaicError(
+                "an encoder sees all tokens at once: it neither decodes nor generates",
+                found="a key/value cache",
+                allowed="a pass over whole sequences, or a causal model",
+            )
         batch, length = tokens.shape
         heads, positions = _kv_heads(architecture), self.length + length
         if (batch, heads) != (self.batch_size, self.kv_heads) or positions > self.capacity:

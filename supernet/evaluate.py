@@ -26,8 +26,8 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, its ``standard_error`` over sequences, and the load of each of
-    ``architecture.layers`` (None: dense).
+    """``loss``, a mean over the ``tokens`` that are scored, its ``standard_error`` over sequences, and the load of each
+    of ``architecture.layers`` (None: dense).
 
     ``sequence_losses`` are the means of the single sequences, for paired comparisons of models on the same sequences.
     """
@@ -56,7 +56,7 @@ def evaluate(
     """Mean of ``loss`` (a key of ``LOSSES``) over the tokens of ``batch``, computed ``rows`` sequences at a time, and
     the logits of as many positions at a time as memory is set aside for."""
     architecture = model.architecture if architecture is None else architecture
-    losses, counts = [], batch.counts().double().cpu()
+    losses, counts = [], batch.scored_counts().double().cpu()
     pairs: list[Tensor | None] = [None] * len(architecture.layers)
     for first in range(0, len(batch), rows):
         part = batch[first : first + rows].to(model.device)
@@ -64,18 +64,17 @@ def evaluate(
         length = max(1, _LOGITS // (len(part) * model.vocab_size))
         pieces = zip(states.split(length, dim=1), part.split(length), strict=True)
         nats = torch.cat([LOSSES[loss](Output(model.logits(x), routings), piece) for x, piece in pieces], dim=1)
-        per_sequence = nats.mean(1) if part.mask is None else (nats * part.mask).sum(1) / part.counts().clamp(min=1)
-        losses.append(per_sequence.double().cpu())
+        losses.append(part.means(nats).double().cpu())
         for index, routing in enumerate(routings):
             if routing is not None:
                 load = routing.load.double().cpu()
                 seen = pairs[index]
                 pairs[index] = load if seen is None else seen + load
         on_rows()
-    per_sequence, tokens = torch.cat(losses), int(counts.sum())
+    per_sequence, tokens = torch.cat(losses), int(batch.counts().sum())
     mean, error = _mean_and_error(per_sequence, counts)
     loads = tuple(None if load is None else LayerLoad(tuple((load / tokens).tolist())) for load in pairs)
-    return Evaluation(mean, error, tokens, loads, tuple(per_sequence.tolist()))
+    return Evaluation(mean, error, int(counts.sum()), loads, tuple(per_sequence.tolist()))
 
 
 def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from moesaic.supernet.batch import Batch
 from moesaic.supernet.model import Output
 
 Loss = Callable[[Output, Batch], Tensor]
-"""[B, S] nats per token; values at padding are not used."""
+"""[B, S], in nats or as the loss says; values at padding are not used."""
 
 
 def cross_entropy(output: Output, batch: Batch) -> Tensor:
@@ -27,5 +27,15 @@ def distillation(output: Output, batch: Batch) -> Tensor:
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "distillation": distillation}
+def cosine_distance(output: Output, batch: Batch) -> Tensor:
+    """1 - cosine between the states of a model without a head and those of ``teacher``, in float32: 0 to 2."""
+    assert batch.teacher is not None
+    return 1 - F.cosine_similarity(output.logits.float(), batch.teacher.float(), dim=-1)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "distillation": distillation,
+    "cosine_distance": cosine_distance,
+}
 """By name, so that another process can find them."""

@@ -19,6 +19,7 @@ from moesaic.supernet.attention import SelfAttention
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.cache import KeyValueCache
 from moesaic.supernet.experts import SparseFeedForward
+from moesaic.supernet.heads import MaskedHead
 from moesaic.supernet.norms import Norm
 from moesaic.supernet.regions import Region, inside
 from moesaic.supernet.sharing import Sharing
@@ -26,7 +27,8 @@ from moesaic.supernet.sharing import Sharing
 
 @dataclass(frozen=True)
 class Output:
-    """``logits`` [B, S, V] and, for each of ``architecture.layers``, its routing (None for a dense layer)."""
+    """``logits`` [B, S, V] (without a head the final states [B, S, D]) and, for each of ``architecture.layers``, its
+    routing (None for a dense layer)."""
 
     logits: Tensor
     routings: tuple[Routing | None, ...]
@@ -177,7 +179,7 @@ class TransformerStack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model: a stack that turns tokens into states, and a vocabulary layer that turns these into logits.
+    """A language model: a stack that turns tokens into states, and a head that turns these into logits.
 
     Parameters
     ----------
@@ -198,6 +200,7 @@ class Transformer(nn.Module):
         )
         width = architecture.output.width
         self.output = None if backbone.tied else nn.Parameter(torch.empty(vocab_size, width))
+        self.head = MaskedHead(width, vocab_size, backbone) if backbone.head == "masked" else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -207,7 +210,7 @@ class Transformer(nn.Module):
         narrow ones stay on a plateau for a random number of steps."""
         write_std = 0.002 / (2 * len(self.architecture.layers)) ** 0.5
         for module in self.modules():
-            if isinstance(module, TransformerStack | SelfAttention | SparseFeedForward):
+            if isinstance(module, TransformerStack | SelfAttention | SparseFeedForward | MaskedHead):
                 module.initialise(write_std)
         if self.output is not None:
             nn.init.normal_(self.output, std=0.02)
@@ -222,7 +225,8 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, TransformerLayer)]
 
     def forward(self, tokens: Tensor, architecture: Architecture | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V] of token ids [B, S], computed with the slice ``architecture`` (by default, all of it)."""
+        """Logits [B, S, V] of token ids [B, S], computed with the slice ``architecture`` (by default, all of it);
+        without a head, the final states [B, S, D]."""
         return self.run(tokens, architecture, mask=mask).logits
 
     def run(
@@ -268,10 +272,15 @@ class Transformer(nn.Module):
         return x, tuple(routings)
 
     def logits(self, states: Tensor) -> Tensor:
-        """[B, S, D] to [B, S, V]."""
+        """[B, S, D] to [B, S, V]; without a head, the states themselves."""
+        if self.architecture.backbone.head == "none":
+            return states
         (name,) = self.stacks
-        weight = self._stack(name).embedding.weight if self.output is None else self.output
-        return F.linear(states, weight[:, : states.shape[-1]])
+        whole = self._stack(name).embedding.weight if self.output is None else self.output
+        weight = whole[:, : states.shape[-1]]
+        if self.head is None:
+            return F.linear(states, weight)
+        return F.linear(self.head(states), weight, self.head.bias)
 
     @torch.no_grad()
     def extract(self, architecture: Architecture) -> Transformer:
@@ -308,6 +317,8 @@ class Transformer(nn.Module):
             raise MoesaicError(f"architecture {architecture.fingerprint} does not fit this model: {error}") from None
         if self.output is not None:
             regions["output"] = Region.first(self.vocab_size, architecture.output.width)
+        if self.head is not None:
+            regions |= inside("head", self.head.where(architecture.output.width))
         return regions
 
     def _stack(self, name: str) -> TransformerStack:

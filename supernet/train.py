@@ -140,7 +140,7 @@ def _train_step(
     whole = data.batch(step)
     batch = ranks.rows(whole)
     # Processes are weighted by their tokens, so that the mean over processes is the mean over the batch's tokens.
-    share = ranks.size * batch.counts().sum().item() / max(1, whole.counts().sum().item())
+    share = ranks.size * batch.scored_counts().sum().item() / max(1, whole.scored_counts().sum().item())
     batch = batch.to(device)
     if data.teacher is not None:
         batch = replace(batch, teacher=data.teacher(batch))

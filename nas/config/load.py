@@ -65,6 +65,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         checkpoint = open_checkpoint(config.model.from_)
     space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
+    _check_encoder(config, space, source)
     return Loaded(config, space, source, tuple(overrides), checkpoint)
 
 
@@ -132,6 +133,26 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
             found=longest,
             allowed=f"at most max_positions = {most}",
             nearest=most,
+        )
+
+
+def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where an encoder is to decode, or to be trained from nothing: spaces are of decoders."""
+    if config.latency.phase == "decode" and not space.largest.output.causal:
+        raise MoesaicError(
+            "an encoder sees all tokens at once and does not decode",
+            where=source.where(("latency", "phase")),
+            found="decode",
+            allowed="phase: prefill",
+            nearest="prefill",
+        )
+    if config.model is None and space.backbone.head != "linear":
+        raise MoesaicError(
+            "this head is that of an encoder, and encoders start from a trained one",
+            where=source.where(("space", "backbone", "head")),
+            found=space.backbone.head,
+            allowed="head: linear, or model: {from: DIR}",
+            nearest="linear",
         )
 
 

@@ -393,11 +393,13 @@ def _lines(value: Any) -> Any:
 
 
 class RetrainFile(_Section):
-    """``retrain.yaml`` of an exported model: the settings of its run that retraining needs."""
+    """``retrain.yaml`` of an exported model: the settings of its run that retraining needs. ``source`` is the folder of
+    the model whose states one without a head reproduces."""
 
     name: str
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig
+    source: str | None = None
     device: DeviceConfig = DeviceConfig()
     train: TrainConfig = TrainConfig()
     retrain: RetrainConfig = RetrainConfig()

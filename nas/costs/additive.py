@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from moesaic.nas.costs.memory import cache_memory, vocabulary_memory, weight_memory
+from moesaic.nas.costs.memory import cache_memory, head_memory, weight_memory
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import LayerUse, size_weights
 from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Slot, Stack
@@ -172,4 +172,4 @@ def _least_memory(architecture: Architecture, pricer: Pricer) -> float:
     """Weights, cache and logits, without what layers hold in between."""
     context = pricer.context
     kept = weight_memory(architecture, context) + cache_memory(architecture, context)
-    return kept + vocabulary_memory(architecture.output.width, context)
+    return kept + head_memory(architecture, context)

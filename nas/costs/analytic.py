@@ -28,19 +28,25 @@ def layer_flops(architecture: Architecture, slot: Slot, use: LayerUse, context: 
     }
 
 
+def head_products(architecture: Architecture, context: Context) -> int:
+    """Multiply-accumulates per token of what turns final states into logits."""
+    head, width = architecture.backbone.head, architecture.output.width
+    return {"linear": width * context.vocab_size, "masked": width * (width + context.vocab_size), "none": 0}[head]
+
+
 def flops_breakdown(
     architecture: Architecture, uses: Sequence[LayerUse], context: Context
 ) -> tuple[dict[Slot, dict[str, float]], float]:
-    """Each layer by part, and the vocabulary layer; FLOPs per token."""
+    """Each layer by part, and the head; FLOPs per token."""
     slots = zip(architecture.layers, uses, strict=True)
     layers = {slot: layer_flops(architecture, slot, use, context) for slot, use in slots}
-    return layers, 2 * architecture.output.width * context.vocab_size
+    return layers, 2 * head_products(architecture, context)
 
 
 def flops(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
     """FLOPs per token: the sum of ``flops_breakdown``, written out because a search asks for it most."""
     backbone = architecture.backbone
-    total = 2 * architecture.output.width * context.vocab_size
+    total = 2 * head_products(architecture, context)
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, keys = architecture.width_at(slot), context.extent(slot.stack).keys
         attention, part = layer.attention, layer.feed_forward
@@ -69,6 +75,9 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
     reads, all_biases = backbone.biases != "none", backbone.biases == "all"
     norms = (backbone.norm_place == "pre") + backbone.embedding_norm
     total: float = 0 if backbone.tied else architecture.output.width * context.vocab_size
+    if backbone.head == "masked":
+        width = architecture.output.width
+        total += width * (width + 1 + backbone.norm_vectors) + context.vocab_size
     for stack in architecture.stacks.values():
         total += stack.width * (context.vocab_size + (backbone.max_positions or 0) + norms * backbone.norm_vectors)
     for (slot, layer), count in zip(architecture.layers.items(), neurons, strict=True):

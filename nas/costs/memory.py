@@ -37,7 +37,7 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     """Bytes of the activations alive at the worst moment of an inference pass in ``context``, with the cache."""
     backbone, size = architecture.backbone, context.bytes_per_value
     kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
-    peak: float = vocabulary_memory(architecture.output.width, context)
+    peak: float = head_memory(architecture, context)
     buffer: float = 0
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, extent, part = architecture.width_at(slot), context.extent(slot.stack), layer.feed_forward
@@ -52,10 +52,20 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     return peak + kept + buffer
 
 
-def vocabulary_memory(width: int, context: Context) -> int:
-    """Bytes of the states before the vocabulary layer, their copy, that of its weights, and the logits."""
-    tokens, size = context.tokens, context.bytes_per_value
-    return tokens * 4 * width + _copied(tokens + context.vocab_size, width, size) + tokens * context.vocab_size * size
+def head_memory(architecture: Architecture, context: Context) -> int:
+    """Bytes of the states before the head, their copy, that of its weights, and the logits."""
+    tokens, size, vocabulary = context.tokens, context.bytes_per_value, context.vocab_size
+    head, width = architecture.backbone.head, architecture.output.width
+    states = tokens * 4 * width
+    if head == "none":
+        return states
+    logits = _copied(tokens + vocabulary, width, size) + tokens * vocabulary * size
+    if head == "linear":
+        return states + logits
+    # The states before the head's own layer stay while that is computed and normed, which autocast does in float32.
+    layer = _copied(tokens + width, width, size) + _copied(width, 1, size) + tokens * width * size
+    norm = tokens * width * size + states + (states if size < 4 else 0)
+    return states + max(layer, norm, states + logits + _copied(vocabulary, 1, size))
 
 
 def _copied(rows: int, width: int, size: int) -> int:

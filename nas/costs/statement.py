@@ -70,8 +70,11 @@ def print_statement(console: Console, architecture: Architecture, statement: Sta
     parts = list(next(iter(statement.flops_per_layer.values())))
     layers = plain_table("FLOPs per token", "|".join(["layer", *parts]), "layer")
     form = DIMENSIONS["flops"].format
-    for name, layer in statement.flops_per_layer.items():
-        layers.add_row(name, *(form(layer[part]) if layer[part] else "-" for part in parts))
+    several = len(architecture.stacks) > 1
+    for index, (name, layer) in enumerate(statement.flops_per_layer.items()):
+        layers.add_row(
+            name if several else f"layer {index}", *(form(layer[part]) if layer[part] else "-" for part in parts)
+        )
     layers.add_row("vocabulary", form(statement.flops_vocabulary))
     console.print(layers)
     if statement.counted:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moesaic.nas import __version__
 from moesaic.nas.costs.compliance import MeasuredLine, over_text, refused_text
 from moesaic.nas.costs.measure import latency_text
 from moesaic.nas.exports.figures import BEST, INHERITED_BEST, ExportFigures
-from moesaic.nas.tasks import Metric
+from moesaic.nas.tasks import Task
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, draw
 
 
-def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequence[Metric]) -> str:
-    """A README for the folder; ``metrics`` are those of the task."""
+def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -> str:
+    """A README for the folder of a model of ``task``."""
     over, refused = over_text(figures.budget), refused_text(figures.refused)
     rows = [_budget_row(line) for line in figures.budget]
     costs = [
@@ -22,7 +20,8 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
         f"{DIMENSIONS[name].format(figures.measured[name])} | {DIMENSIONS[name].per} |"
         for name in figures.measured
     ]
-    scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in metrics)
+    outputs = "states" if architecture.backbone.head == "none" else "logits"
+    scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in task.metrics)
     return "\n".join(
         [
             f"# {figures.name}: a sparse Transformer designed by Moesaic {__version__}",
@@ -31,7 +30,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
             draw(architecture),
             "```",
             "",
-            f"Weights: {figures.weights}. Their loss on the test split: {figures.loss:.4f} nats per token "
+            f"Weights: {figures.weights}. Their loss ({task.unit}) on the test split: {figures.loss:.4f} "
             f"(standard error {figures.standard_error:.4f} over sequences, {figures.tokens} tokens), {scores}.",
             _other_weights(figures),
             "",
@@ -51,7 +50,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, metrics: Sequ
             "",
             latency_text(figures.latency),
             "",
-            f"Largest logit difference: {_differences(figures)}.",
+            f"Largest difference of {outputs}: {_differences(figures)}.",
             "",
             "Load it with `moesaic.load(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
             "",

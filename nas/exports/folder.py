@@ -75,13 +75,13 @@ def export_model(
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
         write_facts(temporary, model, task)
-        write_retrain_file(temporary, config)
+        write_retrain_file(temporary, config, task)
         reloaded = load_exported(temporary)
         with torch.inference_mode():
             difference = (reloaded(tokens) - model.cpu()(tokens)).abs().max().item()
         figures = replace(figures, reload_max_logit_difference=difference)
         write_value(temporary / "figures.json", figures)
-        write_text(temporary / "README.md", model_card(architecture, figures, task.metrics))
+        write_text(temporary / "README.md", model_card(architecture, figures, task))
         replace_folder(directory, temporary)
     except OSError as error:
         raise unwritable(directory, error) from None
@@ -133,19 +133,22 @@ def load_exported(directory: PathLike) -> Transformer:
     return model.eval()
 
 
-def retrain_settings(config: Config) -> dict[str, Any]:
-    """The settings of the run that `moesaic retrain` needs: data, device, training, seed."""
+def retrain_settings(config: Config, task: Task) -> dict[str, Any]:
+    """The settings of the run that `moesaic retrain` needs: data, device, training, seed; and the model whose states
+    are to be reproduced, where that is the task."""
     keep = {"name", "seed", "data", "device", "retrain"}
     whole = config.model_copy(update={"data": absolute_files(config.data)}).model_dump(mode="json", include=keep)
     if config.model is not None:  # an export goes on from its own weights, and on its own
         whole["retrain"] |= {"init": "inherited", "distil": False}
+        if task.imitation is None:
+            whole["source"] = os.path.abspath(config.model.from_)
     return whole
 
 
-def write_retrain_file(directory: Path, config: Config) -> None:
+def write_retrain_file(directory: Path, config: Config, task: Task) -> None:
     """Write ``retrain.yaml`` of an export."""
     head = "# How this model is retrained: `moesaic retrain DIRECTORY`, with KEY=VALUE to change a setting.\n"
-    text = yaml.safe_dump(retrain_settings(config), sort_keys=False, default_flow_style=None, width=100)
+    text = yaml.safe_dump(retrain_settings(config, task), sort_keys=False, default_flow_style=None, width=100)
     write_text(directory / "retrain.yaml", head + text)
 
 

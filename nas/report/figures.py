@@ -47,9 +47,9 @@ _LEGEND = {"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top"}
 
 
 def pareto_figure(
-    points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, default_cost: str
+    points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, default_cost: str, unit: str
 ) -> go.Figure:
-    """Inherited loss against a cost; buttons choose the cost."""
+    """Inherited loss, in ``unit``, against a cost; buttons choose the cost."""
     costs = [cost for cost in COSTS if cost in points[0].costs]
     figure = go.Figure()
     groups = _groups(points)
@@ -62,7 +62,7 @@ def pareto_figure(
             y=[0 if without_loss else p.loss for p in members],
             error_y=error if kind in ON_FRONT else None,
             mode="markers",
-            hovertext=[_hover(p, context) for p in members],
+            hovertext=[_hover(p, context, unit) for p in members],
             hoverinfo="text",
             marker=marker,
             name=name,
@@ -79,7 +79,7 @@ def pareto_figure(
     figure.update_layout(
         **layout(620),
         **_cost_layout(default_cost, budget, context),
-        yaxis={"title": "inherited validation loss, nats per token", "domain": [lowest, 1]},
+        yaxis={"title": f"inherited validation loss, {unit}", "domain": [lowest, 1]},
         yaxis2={"domain": [0, _STRIP], "range": [-1, 1], "visible": False, "fixedrange": True, "anchor": "x"},
         hoverlabel={"font": {"family": "ui-monospace, monospace", "size": 11}, "align": "left", "bgcolor": "#fff"},
         updatemenus=[
@@ -120,8 +120,8 @@ def pareto_figure(
     return figure
 
 
-def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point]) -> go.Figure:
-    """Best loss so far and hypervolume against evaluations."""
+def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point], unit: str) -> go.Figure:
+    """Best loss so far, in ``unit``, and hypervolume against evaluations."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
     x = [step.evaluations for step in history]
     lines = (
@@ -141,14 +141,14 @@ def history_figure(history: Sequence[Evaluated], rivals: Sequence[Point]) -> go.
             name=f"rival {escape(point.label)}",
         )
     figure.update_layout(**layout(480))
-    figure.update_yaxes(title="inherited loss,<br>nats per token", row=1, col=1)
+    figure.update_yaxes(title=f"inherited loss,<br>{unit}", row=1, col=1)
     figure.update_yaxes(title="hypervolume", row=2, col=1)
     figure.update_xaxes(title="architectures evaluated", row=2, col=1)
     return figure
 
 
-def training_figure(curves: Sequence[Curve]) -> go.Figure:
-    """Loss on training batches: the supernet's slices dotted, retrained models solid."""
+def training_figure(curves: Sequence[Curve], unit: str) -> go.Figure:
+    """Loss on training batches, in ``unit``: the supernet's slices dotted, retrained models solid."""
     figure = go.Figure()
     models = list(dict.fromkeys(curve.model for curve in curves if curve.model is not None))
     greys = iter(("#3e4c59", "#9aa5b1", "#c3cad3"))
@@ -166,7 +166,7 @@ def training_figure(curves: Sequence[Curve]) -> go.Figure:
             name=escape(curve.label),
         )
     figure.update_layout(**layout(420))
-    figure.update_yaxes(title="loss on a training batch, nats per token")
+    figure.update_yaxes(title=f"loss on a training batch, {unit}")
     figure.update_xaxes(title="steps")
     return figure
 
@@ -232,8 +232,8 @@ def latency_figure(measurements: Sequence[Measurement], context: Context) -> go.
     return figure
 
 
-def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
-    """Loss trained from scratch against inherited loss, for the members that finished training; the best one first."""
+def ranking_figure(members: Sequence[CheckedMember], unit: str) -> go.Figure:
+    """Loss trained alone against inherited loss, both in ``unit``, of members that finished; the best one first."""
     figure = go.Figure()
     groups = (
         ("other trials", members[1:], {"symbol": "circle", "size": 9, "color": KINDS["front"]}),
@@ -259,8 +259,8 @@ def ranking_figure(members: Sequence[CheckedMember]) -> go.Figure:
             ],
         )
     figure.update_layout(**layout(460))
-    figure.update_xaxes(title="inherited validation loss, nats per token")
-    figure.update_yaxes(title="validation loss trained alone,<br>nats per token")
+    figure.update_xaxes(title=f"inherited validation loss, {unit}")
+    figure.update_yaxes(title=f"validation loss trained alone,<br>{unit}")
     return figure
 
 
@@ -330,12 +330,12 @@ def _line_data(points: Sequence[Point], cost: str) -> dict[str, list[float]]:
     return {"x": [x for x, _ in line], "y": [y for _, y in line]}
 
 
-def _hover(point: Point, context: Context) -> str:
+def _hover(point: Point, context: Context, unit: str) -> str:
     """Loss, costs, and the architecture as text. Everything is escaped, because plotly reads a subset of HTML."""
     lines = [point.label]
     if point.loss is not None:
         error = "" if point.standard_error is None else f" ± {point.standard_error:.4f}"
-        lines.append(f"loss {point.loss:.4f}{error} nats per token")
+        lines.append(f"loss ({unit}) {point.loss:.4f}{error}")
     lines += [
         f"{cost_name(cost)} {DIMENSIONS[cost].format(value)} {per_text(cost, context)}"
         for cost, value in sorted(point.costs.items(), key=lambda item: COSTS.index(item[0]))

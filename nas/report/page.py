@@ -42,7 +42,7 @@ def build_page(findings: Findings) -> str:
         "result": ("Result", _result(findings)),
         "front": ("Pareto front", _front(findings)),
         **({"source": ("Trained model", source_section(summary, findings.sparsity))} if findings.sparsity else {}),
-        "trust": ("Trust", trust_section(summary.trust)),
+        "trust": ("Trust", trust_section(summary.trust, summary.unit)),
         "architectures": ("Architectures", _architectures(findings)),
         "compute": ("Compute by layer", _compute(findings)),
         "search": ("Search", _search(findings)),
@@ -96,7 +96,7 @@ def _result(findings: Findings) -> Iterator[str]:
     yield table(
         (
             "model",
-            "loss, nats per token",
+            f"loss, {summary.unit}",
             *(metric.title for metric in summary.metrics),
             *(_COMPARED[cost] for cost in costs),
             "budget",
@@ -170,7 +170,8 @@ def _front(findings: Findings) -> Iterator[str]:
         f"measured, and {refused} others were refused before evaluation because their predicted costs were over "
         f"budget. Members of the front of {' and '.join(_names(findings.objectives))}: {len(findings.result.front)}."
     )
-    yield plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost))
+    unit = findings.summary.unit
+    yield plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost, unit))
     yield paragraph(
         "Costs use the routing measured in the evaluation; for refused architectures and rivals, the expected "
         "routing. Latency is always predicted. Bars are ± one standard error over sequences.",
@@ -179,7 +180,7 @@ def _front(findings: Findings) -> Iterator[str]:
     costs = [line.name for line in findings.exports[0].budget]
     yield "<h3>Exported, with inherited weights</h3>"
     yield table(
-        ("export", "trial", "test loss, nats per token", *(f"{cost_name(cost)}, measured" for cost in costs), "budget"),
+        ("export", "trial", f"test loss, {unit}", *(f"{cost_name(cost)}, measured" for cost in costs), "budget"),
         [
             (
                 row.name,
@@ -230,12 +231,12 @@ def _search(findings: Findings) -> Iterator[str]:
         f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
         "uses a reference point of this search: do not compare it with other searches."
     )
-    yield plot("history", history_figure(findings.history, rivals))
+    yield plot("history", history_figure(findings.history, rivals, findings.summary.unit))
     if additivity := search.additivity:
         tau = "" if additivity["tau"] is None else f", Kendall's tau {additivity['tau']:.2f}"
         yield paragraph(
             f"Sums of scores predicted the losses of the {additivity['solutions']} solutions of the integer programme "
-            f"with a mean absolute error of {additivity['mean_absolute_error']:.3f} nats "
+            f"with a mean absolute error of {additivity['mean_absolute_error']:.3f} "
             f"(mean error {additivity['mean_error']:+.3f}{tau})."
         )
 
@@ -245,7 +246,7 @@ def _training(findings: Findings) -> Iterator[str]:
         "Losses on single training batches. Dotted: slices of the supernet. Solid: models retrained alone, "
         "with the first seed."
     )
-    yield plot("curves", training_figure(findings.curves))
+    yield plot("curves", training_figure(findings.curves, findings.summary.unit))
 
 
 def _predictions(findings: Findings) -> Iterator[str]:

@@ -40,11 +40,11 @@ _MARKERS: dict[str, dict[str, Any]] = {
 
 
 def write_paper_figures(
-    directory: Path, points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, cost: str
+    directory: Path, points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, cost: str, unit: str
 ) -> None:
-    """Writes ``pareto.png`` and ``pareto.svg``: inherited loss against ``cost``."""
+    """Writes ``pareto.png`` and ``pareto.svg``: inherited loss, in ``unit``, against ``cost``."""
     with rc_context(_STYLE):  # pyright: ignore[reportArgumentType]  (it names every key in a literal type)
-        figure = paper_figure(points, budget, context, cost)
+        figure = paper_figure(points, budget, context, cost, unit)
         for name, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             write_atomically(
                 directory / f"pareto.{name}",
@@ -54,7 +54,9 @@ def write_paper_figures(
             )
 
 
-def paper_figure(points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, cost: str) -> Figure:
+def paper_figure(
+    points: Sequence[Point], budget: Sequence[BudgetLine], context: Context, cost: str, unit: str
+) -> Figure:
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for members, style in _groups(points):
@@ -68,7 +70,7 @@ def paper_figure(points: Sequence[Point], budget: Sequence[BudgetLine], context:
             limit.limit, color=INK, linestyle="--", linewidth=1, label=limit_text(cost, limit.limit, limit.bind)
         )
     axes.set_xlabel(axis_title(cost, context))
-    axes.set_ylabel("inherited loss, nats per token")
+    axes.set_ylabel(f"inherited loss, {unit}")
     if cost != "latency":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside lower center", ncols=3)

@@ -10,11 +10,11 @@ from moesaic.nas.trust.findings import Check, Standing, Trust
 from moesaic.nas.trust.sentences import INHERITED, check_sentence, front_sentence, rivals_sentence, tau_text
 
 
-def trust_section(trust: Trust) -> Iterator[str]:
-    """The section's parts, from what stage fidelity found."""
+def trust_section(trust: Trust, unit: str) -> Iterator[str]:
+    """The section's parts, from what stage fidelity found; losses are in ``unit``."""
     yield paragraph(check_sentence(trust.check), "verdict")
     if trust.check is not None:
-        yield from _check(trust.check)
+        yield from _check(trust.check, unit)
     yield "<h3>What inherited losses can tell apart</h3>"
     yield paragraph(f"{front_sentence(trust)} {rivals_sentence(trust)}")
     yield table(
@@ -60,7 +60,7 @@ def _loss_text(loss: float, error: float, sign: str = "") -> str:
     return f"{loss:{sign}.4f} ± {error:.4f}"
 
 
-def _check(check: Check) -> Iterator[str]:
+def _check(check: Check, unit: str) -> Iterator[str]:
     judges = check.judges
     if judges is not None:
         tops = list(judges[INHERITED].regret)
@@ -84,7 +84,7 @@ def _check(check: Check) -> Iterator[str]:
             "muted",
         )
     if any(member.retrained_loss is not None for member in check.members):
-        yield plot("ranking", ranking_figure(check.members))
+        yield plot("ranking", ranking_figure(check.members, unit))
         yield paragraph(
             "Bars are ± one standard error over sequences. All members are evaluated on the same sequences, so most of "
             "the error shifts all points together. With a perfect judge the points would rise from left to right.",

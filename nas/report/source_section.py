@@ -90,7 +90,7 @@ def quality_figure(summary: Summary) -> go.Figure:
             )
         figure.update_xaxes(title=axis_title(cost, summary.context), rangemode="tozero", row=1, col=column)
     figure.update_layout(**layout(420))
-    figure.update_yaxes(title="test loss, nats per token", col=1)
+    figure.update_yaxes(title=f"test loss, {summary.unit}", col=1)
     return figure
 
 

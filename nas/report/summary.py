@@ -48,9 +48,9 @@ class PredictorFigures:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything a run found for one budget. ``metrics`` are those of its task, ``budget`` the lines of the exported
-    ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model.
-    ``source`` is the trained model that the run starts from, if it does."""
+    """Everything a run found for one budget. ``metrics`` and the ``unit`` of losses are those of its task, ``budget``
+    the lines of the exported ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three
+    seeds of every model. ``source`` is the trained model that the run starts from, if it does."""
 
     name: str
     date: str
@@ -69,6 +69,7 @@ class Summary:
     stage_seconds: dict[str, float]
     context: Context
     more_seeds: str
+    unit: str = "nats per token"
     source: SourceModel | None = None
 
 
@@ -85,7 +86,7 @@ def source_sentence(summary: Summary) -> str | None:
     return (
         f"The searched model has {', '.join(shares[:-1])} and {shares[-1]}, compared with the trained model that it "
         f"comes from. Its test loss is {searched.loss:.4f}, that model's {source.loss:.4f}: "
-        f"{searched.loss - source.loss:+.4f} nats per token."
+        f"{searched.loss - source.loss:+.4f} {summary.unit}."
     )
 
 

@@ -10,9 +10,8 @@ from rich.text import Text
 
 from moesaic.nas.costs.compliance import MeasuredLine, Status, predicted_text, refused_text, worst_status
 from moesaic.nas.costs.measure import latency_text
-from moesaic.nas.exports.figures import BEST, RetrainedModel, SourceModel, training_text
+from moesaic.nas.exports.figures import BEST, training_text
 from moesaic.nas.report.summary import Chosen, Summary, over_sentence, source_sentence, verdict
-from moesaic.nas.tasks import Metric
 from moesaic.nas.terminal.progress import duration
 from moesaic.nas.terminal.tables import PlainTable, plain_table, what_costs_are_per
 from moesaic.nas.trust.sentences import sentences
@@ -38,7 +37,7 @@ def print_summary(console: Console, summary: Summary, files: dict[str, Path]) ->
     console.print(Text(what_costs_are_per(summary.context)))
     console.print(Text(latency_text(chosen.latency)))
     console.print()
-    console.print(_rivals_table([chosen.retrained, *summary.rivals], summary.metrics, summary.source))
+    console.print(_rivals_table(summary))
     if of_source := source_sentence(summary):
         console.print(Text(of_source))
     console.print(Text(verdict(summary)))
@@ -76,16 +75,15 @@ def _costs_table(chosen: Chosen) -> PlainTable:
     return table
 
 
-def _rivals_table(
-    results: Sequence[RetrainedModel], metrics: Sequence[Metric], source: SourceModel | None
-) -> PlainTable:
+def _rivals_table(summary: Summary) -> PlainTable:
+    results, metrics, source = [summary.chosen.retrained, *summary.rivals], summary.metrics, summary.source
     first = results[0]
     seeds = len(first.runs)
     alike = training_text(first.init, first.steps) + (f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else "")
     costs = {"flops": "FLOPs", "latency": "latency", "active_parameters": "active", "parameters": "parameters"}
     costs = {cost: title for cost, title in costs.items() if cost in first.measured}
     columns = ["model", "loss", *(metric.title for metric in metrics), *costs.values(), "budget"]
-    title = f"Retrained alike ({alike}), evaluated on the test split"
+    title = f"Retrained alike ({alike}), evaluated on the test split; loss in {summary.unit}"
     table = plain_table(title, "|".join(columns), "model|budget")
     best = min(result.loss for result in results)
     for result in results:

@@ -51,7 +51,7 @@ def inputs(part: BudgetRun) -> dict[str, Any]:
         "evaluation_windows": config.retrain.evaluation_windows,
         "device": asdict(part.run.device),
         "context": asdict(part.run.context),
-        "retrain_file": retrain_settings(config),
+        "retrain_file": retrain_settings(config, part.run.task),
     }
 
 
@@ -64,7 +64,7 @@ def work(part: BudgetRun, directory: StageDirectory) -> str:
     if (exports := _standing(directory)) is not None:  # only settings of retraining changed
         for name in {BEST, *(figures.name for figures in exports)}:
             if (directory.path / name / "retrain.yaml").exists():
-                write_retrain_file(directory.path / name, part.run.config)
+                write_retrain_file(directory.path / name, part.run.config, part.run.task)
         return _digest(exports)
     trials, result = load_search(part)
     count = part.run.config.export.front

@@ -12,13 +12,14 @@ from moesaic.nas.device import choose_device
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.stages.directory import LOCK, RunDirectory, check_place, fingerprint
 from moesaic.nas.stages.retrain_models import seed_directory
-from moesaic.nas.tasks import LanguageModelling, Metric
+from moesaic.nas.tasks import Metric, task_for
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.training.trainer import Trainer
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun
 from moesaic.search_spaces.files import sweep, write_value
 from moesaic.supernet import Judge, slice_of
+from moesaic.supernet.convert import open_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,11 @@ def retrain_export(
         own=[directory],
         vocab_size=model.vocab_size,
     )
-    task = LanguageModelling(corpus)
+    source = None if file.source is None else open_checkpoint(file.source)
+    task = task_for(model.architecture.backbone.head, corpus, source, str(directory / "tokenizer.json"))
     trainer = Trainer(task, device, file.train, reporter.say, should_stop)
     weights = slice_of(model) if file.retrain.init == "inherited" else None
-    unimportant = {"name": True, "seed": True, "train": True, "retrain": {"seeds"}}
+    unimportant = {"name": True, "seed": True, "train": True, "source": True, "retrain": {"seeds"}}
     inputs = {
         "file": file.model_dump(mode="json", exclude=unimportant),
         "corpus": task.fingerprint,

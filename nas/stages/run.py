@@ -25,7 +25,7 @@ from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
-from moesaic.nas.tasks import LanguageModelling, Task
+from moesaic.nas.tasks import Task, task_for
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import Teacher
@@ -110,7 +110,8 @@ class Run:
             own=self.own_files,
             vocab_size=source and source.vocab_size,
         )
-        return LanguageModelling(corpus)
+        tokenizer = corpus.tokenizer_path if source is None else source.tokenizer
+        return task_for(self.space.backbone.head, corpus, source, str(tokenizer))
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -179,10 +180,12 @@ class Run:
         self, what: str, on_layer: Callable[[int], None] = lambda done: None
     ) -> tuple[Weights | None, Teacher | None]:
         """How a model of ``retrain`` starts (None: from random weights), and what it imitates while it trains (None:
-        the text). ``what`` names the stage in messages; ``on_layer`` gets the layers of a model that are repaired."""
+        what the task says). ``what`` names the stage in messages; ``on_layer`` gets the layers of a model that are
+        repaired."""
         config = self.config.retrain
         supernet = self.folder("supernet").path / SUPERNET
-        teacher = Teacher(str(supernet), self.space.envelope, self.space.largest) if config.distil else None
+        imitates = config.distil and self.task.imitation is not None
+        teacher = Teacher(str(supernet), self.space.envelope, self.space.largest) if imitates else None
         if config.init == "scratch":
             return None, teacher
         if config.init == "inherited":

@@ -49,7 +49,9 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
     write_summary(part, summary)
     findings = gather(part, summary)
     write_front(directory.path / "pareto.csv", findings.result)
-    write_paper_figures(directory.path, findings.points, findings.budget, findings.context, findings.default_cost)
+    write_paper_figures(
+        directory.path, findings.points, findings.budget, findings.context, findings.default_cost, summary.unit
+    )
     write_text(directory.path / "index.html", build_page(findings))
 
 
@@ -96,6 +98,7 @@ def build_summary(part: BudgetRun) -> Summary:
         context=run.context,
         more_seeds=run.command("run", "retrain.seeds=3"),
         source=load_source(part),
+        unit=run.task.unit,
     )
 
 

@@ -33,6 +33,16 @@ class Task(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What the loss is in, for tables and axes."""
+        ...
+
+    @property
+    def imitation(self) -> str | None:
+        """The loss of a training that imitates a teacher; None where the task itself is to imitate one."""
+        ...
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics reported besides the loss."""
         ...
@@ -62,7 +72,7 @@ class Task(Protocol):
         ...
 
     def measure(self, split: Split, loss: float) -> dict[str, float]:
-        """Each of ``metrics`` by name, for a mean ``loss`` (nats per token) on a split."""
+        """Each of ``metrics`` by name, for a mean ``loss`` on a split."""
         ...
 
     def plain(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Recipe:
         """Batches of ``task``, and the slices of each step."""
         slices = self._sampler().slices if self.space is not None else lambda step: [self.architecture]
         teacher = self.teacher and self.teacher.of(task.vocab_size)
-        loss = "distillation" if teacher else task.loss
+        loss = task.imitation if teacher and task.imitation else task.loss
         return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, loss, teacher)
 
     def plain(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moesaic.search_spaces import Architecture, Damaged, MoesaicError
 from moesaic.search_spaces.errors import nearest_name
 from moesaic.search_spaces.files import PathLike, write_text
 from moesaic.supernet.checkpoint import save_tensors
-from moesaic.supernet.convert import gpt2, llama
+from moesaic.supernet.convert import bert, gpt2, llama
 from moesaic.supernet.convert.family import Family, Settings
 from moesaic.supernet.convert.names import Names, Piece, ours, theirs
 from moesaic.supernet.model import Transformer
@@ -45,11 +45,17 @@ def _export_names(architecture: Architecture) -> Names:
 
 FAMILIES = {
     family.model_type: family
-    for family in (*llama.FAMILIES, *gpt2.FAMILIES, Family(OWN, "an export", _read_export, None, _export_names))
+    for family in (
+        *llama.FAMILIES,
+        *gpt2.FAMILIES,
+        *bert.FAMILIES,
+        Family(OWN, "an export", _read_export, None, _export_names),
+    )
 }
 """By ``model_type``. A new family is a module and an entry here."""
 _NOT_YET = {"t5": "encoder-decoder models", "mt5": "encoder-decoder models", "bart": "encoder-decoder models",
-            "marian": "encoder-decoder models", "bert": "encoders", "roberta": "encoders"}  # fmt: skip
+            "marian": "encoder-decoder models", "roberta": "encoders other than BERT",
+            "distilbert": "encoders other than BERT"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,14 +95,7 @@ class Checkpoint:
     @cached_property
     def names(self) -> Names:
         """The tensors of each of our parameters, as they are called in this folder."""
-        names = self.family.names(self.architecture)
-        prefix = self.family.prefix
-        bare = prefix and not any(name.startswith(prefix) for name in self.files)
-        if not bare:
-            return names
-        return {
-            own: [_renamed(piece, piece.name.removeprefix(prefix)) for piece in pieces] for own, pieces in names.items()
-        }
+        return self.family.spelt(self.family.names(self.architecture), self.files)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Our parameters whose names start with ``prefix`` (such as ``stacks.decoder.layers.3.``), without it.
@@ -125,12 +124,17 @@ class Checkpoint:
             return {n: p.shape for n, p in Transformer(self.architecture, self.vocab_size).named_parameters()}
 
     def _value(self, own: str) -> Tensor:
-        found, pieces = ours(self.names[own], self._read), self.names[own]
-        if found.shape != self._shapes[own]:
+        pieces = self.names[own]
+        try:
+            found, shape = ours(pieces, self._read), None
+        except (RuntimeError, IndexError) as error:  # pieces of different shapes
+            found, shape = None, str(error)
+        if found is None or found.shape != self._shapes[own]:
+            names = [name for piece in pieces for name in piece.names]
             raise MoesaicError(
-                f"the shape of {', '.join(piece.name for piece in pieces[:2])} does not fit config.json",
-                where=str(self.files[pieces[0].name]),
-                found=list(found.shape),
+                f"the shape of {', '.join(names[:2])} does not fit config.json",
+                where=str(self.files[names[0]]),
+                found=shape if found is None else list(found.shape),
                 allowed=list(self._shapes[own]),
             )
         return found
@@ -150,7 +154,7 @@ class Checkpoint:
 
     def _check_present(self, parameters: Iterable[str]) -> set[str]:
         """The tensors of these parameters. Raises MoesaicError where one is missing, or of a type that is not read."""
-        wanted = {piece.name: None for own in parameters for piece in self.names[own]}
+        wanted = {name: None for own in parameters for piece in self.names[own] for name in piece.names}
         if missing := [name for name in wanted if name not in self.files]:
             raise MoesaicError(
                 f"{len(missing)} tensors are missing",
@@ -292,10 +296,6 @@ def _difference(one: Architecture, other: Architecture) -> str:
         if layer != other.layers.get(slot):
             return f"{slot}: {layer}"
     return f"{len(one.layers)} layers"
-
-
-def _renamed(piece: Piece, name: str) -> Piece:
-    return Piece(name, piece.transposed, piece.rows, piece.flat, piece.count)
 
 
 def _json(folder: Path) -> dict[str, Any]:

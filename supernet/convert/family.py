@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Family:
     ``read`` gives the architecture that a configuration describes, ``write`` is its inverse where there is one: the
     configuration of an architecture with a vocabulary size (None: it is only read). ``names`` gives the tensors of our
     parameters, for an architecture. ``prefix``: models without a head are stored without it. ``ignored``: ends of
-    names of buffers.
+    names of buffers, and of parts that are not read. ``older``: ends of names, and how they were spelt before.
     """
 
     model_type: str
@@ -109,3 +109,19 @@ class Family:
     ignored: tuple[str, ...] = ()
     max_length: str = "max_position_embeddings"
     """The key of the longest sequence."""
+    older: Mapping[str, str] = field(default_factory=dict)
+
+    def spelt(self, names: Names, tensors: Collection[str]) -> Names:
+        """``names`` as the ``tensors`` of a folder are called: without prefix, or in an older spelling."""
+        bare = self.prefix and not any(name.startswith(self.prefix) for name in tensors)
+
+        def spelling(name: str) -> str:
+            name = name.removeprefix(self.prefix) if bare else name
+            if name not in tensors:
+                for end, older in self.older.items():
+                    old = name.removesuffix(end) + older
+                    if name.endswith(end) and old in tensors:
+                        return old
+            return name
+
+        return {own: [piece.renamed(spelling) for piece in pieces] for own, pieces in names.items()}

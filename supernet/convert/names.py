@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ Read = Callable[[str], Tensor]
 class Piece:
     """``rows`` (start, stop) of the tensor ``name``, which is ``transposed`` or made ``flat`` first; None: all.
 
-    ``count``: how many rows of our parameter it is, where others follow it.
+    ``count``: how many rows of our parameter it is, where others follow it. ``added``: the name of a tensor whose first
+    row is added to each of these; on the way back it is 0.
     """
 
     name: str
@@ -24,6 +25,15 @@ class Piece:
     rows: tuple[int, int] | None = None
     flat: bool = False
     count: int | None = None
+    added: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors that it is made of."""
+        return (self.name,) if self.added is None else (self.name, self.added)
+
+    def renamed(self, rename: Callable[[str], str]) -> Piece:
+        return replace(self, name=rename(self.name), added=self.added and rename(self.added))
 
     def of(self, tensor: Tensor) -> Tensor:
         """The piece of the tensor: a view."""
@@ -38,8 +48,13 @@ Names = Mapping[str, Pieces]
 
 def ours(pieces: Pieces, read: Read) -> Tensor:
     """The value of our parameter, as float32. One that is stored as it is stays a view of its memory-mapped file."""
-    parts = [piece.of(read(piece.name)).float() for piece in pieces]
+    parts = [_value(piece, read) for piece in pieces]
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _value(piece: Piece, read: Read) -> Tensor:
+    value = piece.of(read(piece.name)).float()
+    return value if piece.added is None else value + read(piece.added)[0].float()
 
 
 def theirs(names: Names, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +65,7 @@ def theirs(names: Names, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         views = [piece.of(found.setdefault(piece.name, torch.zeros(shapes[piece.name]))) for piece in pieces]
         for view, part in zip(views, parameters[own].detach().split([len(view) for view in views]), strict=True):
             view.copy_(part)
+        found |= {piece.added: torch.zeros(1, *parameters[own].shape[1:]) for piece in pieces if piece.added}
     return found
 
 

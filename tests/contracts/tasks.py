@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moesaic.nas.tasks import Task, task_of
+from moesaic.search_spaces import Backbone
 from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, scratch, train
 from moesaic.supernet.losses import LOSSES
 from tests.nas.search_tools import tiny_space
@@ -18,12 +19,15 @@ from tests.nas.search_tools import tiny_space
 def same(first: Batch, second: Batch) -> bool:
     return all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in ((getattr(first, name), getattr(second, name)) for name in ("tokens", "targets", "mask"))
+        for a, b in ((getattr(first, name), getattr(second, name)) for name in vars(first))
     )
 
 
 class TaskContract:
-    """Tests take the fixture ``task``."""
+    """Tests take the fixture ``task``. A suite may change the ``backbone`` of the models that learn it."""
+
+    backbone = Backbone(32)
+    causal = True
 
     def test_a_batch_is_a_function_of_seed_and_step(self, task: Task) -> None:
         batch = task.batch(4, seed=1, step=2)
@@ -38,7 +42,7 @@ class TaskContract:
             assert batch.tokens.shape[1] <= task.sequence_length
             assert 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < task.vocab_size
             assert 0 <= int(batch.targets.min()) <= int(batch.targets.max()) < task.vocab_size
-            assert int(batch.counts().min()) > 0
+            assert int(batch.scored_counts().min()) > 0
 
     @pytest.mark.parametrize("split", ["train", "validation", "test"])
     def test_held_out_sequences_are_fixed_and_no_more_than_asked(self, task: Task, split) -> None:
@@ -77,10 +81,13 @@ class TaskContract:
 
     def test_a_model_learns_it(self, task: Task, tmp_path) -> None:
         architecture = tiny_space().largest
-        architecture = replace(architecture, backbone=replace(architecture.backbone, activation="swiglu"))
+        stack = replace(architecture.decoder, causal=self.causal)
+        architecture = replace(architecture, decoder=stack, backbone=self.backbone)
         model = scratch(task.vocab_size, seed=0)(architecture)
         judge = Judge(model, task.held_out("validation", 8), loss=task.loss)
         assert task.loss in LOSSES
+        assert task.imitation is None or task.imitation in LOSSES
+        assert task.unit
         before = judge(architecture).loss
         settings = TrainSettings(steps=30, learning_rate=3e-3, warmup_steps=3)
         data = TrainData(lambda step: task.batch(8, 0, step), lambda step: [architecture], task.loss)

@@ -101,14 +101,20 @@ def test_the_command_prints_tables_and_data(dense: tuple[Path, Transformer]) -> 
     runner = CliRunner()
     shown = runner.invoke(app, ["inspect", str(folder), "--text", str(folder / "text.txt")])
     assert shown.exit_code == 0, shown.output
-    for part in ("Llama, SmolLM in", "decoder.1", "hold 95 %", "Dense layers: 95 % of a token's output comes from"):
+    for part in (
+        "Llama, SmolLM in",
+        "decoder of 0.1M parameters",
+        "layer 1",
+        "hold 95 %",
+        "Dense layers: 95 % of a token's output comes from",
+    ):
         assert part in shown.output
     data = runner.invoke(app, ["inspect", str(folder), "--text", str(folder / "text.txt"), "--json"])
     plain = json.loads(data.stdout[data.stdout.index("{") :])
     assert [layer["slot"]["index"] for layer in plain["layers"]] == [0, 1]
     out = io.StringIO()
     print_inspection(Console(file=out, width=60), inspect_checkpoint(open_checkpoint(folder), folder / "text.txt"))
-    assert "decoder.0" in out.getvalue()  # narrow terminals lose nothing
+    assert "layer 0" in out.getvalue()  # narrow terminals lose nothing
 
 
 def test_bad_input_is_one_message(dense: tuple[Path, Transformer], tmp_path: Path) -> None:
@@ -123,3 +129,24 @@ def test_bad_input_is_one_message(dense: tuple[Path, Transformer], tmp_path: Pat
         inspect_checkpoint(open_checkpoint(folder), folder / "text.txt")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("head", ["masked", "none"])
+def test_an_encoder_reads_its_text_between_its_own_tokens(head: str, tmp_path: Path) -> None:
+    backbone = {"activation": "gelu", "norm": "layer", "norm_place": "post", "norm_eps": 1e-12, "biases": "all",
+                "embedding_norm": True, "positions": "learned", "max_positions": 64, "head": head}  # fmt: skip
+    stack = Stack(32, (Layer(Attention(2, 2), FeedForward((256,))),), causal=False)
+    model = Transformer(Architecture(stack, Backbone(head_size=16, **backbone)), 302)
+    write_folder(model, tmp_path, "bert")
+    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path), "--text", str(tmp_path / "text.txt")])
+    assert shown.exit_code == 0, shown.output
+    assert f"encoder with{'out a' if head == 'none' else ' a masked-token'} head of" in shown.output
+    found = inspect_checkpoint(open_checkpoint(tmp_path), tmp_path / "text.txt")
+    assert found.tokens % 64 == 0  # whole windows, as long as the positions reach
+    train_tokenizer([TEXT], 300).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(MoesaicError, match=r"tokenizer.json: the tokenizer has no \[CLS\]"):
+        inspect_checkpoint(open_checkpoint(tmp_path), tmp_path / "text.txt")

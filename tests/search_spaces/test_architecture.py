@@ -58,6 +58,12 @@ def architectures(draw: st.DrawFn) -> Architecture:
     return Architecture(Stack(draw(tiles), found, draw(st.booleans())), draw(backbones()))
 
 
+def heads(gated: bool) -> st.SearchStrategy[dict]:
+    """Every head that a gated or plain activation can have."""
+    possible = [{"head": head, "tied": tied} for head in ("linear", "masked") for tied in (True, False)]
+    return st.sampled_from([{"head": "none"}, *(one for one in possible if not (gated and one["head"] == "masked"))])
+
+
 @st.composite
 def backbones(draw: st.DrawFn) -> Backbone:
     activation = draw(st.sampled_from(sorted(GATED)))
@@ -74,7 +80,7 @@ def backbones(draw: st.DrawFn) -> Backbone:
         **(rotary if positions == "rotary" else {}),
         max_positions=64 if positions == "learned" else None,
         biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
-        tied=draw(st.booleans()),
+        **draw(heads(GATED[activation])),
         qk_norm=draw(st.sampled_from(["none", "head", "all"])),
         shared_gate=draw(st.booleans()),
     )
@@ -207,6 +213,8 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "qk_norm": lambda d: d["backbone"].update(qk_norm="all"),
     "shared_gate": lambda d: d["backbone"].update(shared_gate=True),
     "tied": lambda d: d["backbone"].update(tied=False),
+    "head": lambda d: d["backbone"].update(head="masked"),
+    "no head": lambda d: d["backbone"].update(head="none"),
 }
 
 
@@ -289,6 +297,8 @@ def test_a_mistake_is_refused_with_its_line_and_key(
         (lambda: Backbone(rotary_base=1), "base 1, fraction 1", "rotary_base > 1 and 0 < rotary_fraction <= 1"),
         (lambda: Backbone(norm_eps=1.0), 1.0, "0 < norm_eps < 1"),
         (lambda: Backbone(activation="geglu", biases="all"), "geglu", "biases: none or qkv"),
+        (lambda: Backbone(head="masked"), "swiglu", "head: linear or none"),
+        (lambda: Backbone(head="none", tied=False), "tied: false", "tied: true"),
     ],
 )
 def test_an_impossible_value_is_refused_with_the_possible_ones(make: Callable, found: object, allowed: object) -> None:

@@ -38,6 +38,8 @@ SETTINGS = {
     "rotary_fraction": st.sampled_from([1.0, 0.5, 0.25, 0.0, 1.5, -0.5, math.nan]),
     "max_positions": st.sampled_from([None, 1, 64, 0, -1]),
     "biases": st.sampled_from(["none", "qkv", "all"]),
+    "head": st.sampled_from(["linear", "masked", "none"]),
+    "tied": st.booleans(),
 }
 
 
@@ -46,6 +48,7 @@ def broken_rules(b: dict[str, Any]) -> set[str]:
     turned = b["positions"] == "rotary"
     possible = 1 < b["rotary_base"] < math.inf and 0 < b["rotary_fraction"] <= 1
     values = b["head_size"] * Fraction(b["rotary_fraction"]) if possible else Fraction(0)
+    gated = b["activation"] in ("swiglu", "geglu", "geglu_tanh")
     rules = {
         "head_size is too small": b["head_size"] < 1,
         "norm_eps must be small": not 0 < b["norm_eps"] < 1,
@@ -58,7 +61,9 @@ def broken_rules(b: dict[str, Any]) -> set[str]:
             (b["positions"] == "learned") is (b["max_positions"] is None)
         ),
         "max_positions is too small": b["max_positions"] is not None and b["max_positions"] < 1,
-        "a gated unit has no biases": b["biases"] == "all" and b["activation"] in ("swiglu", "geglu", "geglu_tanh"),
+        "a gated unit has no biases": b["biases"] == "all" and gated,
+        "a masked head has no gate": b["head"] == "masked" and gated,
+        "without a head there is no vocabulary layer": b["head"] == "none" and not b["tied"],
     }
     return {message for message, broken in rules.items() if broken}
 
@@ -81,7 +86,7 @@ def choices(kind: Any, name: str) -> tuple[str, ...]:
     return get_args(get_type_hints(kind)[name])
 
 
-@pytest.mark.parametrize("name", ["activation", "norm", "norm_place", "positions", "biases"])
+@pytest.mark.parametrize("name", ["activation", "norm", "norm_place", "positions", "biases", "head"])
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(name: str) -> None:
     plain = pinned().to_dict()
     plain["backbone"][name] = f"{choices(Backbone, name)[1]}x"
@@ -161,6 +166,7 @@ def single_changes() -> dict[str, tuple[Backbone, Backbone]]:
         "max_positions": (learned, replace(learned, max_positions=9)),
         "positions": (Backbone(), Backbone(positions="none")),
         "biases": (Backbone(activation="relu"), Backbone(activation="relu", biases="all")),
+        "head": (Backbone(activation="relu"), Backbone(activation="relu", head="masked")),
     }
     for name, value in {"head_size": 16, "activation": "relu", "norm": "layer", "norm_place": "post",
                         "norm_eps": 1e-5, "embedding_norm": True, "rotary_base": 9_999.0, "rotary_fraction": 0.5,

@@ -12,6 +12,7 @@ from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward
 from moesaic.search_spaces.parts import GATED
 from moesaic.search_spaces.yaml_source import YamlSource
 from moesaic.supernet import Batch, Transformer
+from tests.search_spaces.test_architecture import heads
 
 WIDTH, HEADS, NEURONS, LENGTH, VOCABULARY = 48, 4, 64, 7, 23
 POSITIONS = 12
@@ -71,7 +72,7 @@ def backbones(draw: st.DrawFn) -> Backbone:
         **(rotary if positions == "rotary" else {}),
         max_positions=POSITIONS if positions == "learned" else None,
         biases=draw(st.sampled_from(["none", "qkv"] if GATED[activation] else ["none", "qkv", "all"])),
-        tied=draw(st.booleans()),
+        **draw(heads(GATED[activation])),
         qk_norm=draw(st.sampled_from(["none", "head", "all"])),
         shared_gate=draw(st.booleans()),
     )

@@ -187,7 +187,7 @@ def test_every_choice_of_a_backbone_is_distinguished(name: str) -> None:
     others = {
         "head_size": 64, "activation": "geglu", "norm": "layer", "norm_place": "post", "norm_eps": 1e-5,
         "embedding_norm": True, "positions": "none", "rotary_base": 20.0, "rotary_fraction": 0.5, "max_positions": 9,
-        "biases": "qkv", "tied": False, "qk_norm": "head", "shared_gate": True,
+        "biases": "qkv", "head": "none", "tied": False, "qk_norm": "head", "shared_gate": True,
     }  # fmt: skip
     one = Backbone(positions="learned", max_positions=8) if name == "max_positions" else Backbone()
     with torch.device("meta"):

@@ -149,7 +149,13 @@ def reference(model: Transformer, tokens: Tensor) -> Tensor:
             x = normed(x + fed(x, own.feed_forward, backbone, layer.feed_forward), own.feed_forward_norm, backbone)
     if backbone.norm_place == "pre":
         x = normed(x, stack.norm, backbone)
-    return x @ (stack.embedding.weight if backbone.tied else model.output).T
+    if backbone.head == "none":
+        return x
+    if backbone.head == "masked":
+        hidden = PLAIN[backbone.activation](x @ model.head.dense.T + model.head.dense_bias)
+        x = normed(hidden, model.head.norm, backbone)
+    logits = x @ (stack.embedding.weight if backbone.tied else model.output).T
+    return logits + model.head.bias if backbone.head == "masked" else logits
 
 
 @settings(max_examples=150)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.nas.context import Context, Extent
+from moesaic.nas.costs.analytic import head_products
 from moesaic.nas.costs.latency.fitting import Accuracy, Interval
 from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.device import Device
@@ -26,7 +27,7 @@ from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
     "pass",  # 1
-    "vocabulary_products",  # multiply-accumulates of the vocabulary layer
+    "vocabulary_products",  # multiply-accumulates of the head
     "attentions",
     "block_elements",  # tokens x width of both parts of a layer: norms and residuals
     "projection_products",  # multiply-accumulates of q, k, v and o
@@ -78,7 +79,7 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, ext
 def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> np.ndarray:
     """[len(TERMS)]: the terms of a pass through a whole model."""
     total = np.zeros(len(TERMS))
-    total[:2] = 1, context.tokens * architecture.output.width * context.vocab_size
+    total[:2] = 1, context.tokens * head_products(architecture, context)
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         extent = context.extent(slot.stack)
         total += layer_terms(architecture.width_at(slot), layer, use, architecture.backbone, extent)
@@ -146,7 +147,7 @@ class LatencyPredictor:
     def predict(self, architecture: Architecture, uses: Sequence[LayerUse]) -> float:
         """Milliseconds of one forward pass."""
         context, coefficients = self.context, self.coefficients
-        total = coefficients[0] + coefficients[1] * context.tokens * architecture.output.width * context.vocab_size
+        total = coefficients[0] + coefficients[1] * context.tokens * head_products(architecture, context)
         for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
             width, extent = architecture.width_at(slot), context.extent(slot.stack)
             total += sum(map(mul, coefficients, layer_terms(width, layer, use, architecture.backbone, extent)))

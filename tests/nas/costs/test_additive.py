@@ -24,9 +24,11 @@ CASES = ("expected", "worst")
 COSTS = ("flops", "parameters", "active_parameters", "memory")
 TERMS: tuple[Term, ...] = tuple((cost, case) for cost in COSTS for case in CASES)
 OPT = {"head_size": 16, "activation": "gelu", "biases": "all", "tied": False, "norm": "layer", "positions": "learned"}
+BERT = {"activation": "gelu", "norm_place": "post", "head": "masked"}
 SPACES = {
     **{name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")},
     "pruned": pruned_space(),
+    "bert": load_space(YamlSource("bert", {"preset": "tiny", "backbone": BERT})),
     "opt": load_space(YamlSource("opt", {"preset": "tiny", "backbone": {**OPT, "max_positions": 64}})),
 }
 

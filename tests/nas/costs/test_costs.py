@@ -48,7 +48,10 @@ def model_and_tokens(architecture: Architecture) -> tuple[Transformer, torch.Ten
 
 
 def measured_uses(model: Transformer, windows: torch.Tensor) -> list[LayerUse]:
-    return Pricer(CONTEXT).measured_uses(model.architecture, evaluate(model, next_tokens(windows)).loads)
+    batch, loss = next_tokens(windows), "cross_entropy"
+    if model.architecture.backbone.head == "none":
+        batch, loss = replace(batch, teacher=torch.ones(*batch.tokens.shape, 1)), "cosine_distance"
+    return Pricer(CONTEXT).measured_uses(model.architecture, evaluate(model, batch, loss=loss).loads)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -63,6 +66,10 @@ BACKBONES = {
     "GPT-2": Backbone(16, "gelu_tanh", "layer", positions="learned", max_positions=40, biases="all"),
     "BERT": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned", max_positions=40,
                      biases="all", tied=False),
+    "BERT with its head": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned",
+                                   max_positions=40, biases="all", head="masked"),
+    "a sentence encoder": Backbone(24, "gelu", "layer", "post", head="none"),
+    "masked and pre-norm": Backbone(24, "relu", head="masked", tied=False),
     "Qwen2": Backbone(20, "swiglu", rotary_fraction=0.5, biases="qkv", tied=False),
     "Qwen3": Backbone(20, "swiglu", qk_norm="head", shared_gate=True),
     "OLMoE": Backbone(16, "swiglu", qk_norm="all"),

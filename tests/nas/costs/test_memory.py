@@ -39,6 +39,9 @@ BACKBONES = {
     "GPT-2": Backbone(16, "gelu_tanh", "layer", positions="learned", max_positions=65, biases="all"),
     "BERT": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned", max_positions=65,
                      biases="all", tied=False),
+    "BERT with its head": Backbone(24, "gelu", "layer", "post", embedding_norm=True, positions="learned",
+                                   max_positions=65, biases="all", head="masked"),
+    "a sentence encoder": Backbone(24, "gelu", "layer", "post", head="none"),
     "Qwen2": Backbone(20, "swiglu", rotary_fraction=0.5, biases="qkv", tied=False),
     "Qwen3": Backbone(20, "swiglu", qk_norm="head", shared_gate=True),
     "OLMoE": Backbone(16, "swiglu", qk_norm="all"),
@@ -84,7 +87,7 @@ def test_what_is_measured_is_within_the_worst_case_and_near_the_price(
     measured = peak_activation_bytes(one)
     assert measured <= worst_memory(architecture, context)
     # Where few tokens choose experts, the copies of the largest experts' weights are priced, whichever are chosen.
-    upper = 1.25 if context.tokens > 32 else 3
+    upper = 1.25 if context.tokens > 96 else 3
     assert 1 <= activation_memory(architecture, one.uses(), context) / measured <= upper
 
 

@@ -222,11 +222,14 @@ def test_the_best_is_the_model_that_the_verdict_is_about(quick_run, micro_config
     judged = run.judge("test", run.config.retrain.evaluation_windows, moesaic.load(folder))
     assert judged(result.architecture).loss == pytest.approx(result.loss, rel=1e-6)
     card = (folder / "README.md").read_text()
-    assert f"trained from scratch for {result.steps} steps with seed 0. Their loss on the test split: " in card
-    assert f"{result.loss:.4f} nats" in card
+    assert (
+        f"trained from scratch for {result.steps} steps with seed 0. Their loss (nats per token) on the test split: "
+        in card
+    )
+    assert f"{result.loss:.4f} (standard error" in card
     assert f"as in the search, it is {inherited.loss:.4f}" in card
     other = (quick_run / "exports" / "best-inherited" / "README.md").read_text()
-    assert f"{inherited.loss:.4f} nats" in other
+    assert f"{inherited.loss:.4f} (standard error" in other
     assert f"{result.loss:.4f}" not in other
     assert "Trained alone, as in `best`" in other
     names = [{path.name for path in (quick_run / "exports" / name).iterdir()} for name in ("best", "best-inherited")]

@@ -217,7 +217,9 @@ def test_user_data_is_escaped(findings: Findings):
         )
     )
     assert EVIL not in page
-    hover = pareto_figure(points, findings.budget, findings.context, "flops").to_dict()["data"][0]["hovertext"][0]
+    hover = pareto_figure(points, findings.budget, findings.context, "flops", "nats").to_dict()["data"][0]["hovertext"][
+        0
+    ]
     assert hover.startswith("&lt;script&gt;")
 
 
@@ -266,7 +268,7 @@ def test_the_page_says_how_well_scores_of_parts_add_up(findings: Findings):
     assert findings.summary.search.additivity is None
     search = replace(findings.summary.search, additivity=additivity)
     found = build_page(replace(findings, summary=replace(findings.summary, search=search)))
-    assert "the 12 solutions of the integer programme with a mean absolute error of 0.008 nats" in found
+    assert "the 12 solutions of the integer programme with a mean absolute error of 0.008 (" in found
     assert "(mean error -0.007)." in found
 
 
@@ -292,7 +294,7 @@ def test_the_ranking_is_drawn_of_those_that_finished(findings: Findings):
     assert check is not None
     first, second, *others_left = check.members
     members = [first, replace(second, retrained_loss=None), *others_left]
-    others, best = ranking_figure(members).to_dict()["data"]
+    others, best = ranking_figure(members, "nats").to_dict()["data"]
     assert list(best["x"]) == [first.inherited_loss]
     assert list(others["y"]) == [member.retrained_loss for member in others_left]
     assert "per token" in others["text"][0]
@@ -310,7 +312,9 @@ def test_paper_figures_are_valid_and_reproducible(run: Run, findings: Findings, 
     report = run.path / "report"
     assert (report / "pareto.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert ElementTree.parse(report / "pareto.svg").getroot().tag.endswith("svg")
-    write_paper_figures(tmp_path, findings.points, findings.budget, findings.context, findings.default_cost)
+    write_paper_figures(
+        tmp_path, findings.points, findings.budget, findings.context, findings.default_cost, "nats per token"
+    )
     for name in ("pareto.png", "pareto.svg"):
         assert (tmp_path / name).read_bytes() == (report / name).read_bytes()
 

@@ -167,7 +167,7 @@ def test_a_member_that_diverges_is_left_out(micro_config, fresh, monkeypatch):
     assert check.judges is not None
     assert check.judges["inherited loss"].count == 4
     assert "ranked 4 members (1 more diverged)" in check_sentence(check)
-    assert 'id="ranking"' in "".join(trust_section(found(run)))
+    assert 'id="ranking"' in "".join(trust_section(found(run), "nats"))
 
 
 def test_when_all_diverge_the_stage_still_ends(micro_config, fresh):
@@ -179,7 +179,7 @@ def test_when_all_diverge_the_stage_still_ends(micro_config, fresh):
     assert check.judges is None
     assert {member.retrained_loss for member in check.members} == {None}
     assert "Only 0 members were trained alone (4 more diverged)" in check_sentence(check)
-    assert 'id="ranking"' not in "".join(trust_section(found(run)))
+    assert 'id="ranking"' not in "".join(trust_section(found(run), "nats"))
 
 
 def test_what_is_exported_follows_the_check_and_not_how_models_are_trained_later(micro_config, fresh):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moesaic.supernet.convert import open_checkpoint
-from tests.contracts.importers import ImporterContract
+from moesaic.search_spaces import MoesaicError
+from moesaic.supernet import Transformer
+from moesaic.supernet.convert import open_checkpoint, write_folder
+from tests.contracts.importers import ImporterContract, outputs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SMALL = {
@@ -26,12 +31,12 @@ SMALL = {
 }
 
 
-def saved(folder: Path, kind: str, size: str = "1GB", **settings: Any) -> Any:
+def saved(
+    folder: Path, kind: str, size: str = "1GB", made: Any = transformers.AutoModelForCausalLM, **settings: Any
+) -> Any:
     """A model with random weights, none of them at its usual initial value, as saved and loaded again."""
     config = transformers.AutoConfig.for_model(kind, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = made.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -92,6 +97,43 @@ class TestOpt(ImporterContract):
         return {"model.decoder.embed_positions.weight"}  # its first two rows
 
 
+class BertContract(ImporterContract):
+    decodes = False
+    made: Any = transformers.AutoModelForMaskedLM
+    settings: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def written(cls, folder: Path) -> Any:
+        return saved(folder, "bert", made=cls.made, **SMALL | cls.settings)
+
+    def unused(self, tensors: dict[str, Tensor]) -> set[str]:
+        """The vector of token type 0 is written as part of those of the positions."""
+        return {name for name in tensors if "position_embeddings" in name or "token_type_embeddings" in name}
+
+    def test_what_is_written_is_the_same_model_to_its_own_program(
+        self, original: tuple[Path, Any], model: Transformer, tokens: Tensor, tmp_path: Path
+    ) -> None:
+        write_folder(model, tmp_path, "bert")
+        again = self.made.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        with torch.no_grad():
+            expected, found = (outputs(one(tokens)) for one in (original[1], again))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class TestBertWithItsHead(BertContract):
+    pass
+
+
+class TestBertUntied(BertContract):
+    settings: ClassVar = {"tie_word_embeddings": False, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}
+
+
+class TestBertWithoutHead(BertContract):
+    """As sentence encoders are saved: names have no prefix, and there is a pooler, which is not read."""
+
+    made = transformers.AutoModel
+
+
 class TestMixtral(ImporterContract):
     @classmethod
     def written(cls, folder: Path) -> Any:
@@ -138,3 +180,47 @@ def test_a_model_saved_without_its_head_has_the_same_states(tmp_path: Path) -> N
     with torch.no_grad():
         states, _ = open_checkpoint(tmp_path).load().states(tokens)
         torch.testing.assert_close(states, base(tokens).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_of_two_heads_in_old_names_is_read(tmp_path: Path) -> None:
+    """As the first BERT was converted: gamma and beta, copies of tied weights, and a head for the next sentence."""
+    model = saved(tmp_path, "bert", made=transformers.AutoModelForPreTraining, **SMALL)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta", "ions.bias": "ions.decoder.bias"}
+    for end, older in old.items():
+        tensors = {name.replace(end, older): tensor for name, tensor in tensors.items()}
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    tokens = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        expected = model(tokens).prediction_logits
+        torch.testing.assert_close(open_checkpoint(tmp_path).load()(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+REFUSED = {
+    "position_embedding_type": "relative_key",
+    "hidden_act": "silu",
+    "is_decoder": True,
+    "add_cross_attention": True,
+    "architectures": ["BertForSequenceClassification"],
+    "layer_norm_eps": "small",
+    "max_position_embeddings": 0,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_bert_has_no_counterpart_for_is_refused_by_its_key(key: str, tmp_path: Path) -> None:
+    saved(tmp_path, "bert", made=transformers.AutoModelForMaskedLM, **SMALL)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: REFUSED[key]}))
+    with pytest.raises(MoesaicError, match=f"config.json: {key}: "):
+        open_checkpoint(tmp_path)
+
+
+def test_token_types_of_another_shape_are_one_message(tmp_path: Path) -> None:
+    saved(tmp_path, "bert", made=transformers.AutoModel, **SMALL)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for wrong in (torch.ones(2, 7), torch.ones(0, 32)):
+        save_file(tensors | {"embeddings.token_type_embeddings.weight": wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(MoesaicError, match=r"token_type_embeddings.weight does not fit config.json"):
+            open_checkpoint(tmp_path).load()
