@@ -29,8 +29,8 @@ class TrainedSpec(BaseModel):
     Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
     ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
     the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
-    share ``active`` of the model's experts per token. Feed-forward parts that were split before, and those with a
-    threshold router, stay as they are.
+    share ``active`` of the model's experts per token, or the experts in order of probability up to a ``threshold``.
+    Feed-forward parts that were split before, and those with a threshold router, stay as they are.
 
     ``prune``: ``heads`` also lets attention keep shares ``kept`` of its heads, those with a common key/value head
     together; ``layers`` also leaves out the attention or the feed-forward part of a layer, or both: it is gone then.
@@ -124,8 +124,13 @@ class TrainedSpec(BaseModel):
         groups = {}
         for experts in {*(max(2, round(share * part.experts)) for share in self.kept), part.experts}:
             used = dict.fromkeys(min(count, experts) for count in counts)
-            routers = tuple(Router("top_k", k=k, weights=router.weights, score=router.score) for k in used)
-            groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), routers)
+            routers = [Router("top_k", k=k, weights=router.weights, score=router.score) for k in used]
+            for threshold in self.threshold:
+                wanted = Router(
+                    "threshold", threshold=threshold, max_k=most, weights=router.weights, score=router.score
+                )
+                routers.append(wanted.for_experts(experts))
+            groups[experts] = FeedForwardGroup(experts, sizes, (part.shared_size,), tuple(dict.fromkeys(routers)))
         return groups
 
 
