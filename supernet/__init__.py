@@ -5,6 +5,8 @@ from moesaic.supernet.cache import KeyValueCache
 from moesaic.supernet.evaluate import Evaluation, Judge, LayerLoad, evaluate
 from moesaic.supernet.model import Transformer
 from moesaic.supernet.sampling import SliceSampler
+from moesaic.supernet.sparsify.repair import repaired
+from moesaic.supernet.sparsify.split import split
 from moesaic.supernet.train import TrainData, TrainSettings, train
 from moesaic.supernet.weights import Weights, scratch, slice_of
 
@@ -20,7 +22,9 @@ __all__ = [
     "Transformer",
     "Weights",
     "evaluate",
+    "repaired",
     "scratch",
     "slice_of",
+    "split",
     "train",
 ]

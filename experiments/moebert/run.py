@@ -15,17 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import moesaic
 from experiments.common import Row, facts, markdown, parser_of, run_script
 from moesaic import Architecture, Judge, MoesaicError, Run, Transformer, open_run, write_value
 from moesaic.search_spaces import FeedForward, Router, Slot
-from moesaic.supernet import TrainData, TrainSettings, slice_of, train
-from moesaic.supernet.losses import LOSSES
-from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, importance
-from moesaic.supernet.sparsify.repair import repaired
-from moesaic.supernet.sparsify.split import layer_inputs, split
+from moesaic.supernet import TrainData, TrainSettings, repaired, split, train
 
 HERE = Path(__file__).parent
 CALIBRATION, TEST, SEEDS = 32, 64, (0, 1, 2)
@@ -44,14 +41,21 @@ Ranks = Mapping[Slot, Tensor]
 
 
 def by_contribution(run: Run) -> Ranks:
-    """The tool's importance: the mean square of what a neuron adds to the layer's output."""
-    windows, ranks = run.task.batch(CALIBRATION, run.config.seed, 0).tokens, {}
+    """The tool's importance: the mean square of what a neuron adds to the layer's output, |h| times the norm of its row
+    of ``down``."""
+    model, read = source_of(run), {}
+    for slot, block in zip(model.architecture.layers, model.layers, strict=True):
+        block.feed_forward.register_forward_hook(lambda module, given, out, slot=slot: read.update({slot: given[0]}))
     with torch.no_grad():
-        for layer in layer_inputs(source_of(run), windows):
-            module = layer.block.feed_forward
-            mean_squares = importance(contributions(hidden(module, layer.read()), module.down))
-            ranks[layer.slot] = mean_squares.argsort(descending=True)
-    return ranks
+        model(run.task.batch(CALIBRATION, run.config.seed, 0).tokens)
+        return {slot: _squares(block.feed_forward, read[slot]).argsort(descending=True)
+                for slot, block in zip(read, model.layers, strict=True)}  # fmt: skip
+
+
+def _squares(layer: torch.nn.Module, read: Tensor) -> Tensor:
+    """[N] for what a layer with GELU reads, [T, D]."""
+    up, bias, down = (getattr(layer, name) for name in ("up", "up_bias", "down"))
+    return F.gelu(F.linear(read, up, bias)).square().mean(0) * down.square().sum(1)
 
 
 def by_gradient(run: Run) -> Ranks:
@@ -62,7 +66,7 @@ def by_gradient(run: Run) -> Ranks:
     for row in range(len(batch)):
         one = batch[row : row + 1]
         model.zero_grad()
-        one.mean(LOSSES[run.task.loss](model.run(one.tokens), one)).backward()
+        F.cross_entropy(model(one.tokens)[0], one.targets[0]).backward()
         for slot, module in modules.items():
             assert module.up.grad is not None and module.down.grad is not None
             change = (module.up * module.up.grad + module.down * module.down.grad).sum(1)
@@ -107,7 +111,7 @@ def split_by(run: Run, ranks: Ranks, part: FeedForward) -> Transformer:
         for name in ("up", "gate", "down", "up_bias"):
             if (value := getattr(module, name)) is not None:
                 setattr(module, name, torch.nn.Parameter(value.detach()[rows]))
-    return split(source, run.space, run.task.batch(CALIBRATION, run.config.seed, 0).tokens, STORED).model
+    return split(source, run.space, run.task.batch(CALIBRATION, run.config.seed, 0).tokens, "stored").model
 
 
 def member(run: Run, part: FeedForward) -> Architecture:
@@ -144,23 +148,20 @@ def recovery(run: Run, out: Path) -> list[Row]:
         for layout in RECOVERED:
             part = LAYOUTS[layout](neurons)
             whole, architecture = split_by(run, ranks, part), member(run, part)
-            row: Row = {"layout": layout, "order": order, "seed": seed}
-            for start, weights in (
-                ("inherited", slice_of(whole)),
-                ("repaired", repaired(whole, run.space.largest, windows)),
-            ):
-                model = weights(architecture)
-                judge = Judge(model, batch, loss=run.task.loss)
-                row[start] = round(judge(architecture).loss, 4)
-                data = TrainData(
-                    lambda step: run.task.batch(8, run.config.seed, step),
-                    lambda step, architecture=architecture: [architecture],
-                    "distillation",
-                    teacher,
-                )
-                name = f"{order}-{seed}-{layout}-{start}".replace(" ", "-").replace("/", "-")
-                train(model, data, RECOVERY, out / "recovery" / name, name)
-                row[f"{start}, distilled"] = round(judge(architecture).loss, 4)
+            judge = Judge(whole, batch, loss=run.task.loss)
+            row: Row = {"layout": layout, "order": order, "seed": seed, "zero-shot": round(judge(architecture).loss, 4)}
+            model = repaired(whole, run.space.largest, windows)(architecture)
+            judge = Judge(model, batch, loss=run.task.loss)
+            row["repaired"] = round(judge(architecture).loss, 4)
+            data = TrainData(
+                lambda step: run.task.batch(8, run.config.seed, step),
+                lambda step, architecture=architecture: [architecture],
+                "distillation",
+                teacher,
+            )
+            name = f"{order}-{seed}-{layout}".replace(" ", "-").replace("/", "-")
+            train(model, data, RECOVERY, out / "recovery" / name, name)
+            row["distilled"] = round(judge(architecture).loss, 4)
             rows.append(row)
     return rows
 
@@ -203,12 +204,12 @@ def main() -> None:
         files = f"{{train: '{arguments.train}', test: '{arguments.test}'}}"
         settings = [f"model.from={arguments.encoder}", "data.kind=text", f"data.files={files}"]
         encoder = open_run(HERE / "split.yaml", settings, arguments.out / "encoder")
-        result["encoder"] = {"name": arguments.encoder.name, "zero_shot": zero_shot(encoder)}
+        result["encoder"] = {"zero_shot": zero_shot(encoder)}
     write_value(HERE / "result.json", result, dict)
     for name in ("small", "encoder"):
         if name in result:
             print(name, table(result[name]["zero_shot"], list(LAYOUTS), "layout"), sep="\n")
-    stages = ["inherited", "inherited, distilled", "repaired", "repaired, distilled"]
+    stages = ["zero-shot", "repaired", "distilled"]
     for layout in RECOVERED:
         rows = [row for row in result["small"]["recovery"] if row["layout"] == layout]
         print(layout, table(rows, stages, ""), sep="\n")
