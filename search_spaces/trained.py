@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.search_spaces.architecture import Architecture, Stack
 from moesaic.search_spaces.errors import MoesaicError
-from moesaic.search_spaces.parts import TILE, FeedForward, Layer, Router
+from moesaic.search_spaces.parts import TILE, FeedForward, Layer, Router, RouterScore
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace
 
 PRESET = "from-model"
@@ -27,9 +27,10 @@ class TrainedSpec(BaseModel):
 
     Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
     ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
-    the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
-    share ``active`` of the model's experts per token. Attention stays as it is, and so do layers that were split
-    before and those with a threshold router.
+    the largest ``active`` share. A ``router`` predicts that mass by a linear layer (``mass``), or by an ``mlp`` beside
+    it. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the share ``active`` of the
+    model's experts per token. Attention stays as it is, and so do layers that were split before and those with a
+    threshold router.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -39,6 +40,7 @@ class TrainedSpec(BaseModel):
     shared: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.125, 0.25, 0.375, 0.5]
     active: Shares = [0.125, 0.25, 0.375, 0.5, 0.75]
     threshold: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    router: Annotated[list[Literal["mass", "mlp"]], Field(min_length=1)] = ["mass"]
     kept: Shares = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]
     expert_kept: Shares = [0.5, 0.75, 1.0]
 
@@ -61,7 +63,7 @@ class TrainedSpec(BaseModel):
 
     def _bank(self, layer: Layer) -> FeedForward:
         part = layer.feed_forward
-        return part if part.router else split_bank(part.neurons)
+        return part if part.router else split_bank(part.neurons, "mlp" if "mlp" in self.router else "mass")
 
     def _groups(self, part: FeedForward) -> tuple[FeedForwardGroup, ...]:
         if len(set(part.expert_sizes)) > 1:
@@ -72,7 +74,7 @@ class TrainedSpec(BaseModel):
             )
         if part.router is None:
             groups = self._experts_of(part.neurons)
-        elif part.router.kind == "threshold" or part.router.score == "mass":
+        elif part.router.kind == "threshold" or part.router.predicts_mass:
             size, shared = part.expert_sizes[0], part.shared_size
             groups = {part.experts: FeedForwardGroup(part.experts, (size,), (shared,), (part.router,))}
         else:
@@ -93,9 +95,9 @@ class TrainedSpec(BaseModel):
     def _mass_routers(self, experts: int) -> tuple[Router, ...]:
         counts = sorted({min(experts - 1, max(1, round(share * experts))) for share in self.active})
         most = min(experts - 1, 2 * counts[-1])
-        routers = [Router("top_k", k=k, weights="one", score="mass") for k in counts]
-        for threshold in self.threshold:
-            wanted = Router("threshold", threshold=threshold, max_k=most, weights="one", score="mass")
+        routers = [Router("top_k", k=k, weights="one", score=score) for k in counts for score in self.router]
+        for threshold, score in product(self.threshold, self.router):
+            wanted = Router("threshold", threshold=threshold, max_k=most, weights="one", score=score)
             routers.append(wanted.for_experts(experts))
         return tuple(dict.fromkeys(routers))
 
@@ -111,12 +113,15 @@ class TrainedSpec(BaseModel):
         return groups
 
 
-def split_bank(neurons: int) -> FeedForward:
-    """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of."""
+def split_bank(neurons: int, score: RouterScore = "mass") -> FeedForward:
+    """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of.
+
+    An ``mlp`` router contains the linear one, so its bank has members with both.
+    """
     experts = neurons // TILE
     if experts == 1:
         return FeedForward((neurons,))
-    return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score="mass"))
+    return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score=score))
 
 
 def _tiles(neurons: float) -> int:

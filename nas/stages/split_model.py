@@ -57,7 +57,7 @@ def split_model(run: Run, directory: StageDirectory) -> tuple[Transformer, Occup
             run.check_stop("supernet")
 
         source = checkpoint.load().to(run.device.torch_device)
-        model, costs = split(source, run.space, windows, chosen.cluster, on_layer)
+        model, costs = split(source, run.space, windows, chosen.cluster, chosen.router, on_layer)
 
         def on_score(done: int) -> None:
             bar.update(layers + done, 2 * layers, "layers scored")

@@ -179,6 +179,7 @@ ALL_BUT_LATENCY = {"supernet", "search"} | AFTER_SEARCH
 INPUTS = {
     "model.calibration_windows": (["model.calibration_windows=17"], ALL_BUT_LATENCY),
     "model.cluster": (["model.cluster=weights"], ALL_BUT_LATENCY),
+    "model.router": (["model.router=similarity"], ALL_BUT_LATENCY),
     "model.from": ([], ALL_BUT_LATENCY),
     "space.active": (["space.active=[0.75]"], ALL_BUT_LATENCY | {"latency"}),
     "retrain.repair_windows": (["retrain.repair_windows=17"], AFTER_SEARCH),
@@ -240,7 +241,7 @@ def test_a_plan_prices_the_space_and_estimates_the_stages(
 WRONG = {
     "a misspelt key": (
         ["model.form=x"],
-        r"(?s)model.form: unknown key.*allowed: +calibration_windows, cluster, from\n.*nearest: from$",
+        r"(?s)model.form: unknown key.*allowed: +calibration_windows, cluster, from, router\n.*nearest: from$",
     ),
     "no folder": (["model.from=nowhere"], "nowhere: no such folder"),
     "another space": (
