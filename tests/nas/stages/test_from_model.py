@@ -120,6 +120,22 @@ def finish_again(run: Run, folder: Path, model: Path, files: Path) -> str:
     return said(second)
 
 
+def test_mlp_routers_are_searched_priced_and_exported(
+    trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path, trained("llama"), corpus_folder, "space.router=[mlp]", "budget.flops=75%")
+    finish(run)
+    part = only(run)
+    (uniform,) = (result for result in load_results(part) if result.name == "uniform")
+    routers = [layer.feed_forward.router for layer in uniform.architecture.layers.values()]
+    assert all(router is not None and router.score == "mlp" for router in routers)
+    exported = load_exported(part.folder("retrain").path / "uniform" / f"seed-{run.config.seed}")
+    assert uniform.measured["parameters"] == sum(weight.numel() for weight in exported.parameters())
+    tokens = run.task.held_out("test", 2).tokens
+    inherited, own = run.supernet.extract(uniform.architecture), run.supernet
+    torch.testing.assert_close(inherited(tokens), own(tokens, uniform.architecture), atol=1e-4, rtol=1e-4)
+
+
 def test_scores_add_up_to_the_compressed_network_and_decide_the_search(
     trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
 ) -> None:
