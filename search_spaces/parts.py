@@ -21,7 +21,7 @@ STRICT = {"extra": "forbid"}
 GATED = {"relu": False, "gelu": False, "gelu_tanh": False, "swiglu": True, "geglu": True, "geglu_tanh": True}
 """Activations, and whether their unit has a gate: ``swiglu`` is silu(gate) * up (arXiv 2002.05202)."""
 
-RouterScore = Literal["softmax", "mass"]
+RouterScore = Literal["softmax", "mass", "mlp"]
 RouterWeights = Literal["sum", "softmax", "one"]
 
 
@@ -33,7 +33,8 @@ class Router:
     probability while the mass ranked strictly ahead is below ``threshold``, at least one, at most ``max_k``.
 
     ``score``: probabilities are the ``softmax`` of a linear layer's logits, or, for the parts of a dense layer, each
-    expert's share of the activation ``mass`` that a linear layer with bias predicts.
+    expert's share of the activation mass that is predicted: by a linear layer with bias (``mass``), or by the sum of
+    that and an ``mlp`` with one hidden layer of ``router_hidden`` values.
 
     ``weights`` of a token's experts: ``sum`` divides their probabilities by their sum, so that the scale of the output
     does not depend on the number of experts; ``softmax`` leaves them as they are (XMoE, Switch); ``one`` adds the
@@ -68,6 +69,11 @@ class Router:
         assert most is not None
         return most
 
+    @property
+    def predicts_mass(self) -> bool:
+        """Whether the experts are the parts of a dense layer, chosen by their predicted activation mass."""
+        return self.score != "softmax"
+
     def for_experts(self, experts: int) -> Router:
         """The canonical form for ``experts`` experts: at most all of them; one that takes at most one is top-1.
 
@@ -85,8 +91,7 @@ class Router:
 
     def __str__(self) -> str:
         choice = f"top-{self.k}" if self.kind == "top_k" else f"mass {self.threshold:g}, max {self.max_k}"
-        if self.score == "mass":
-            choice += " by activation mass"
+        choice += {"softmax": "", "mass": " by activation mass", "mlp": " by activation mass of an MLP"}[self.score]
         return choice if self.weights == "sum" else f"{choice}, {self.weights} weights"
 
 
@@ -265,6 +270,11 @@ class Backbone:
     def norm_vectors(self) -> int:
         """Vectors of a norm: scales, and the biases of a LayerNorm."""
         return 2 if self.norm == "layer" else 1
+
+
+def router_hidden(width: int) -> int:
+    """Hidden values of an ``mlp`` router of inputs of ``width``: an eighth, in whole tiles, at least 32."""
+    return max(2 * TILE, width // (8 * TILE) * TILE)
 
 
 def at_least(value: int | None, least: int, name: str) -> None:

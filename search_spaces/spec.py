@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moesaic.search_spaces.errors import MoesaicError, nearest_name
-from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterScore, RouterWeights
+from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterWeights
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace, distinct_routers
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, validate
 
@@ -28,7 +28,7 @@ class RouterSpec(_Spec):
     threshold: list[float] | None = None
     max_k: list[Positive] | None = None
     weights: RouterWeights = "sum"
-    score: RouterScore = "softmax"
+    score: Literal["softmax", "mass"] = "softmax"
 
     def routers(self) -> list[Router]:
         if self.kind == "top_k":

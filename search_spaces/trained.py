@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moesaic.search_spaces.architecture import Architecture, Stack
 from moesaic.search_spaces.errors import MoesaicError
-from moesaic.search_spaces.parts import TILE, Attention, FeedForward, Layer, Router
+from moesaic.search_spaces.parts import TILE, Attention, FeedForward, Layer, Router, RouterScore
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace
 
 PRESET = "from-model"
@@ -28,9 +28,10 @@ class TrainedSpec(BaseModel):
 
     Of dense layers: ``kept`` neurons, or experts of ``expert_sizes`` neurons beside a ``shared`` part; a token uses an
     ``active`` share of the experts, or as many as predict a ``threshold`` share of the activation mass, at most twice
-    the largest ``active`` share. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the
-    share ``active`` of the model's experts per token, or the experts in order of probability up to a ``threshold``.
-    Feed-forward parts that were split before, and those with a threshold router, stay as they are.
+    the largest ``active`` share. A ``router`` predicts that mass by a linear layer (``mass``), or by an ``mlp`` beside
+    it. Of mixtures: the experts ``kept``, the neurons kept of each (``expert_kept``), and the share ``active`` of the
+    model's experts per token, or the experts in order of probability up to a ``threshold``. Feed-forward parts that
+    were split before, and those with a threshold router, stay as they are.
 
     ``prune``: ``heads`` also lets attention keep shares ``kept`` of its heads, those with a common key/value head
     together; ``layers`` also leaves out the attention or the feed-forward part of a layer, or both: it is gone then.
@@ -43,6 +44,7 @@ class TrainedSpec(BaseModel):
     shared: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.125, 0.25, 0.375, 0.5]
     active: Shares = [0.125, 0.25, 0.375, 0.5, 0.75]
     threshold: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    router: Annotated[list[Literal["mass", "mlp"]], Field(min_length=1)] = ["mass"]
     kept: Shares = [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]
     expert_kept: Shares = [0.5, 0.75, 1.0]
     prune: list[Literal["heads", "layers"]] = []
@@ -66,7 +68,9 @@ class TrainedSpec(BaseModel):
 
     def _bank(self, layer: Layer) -> FeedForward:
         part = layer.feed_forward
-        return part if part.router or not part.experts else split_bank(part.neurons)
+        if part.router or not part.experts:
+            return part
+        return split_bank(part.neurons, "mlp" if "mlp" in self.router else "mass")
 
     def _attentions(self, attention: Attention) -> tuple[Attention, ...]:
         groups = attention.kv_heads
@@ -92,7 +96,7 @@ class TrainedSpec(BaseModel):
             )
         if part.router is None:
             return self._experts_of(part.neurons)
-        if part.router.kind == "threshold" or part.router.score == "mass":
+        if part.router.kind == "threshold" or part.router.predicts_mass:
             size, shared = part.expert_sizes[0], part.shared_size
             return {part.experts: FeedForwardGroup(part.experts, (size,), (shared,), (part.router,))}
         return self._fewer_experts(part, part.router)
@@ -111,9 +115,9 @@ class TrainedSpec(BaseModel):
     def _mass_routers(self, experts: int) -> tuple[Router, ...]:
         counts = sorted({min(experts - 1, max(1, round(share * experts))) for share in self.active})
         most = min(experts - 1, 2 * counts[-1])
-        routers = [Router("top_k", k=k, weights="one", score="mass") for k in counts]
-        for threshold in self.threshold:
-            wanted = Router("threshold", threshold=threshold, max_k=most, weights="one", score="mass")
+        routers = [Router("top_k", k=k, weights="one", score=score) for k in counts for score in self.router]
+        for threshold, score in product(self.threshold, self.router):
+            wanted = Router("threshold", threshold=threshold, max_k=most, weights="one", score=score)
             routers.append(wanted.for_experts(experts))
         return tuple(dict.fromkeys(routers))
 
@@ -134,12 +138,15 @@ class TrainedSpec(BaseModel):
         return groups
 
 
-def split_bank(neurons: int) -> FeedForward:
-    """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of."""
+def split_bank(neurons: int, score: RouterScore = "mass") -> FeedForward:
+    """The bank of a dense layer of ``neurons``, as the smallest experts that any member's consist of.
+
+    An ``mlp`` router contains the linear one, so its bank has members with both.
+    """
     experts = neurons // TILE
     if experts == 1:
         return FeedForward((neurons,))
-    return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score="mass"))
+    return FeedForward((TILE,) * experts, Router("top_k", k=experts, weights="one", score=score))
 
 
 def _tiles(neurons: float) -> int:

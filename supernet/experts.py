@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
 from moesaic.search_spaces import Backbone, FeedForward
+from moesaic.search_spaces.parts import RouterScore, router_hidden
 from moesaic.supernet.regions import Region
 from moesaic.supernet.sharing import Sharing, envelope_experts, expert_layout, splits_dense
 
@@ -28,6 +29,10 @@ class SparseFeedForward(nn.Module):
         self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
         predicts = splits_dense(part)
         self.router_bias = nn.Parameter(torch.empty(part.experts)) if predicts else None
+        mlp = router_hidden(width) if part.router is not None and part.router.score == "mlp" else 0
+        self.router_in = nn.Parameter(torch.empty(mlp, width)) if mlp else None
+        self.router_in_bias = nn.Parameter(torch.empty(mlp)) if mlp else None
+        self.router_out = nn.Parameter(torch.empty(part.experts, mlp)) if mlp else None
         self.up_bias = nn.Parameter(torch.empty(part.neurons)) if biased else None
         self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
         gated = backbone.shared_gate and part.shared_size > 0
@@ -35,15 +40,16 @@ class SparseFeedForward(nn.Module):
 
     def initialise(self, write_std: float) -> None:
         """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
-        for weight in (self.up, self.gate):
+        for weight in (self.up, self.gate, self.router_in):
             if weight is not None:
                 nn.init.normal_(weight, std=self.width**-0.5)
         nn.init.normal_(self.down, std=write_std)
         if self.router is not None:
             nn.init.normal_(self.router, std=0.02)
-        for bias in (self.router_bias, self.up_bias, self.down_bias, self.shared_gate):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        biases = (self.router_bias, self.router_in_bias, self.up_bias, self.down_bias)
+        for weight in (*biases, self.router_out, self.shared_gate):
+            if weight is not None:
+                nn.init.zeros_(weight)
 
     def where(self, width: int, part: FeedForward) -> dict[str, Region]:
         """The region of each parameter that ``part`` at ``width`` uses. A dense part uses no router.
@@ -84,19 +90,30 @@ class SparseFeedForward(nn.Module):
 
     def route(self, x: Tensor, part: FeedForward) -> Routing:
         """Router logits, always in float32: rounding could change which expert a token is sent to."""
-        assert self.router is not None and part.router is not None
-        at = _router_regions(self.part, part, x.shape[1])
-        bias = None if self.router_bias is None else at["router_bias"].of(self.router_bias).float()
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), at["router"].of(self.router).float(), bias)
         router = part.router
+        assert router is not None
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self._logits(x.float(), part, router.score)
         return route(
             logits,
             max_experts=router.max_experts,
             threshold=router.threshold,
-            score=router.score,
+            score="mass" if router.predicts_mass else "softmax",
             weights=router.weights,
         )
+
+    def _logits(self, x: Tensor, part: FeedForward, score: RouterScore) -> Tensor:
+        """[T, E] of [T, D]: a linear function, and of an ``mlp`` router its hidden layer's correction."""
+        at = _router_regions(self.part, part, x.shape[1])
+
+        def weight(name: str) -> Tensor:
+            return at[name].of(getattr(self, name)).float()
+
+        logits = F.linear(x, weight("router"), None if self.router_bias is None else weight("router_bias"))
+        if score != "mlp":
+            return logits
+        hidden = F.silu(F.linear(x, weight("router_in"), weight("router_in_bias")))
+        return logits.add_(F.linear(hidden, weight("router_out")))
 
     def _experts(self, x: Tensor, layout: ExpertLayout, routing: Routing | None) -> Tensor:
         bank = Bank(self.up, self.gate, self.down, self.up_bias)
@@ -105,12 +122,19 @@ class SparseFeedForward(nn.Module):
 
 @lru_cache(maxsize=4096)
 def _router_regions(envelope: FeedForward, part: FeedForward, width: int) -> dict[str, Region]:
-    """The first experts' rows. A linear prediction of mass is additive: the row of an expert that consists of several
-    of the envelope's is the sum of theirs."""
+    """The first experts' rows. A prediction of mass that ends in a linear layer is additive: the row of an expert that
+    consists of several of the envelope's is the sum of theirs."""
+    assert envelope.router is not None and part.router is not None
     if not splits_dense(envelope):
         return {"router": Region.first(part.experts, width)}
     runs = envelope_experts(envelope, part)
-    if runs[-1][1] - runs[0][0] == len(runs):  # one each: views
-        rows = ((runs[0][0], runs[-1][1]),)
-        return {"router": Region(rows, width), "router_bias": Region(rows)}
-    return {"router": Region(runs, width, summed=True), "router_bias": Region(runs, summed=True)}
+    together = runs[-1][1] - runs[0][0] == len(runs)  # one each: views
+    rows, summed = (((runs[0][0], runs[-1][1]),), False) if together else (runs, True)
+    regions = {"router": Region(rows, width, summed), "router_bias": Region(rows, summed=summed)}
+    if part.router.score == "mlp":
+        if envelope.router.score != "mlp":
+            raise ValueError(f"the router of {envelope} has no hidden layer")
+        hidden = router_hidden(width)
+        regions |= {"router_in": Region.first(hidden, width), "router_in_bias": Region.first(hidden)}
+        regions["router_out"] = Region(rows, hidden, summed)
+    return regions

@@ -46,7 +46,7 @@ def expert_layout(envelope: FeedForward, part: FeedForward, sharing: Sharing) ->
 
 def splits_dense(envelope: FeedForward) -> bool:
     """Whether the bank holds the neurons of a layer that was dense."""
-    return envelope.router is not None and envelope.router.score == "mass"
+    return envelope.router is not None and envelope.router.predicts_mass
 
 
 def envelope_experts(envelope: FeedForward, part: FeedForward) -> tuple[tuple[int, int], ...]:

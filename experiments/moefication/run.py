@@ -3,31 +3,27 @@
 python -m experiments.moefication.run [--out runs/moefication] [--steps 2000]
 
 Accuracy is that of the next token on the test split, as a share of the dense model's. `oracle` knows the activation
-mass of each expert, `mass` predicts it, `random` draws experts. Then the shares of each layer are searched, at the
+mass of each expert; `mass` predicts it by a linear layer, `mlp` by a hidden layer beside it; `similarity` and
+`representative` go by the experts' weights; `random` draws experts. Then the shares of each layer are searched, at the
 FLOPs of the uniform shares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import moesaic
+from experiments.choosers import CHOOSERS, choose_by, refit
 from experiments.common import Row, do_stage, facts, markdown, parser_of, run_script
 from moesaic import Architecture, Run, Transformer, load_search, open_run, uniform_layouts, write_value
-from moesaic.kernels import Routing, route
-from moesaic.search_spaces import FeedForward
 
 HERE = Path(__file__).parent
 ORDERS = ("stored", "none", "weights", "coactivation")
+ROUTERS = ("oracle", "mass", "mlp", "similarity", "representative", "random")
 SHARES = (0.1, 0.2, 0.3, 0.5)
-TILE = 16
-Chosen = Callable[[Tensor, FeedForward], Routing]
 
 
 @torch.inference_mode()
@@ -37,43 +33,21 @@ def accuracy(model: Transformer, architecture: Architecture, windows: Tensor) ->
     return torch.stack(right).mean().item()
 
 
-def by_oracle(layer: torch.nn.Module, x: Tensor, part: FeedForward) -> Routing:
-    """Experts of a layer by their true activation mass."""
-    values = F.relu(F.linear(x, layer.up)) * layer.down.norm(dim=1)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return chosen(values.unflatten(1, (-1, TILE)).sum(2), part)
-
-
-def by_chance(layer: torch.nn.Module, x: Tensor, part: FeedForward) -> Routing:
-    return chosen(torch.rand(len(x), part.experts, generator=torch.Generator().manual_seed(len(x))), part)
-
-
-def chosen(masses: Tensor, part: FeedForward) -> Routing:
-    assert part.router is not None
-    return route(masses, max_experts=part.router.max_experts, score="mass", weights="one")
-
-
-def with_router(model: Transformer, router: str) -> None:
-    """Let every layer choose its experts by ``router``."""
-    for layer in model.layers:
-        module = layer.feed_forward
-        module.__dict__.pop("route", None)
-        if router != "mass":
-            module.__dict__["route"] = partial({"oracle": by_oracle, "random": by_chance}[router], module)
-
-
-def uniform(run: Run, share: float) -> Architecture:
+def uniform(run: Run, share: float, score: str = "mass") -> Architecture:
     """All layers alike, without shared neurons: ``share`` of the experts per token."""
     layouts = uniform_layouts(run.space, sparse=True)
 
     def distance(architecture: Architecture) -> float:
         part = next(iter(architecture.layers.values())).feed_forward
-        return part.shared_size + abs(part.router.max_experts / part.experts - share) if part.router else 1e9
+        if part.router is None or part.router.score != score:
+            return 1e9
+        return part.shared_size + abs(part.router.max_experts / part.experts - share)
 
     return min(layouts, key=distance)
 
 
 def split_by(order: str, model: Path, out: Path) -> Run:
-    settings = [f"model.from={model}", f"model.cluster={order}"]
+    settings = [f"model.from={model}", f"model.cluster={order}", "space.router=[mass, mlp]"]
     run = open_run(HERE / "split.yaml", settings, out / f"split-{order}")
     do_stage(run, "supernet")
     return run
@@ -93,11 +67,18 @@ def main() -> None:
         run = split_by(order, model, arguments.out)
         windows = torch.cat([(batch := run.task.held_out("test", 64)).tokens, batch.targets[:, -1:]], dim=1)
         dense = accuracy(run.supernet, run.space.largest, windows)
-        for router in ("oracle", "mass", *(["random"] if order == "stored" else [])):
-            with_router(run.supernet, router)
+        assert run.config.model is not None
+        calibration = run.task.batch(run.config.model.calibration_windows, run.config.seed, 0).tokens
+        for router in ROUTERS:
+            choose_by(run.supernet, router if router in CHOOSERS else None)
+            if router in ("similarity", "representative"):
+                refit(run.supernet, calibration, router)
             for share in SHARES:
-                found = accuracy(run.supernet, uniform(run, share), windows)
-                rows.append({"order": order, "router": router, "share": share, "relative": round(found / dense, 4)})
+                member = uniform(run, share, "mlp" if router == "mlp" else "mass")
+                found = accuracy(run.supernet, member, windows)
+                flops = run.pricer.expected(member)["flops"]
+                row = {"order": order, "router": router, "share": share, "relative": round(found / dense, 4)}
+                rows.append({**row, "flops": round(flops)})
     searched = [search_at(share, model, arguments.out) for share in SHARES[1:]]
     run = split_by("coactivation", model, arguments.out)
     result = {

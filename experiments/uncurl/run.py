@@ -4,8 +4,8 @@ python -m experiments.uncurl.run ENGLISH [--out runs/uncurl] [--steps 1500]
 
 ENGLISH is a text file; the Python source is the standard library's top folder. Experts are ordered by REAP's
 saliency on text of the domain (`own`), on text of the other one (`other`), or stay as stored (`stored`); the first ones
-are kept, in all layers alike, and nothing is trained. Losses are of the domain's test split. Then the number of experts
-of each layer is searched, at the parameters of equal numbers.
+are kept, in all layers alike, and nothing is trained. `merged` merges them into as many instead. Losses are of the
+domain's test split. Then the number of experts of each layer is searched, at the parameters of equal numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import moesaic
 from experiments.common import Row, do_stage, facts, markdown, parser_of, run_script
+from experiments.uncurl.merging import merged
 from moesaic import Architecture, Run, load_search, open_run, write_value
 from moesaic.search_spaces import FeedForward, Router
 
 HERE = Path(__file__).parent
 KEPT = (16, 12, 8, 6, 4, 2)
 WINDOWS = 128
+CALIBRATION = 128
 
 
 def kept(whole: Architecture, experts: int) -> Architecture:
@@ -40,6 +42,11 @@ def split_on(files: str, model: Path, out: Path, *settings: str) -> Run:
     run = open_run(HERE / "prune.yaml", [f"data.files=['{files}']", f"model.from={model}", *settings], out)
     do_stage(run, "supernet")
     return run
+
+
+def losses_of_merged(run: Run) -> dict[str, float]:
+    windows, whole = run.task.batch(CALIBRATION, run.config.seed, 0).tokens, run.space.largest
+    return {str(n): round(run.judge("test", WINDOWS, merged(run.supernet, windows, n))(whole).loss, 4) for n in KEPT}
 
 
 def main() -> None:
@@ -62,6 +69,7 @@ def main() -> None:
             judge = own[domain].judge("test", WINDOWS, run.supernet)
             losses = {str(n): round(judge(kept(run.space.largest, n)).loss, 4) for n in KEPT}
             rows.append({"domain": domain, "order": order, "losses": losses})
+        rows.append({"domain": domain, "order": "merged", "losses": losses_of_merged(own[domain])})
     searched = [search(domain, files, n, model, arguments.out) for domain, files in domains.items() for n in (8, 4)]
     run = own["python"]
     result = {

@@ -135,11 +135,14 @@ class ModelConfig(_Section):
     Each of its layers is reordered on ``calibration_windows`` windows of training text, so that its slices are the best
     ones. Neurons of a dense layer that act on the same tokens (``coactivation``), or whose input weights are alike
     (``weights``), become one expert; ``none`` goes by importance alone, and ``stored`` by chance, for comparison.
+    Routers of such experts are fitted to their activation mass (``regression``); ``similarity`` to an expert's input
+    weights, and its ``representative`` neuron, need no fit, and are there for comparison too.
     """
 
     from_: Annotated[str, Field(alias="from", min_length=1)]
     calibration_windows: Count = 16
     cluster: Literal["coactivation", "weights", "none", "stored"] = "coactivation"
+    router: Literal["regression", "similarity", "representative"] = "regression"
 
 
 class SupernetConfig(TrainingConfig):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from moesaic.nas.context import Context
 from moesaic.nas.costs.use import LayerUse
-from moesaic.search_spaces import Architecture, Slot
+from moesaic.search_spaces import Architecture, FeedForward, Slot
+from moesaic.search_spaces.parts import router_hidden
 
 
 def layer_flops(architecture: Architecture, slot: Slot, use: LayerUse, context: Context) -> dict[str, float]:
@@ -22,7 +23,7 @@ def layer_flops(architecture: Architecture, slot: Slot, use: LayerUse, context: 
     return {
         "projections": 4 * width * (heads + kv_heads) * head_size,
         "attention": 4 * context.extent(slot.stack).keys * heads * head_size,
-        "router": 2 * width * part.experts if part.router else 0,
+        "router": _router_flops(width, part),
         "experts": per_neuron * use.neurons,
         "shared": per_neuron * part.shared_size,
     }
@@ -53,8 +54,16 @@ def flops(architecture: Architecture, uses: Sequence[LayerUse], context: Context
         total += 4 * backbone.head_size * (width * (attention.heads + attention.kv_heads) + keys * attention.heads)
         total += 2 * backbone.matrices * width * (use.neurons + part.shared_size)
         if part.router:
-            total += 2 * width * part.experts
+            total += _router_flops(width, part)
     return total
+
+
+def _router_flops(width: int, part: FeedForward) -> int:
+    """A linear layer; of an ``mlp`` router also its hidden layer, and the rows from there to the experts."""
+    if part.router is None:
+        return 0
+    hidden = router_hidden(width) if part.router.score == "mlp" else 0
+    return 2 * (width * part.experts + hidden * (width + part.experts))
 
 
 def parameters(architecture: Architecture, context: Context) -> int:
@@ -86,7 +95,9 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
         total += width * (layer.blocks * backbone.norm_vectors + 2 * heads * backbone.head_size)
         total += backbone.matrices * width * count
         if part.router:
-            total += (width + (part.router.score == "mass")) * part.experts
+            total += (width + part.router.predicts_mass) * part.experts
+            if part.router.score == "mlp":
+                total += router_hidden(width) * (width + 1 + part.experts)
             total += width * (backbone.shared_gate and part.shared_size > 0)
         total += {"none": 0, "head": 2 * (heads > 0), "all": heads}[backbone.qk_norm] * backbone.head_size
         total += reads * (heads + attention.kv_heads) * backbone.head_size

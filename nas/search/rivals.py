@@ -79,7 +79,7 @@ def habit(group: FeedForwardGroup) -> Router | None:
     """The usual router, top-2, with weights like those of the group's routers; None if dense. The parts of a layer that
     was dense have no usual router: their first one."""
     first = group.routers[0]
-    return first if first is None or first.score == "mass" else Router("top_k", k=2, weights=first.weights)
+    return first if first is None or first.predicts_mass else Router("top_k", k=2, weights=first.weights)
 
 
 def _common_layers(spaces: list[LayerSpace], sparse: bool) -> list[Layer]:

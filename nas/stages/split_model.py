@@ -58,7 +58,7 @@ def split_model(run: Run, directory: StageDirectory) -> tuple[Transformer, Occup
             run.check_stop("supernet")
 
         source = checkpoint.load().to(run.device.torch_device)
-        made = split(source, run.space, windows, chosen.cluster, on_layer)
+        made = split(source, run.space, windows, chosen.cluster, chosen.router, on_layer)
         write_value(directory.path / ACTIVITY, made.activities, list[LayerActivity])
 
         def on_score(done: int) -> None:

@@ -5,13 +5,13 @@ Shapes: T tokens, N neurons, D width, E experts, G tiles of neurons.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.search_spaces import FeedForward, Router, Slot
+from moesaic.search_spaces import FeedForward, Slot
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.sparsify.neurons import contributions, hidden
 from moesaic.supernet.sparsify.routers import masses
@@ -57,21 +57,18 @@ class LayerActivity:
 @torch.no_grad()
 def captured(layer: SparseFeedForward, read: Tensor) -> tuple[Captured, ...]:
     """For a layer whose bank is split into tiles, and what it reads, [T, D]."""
-    tiles, size = layer.part.experts, layer.part.expert_sizes[0]
+    tiles, size, router = layer.part.experts, layer.part.expert_sizes[0], layer.part.router
+    assert router is not None
     mass = masses(contributions(hidden(layer, read), layer.down), size)  # [T, G]
     total, ranked = mass.sum(), mass.sort(1, descending=True).values.cumsum(1).sum(0)
     found = []
     for share in SHARES:
         count = max(1, round(share * tiles))
-        routing = layer.route(read, FeedForward((size,) * tiles, _chooses(count)))
+        routing = layer.route(read, FeedForward((size,) * tiles, replace(router, k=count)))
         experts = torch.arange(tiles, device=read.device).repeat_interleave(routing.offsets.diff())
         routed = mass[routing.tokens, experts].sum()
         found.append(Captured(share, (routed / total).item(), (ranked[count - 1] / total).item()))
     return tuple(found)
-
-
-def _chooses(count: int) -> Router:
-    return Router("top_k", k=count, weights="one", score="mass")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.search_spaces import Attention, FeedForward, Layer, SearchSpace, Slot
@@ -25,7 +26,7 @@ from moesaic.supernet.sparsify.activity import LayerActivity, activity, captured
 from moesaic.supernet.sparsify.experts import expert_order
 from moesaic.supernet.sparsify.heads import head_order, reorder_heads
 from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, neuron_order
-from moesaic.supernet.sparsify.routers import fit_masses, masses
+from moesaic.supernet.sparsify.routers import FITS, Neurons, bounded, fit_hidden, masses
 
 _ROWS = 4
 """Sequences that pass through a layer at once."""
@@ -78,12 +79,13 @@ def split(
     space: SearchSpace,
     windows: Tensor,
     cluster: str = "coactivation",
+    router: str = "regression",
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> Split:
     """Reorders ``source`` into the members of ``space``.
 
     ``source`` hands its weights over and is not to be used again. ``windows`` [B, S] are token ids. ``cluster`` is a
-    key of ``neurons.CLUSTERS``. ``on_layer`` gets the number of layers that are done.
+    key of ``neurons.CLUSTERS`` and ``router`` one of ``routers.FITS``. ``on_layer`` gets how many layers are done.
     """
     with torch.device("meta"):
         model = Transformer(space.envelope, source.vocab_size)
@@ -99,7 +101,7 @@ def split(
         if one.layer.feed_forward.experts:
             old, read, bank = one.block.feed_forward, one.read(), space.envelope.layers[one.slot].feed_forward
             new = SparseFeedForward(old.width, bank, space.backbone, model.sharing).to(source.device)
-            _fill(new, old, one.layer.feed_forward, read, choices, cluster)
+            _fill(new, old, one.layer.feed_forward, read, choices, cluster, router)
             given = {key: value for key, value in given.items() if not key.startswith(f"{name}.feed_forward.")}
             given |= {f"{name}.feed_forward.{key}": value for key, value in new.named_parameters()}
             costs += _part_costs(one.slot, new, old, one.layer.feed_forward, read, choices)
@@ -152,20 +154,42 @@ def _error(out: Tensor, target: Tensor) -> float:
 
 
 def _fill(
-    new: SparseFeedForward, old: SparseFeedForward, part: FeedForward, read: Tensor, space: LayerSpace, cluster: str
+    new: SparseFeedForward,
+    old: SparseFeedForward,
+    part: FeedForward,
+    read: Tensor,
+    space: LayerSpace,
+    cluster: str,
+    router: str,
 ) -> None:
     """Copy a layer into ``new``, in the order of importance, and fit the routers of one that was dense."""
-    values, rows = dict(old.named_parameters()), torch.arange(part.neurons, device=read.device)
+    values: dict[str, Tensor] = dict(old.named_parameters())
+    rows = torch.arange(part.neurons, device=read.device)
     if part.router is None and splits_dense(new.part):
         contribution = contributions(hidden(old, read), old.down)
         rows = neuron_order(old, contribution, _bounds(space), cluster)
-        weight, bias = fit_masses(read, masses(contribution[:, rows], new.part.expert_sizes[0]))
-        values |= {"router": nn.Parameter(weight), "router_bias": nn.Parameter(bias)}
-    elif part.router is not None and part.router.score == "softmax" and cluster != STORED:
+        values |= _routers(new, old, read, rows, contribution[:, rows], router)
+    elif part.router is not None and not part.router.predicts_mass and cluster != STORED:
         rows, experts = expert_order(old, part, read)
-        values["router"] = nn.Parameter(values["router"][experts])
+        values["router"] = values["router"][experts]
     for name, value in values.items():
         setattr(new, name, nn.Parameter(value[rows] if name in _PER_NEURON else value.detach(), requires_grad=False))
+
+
+def _routers(
+    new: SparseFeedForward, old: SparseFeedForward, read: Tensor, rows: Tensor, contribution: Tensor, router: str
+) -> dict[str, Tensor]:
+    """Router parameters for ``new``, whose neurons are the ``rows`` of ``old`` and make ``contribution`` [T, N]."""
+    weight = (old.up if old.gate is None else old.gate)[rows]
+    bias = contribution.new_zeros(len(rows)) if old.up_bias is None else old.up_bias[rows]
+    tile = new.part.expert_sizes[0]
+    linear, offset = FITS[router](read, Neurons(contribution, weight, bias), tile)
+    found = {"router": linear, "router_bias": offset}
+    if new.router_in is not None:
+        missing = bounded(masses(contribution, tile)) - F.linear(read, linear, offset)
+        hidden = fit_hidden(read, missing, len(new.router_in))
+        found |= zip(("router_in", "router_in_bias", "router_out"), hidden, strict=True)
+    return found
 
 
 def _bounds(space: LayerSpace) -> list[int]:

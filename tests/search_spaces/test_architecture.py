@@ -31,7 +31,7 @@ tiles = st.integers(1, 8).map(lambda n: 16 * n)
 @st.composite
 def routers(draw: st.DrawFn, experts: int) -> Router:
     weights = draw(st.sampled_from(["sum", "softmax", "one"]))
-    score = draw(st.sampled_from(["softmax", "mass"]))
+    score = draw(st.sampled_from(["softmax", "mass", "mlp"]))
     if draw(st.booleans()):
         return Router("top_k", k=draw(st.integers(1, experts)), weights=weights, score=score)
     threshold, max_k = draw(st.floats(0.01, 0.99)), draw(st.integers(1, 2 * experts))
@@ -200,6 +200,7 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "head_size": lambda d: d["backbone"].update(head_size=32),
     "router weights": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(weights="softmax"),
     "router score": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(score="mass"),
+    "mlp router": lambda d: d["decoder"]["layers"][0]["feed_forward"]["router"].update(score="mlp"),
     "causal": lambda d: d["decoder"].update(causal=False),
     "norm": lambda d: d["backbone"].update(norm="layer"),
     "norm_place": lambda d: d["backbone"].update(norm_place="post"),

@@ -21,6 +21,7 @@ specs = st.builds(
     shared=st.lists(st.floats(0, 0.99), min_size=1, max_size=3),
     active=shares,
     threshold=st.lists(st.floats(0.05, 0.95), max_size=2),
+    router=st.sampled_from([["mass"], ["mlp"], ["mass", "mlp"]]),
     kept=shares,
     expert_kept=shares,
     prune=st.lists(st.sampled_from(["heads", "layers"]), unique=True),
@@ -65,7 +66,8 @@ def test_the_source_is_the_largest_member_and_its_bank_holds_all(
             assert part.worst_active_neurons <= whole.worst_active_neurons or part.router is not None
             if whole.router is None and part.router is not None:
                 assert part.neurons == whole.neurons  # the experts and the shared part are all of the layer
-                assert (part.router.score, part.router.weights) == ("mass", "one")
+                assert part.router.score in spec.router
+                assert part.router.weights == "one"
                 assert part.router.max_experts < part.experts
             elif whole.router is not None:
                 assert part.router is not None
@@ -88,6 +90,17 @@ def test_a_split_bank_is_the_layer_in_the_smallest_experts() -> None:
     bank = split_bank(96)
     assert (bank.expert_sizes, bank.shared_size, bank.neurons) == ((16,) * 6, 0, 96)
     assert bank.router == Router("top_k", k=6, weights="one", score="mass")
+    assert split_bank(96, "mlp").router == Router("top_k", k=6, weights="one", score="mlp")
+
+
+def test_each_layer_chooses_among_the_routers_of_the_space() -> None:
+    source = Architecture(Stack(32, (Layer(Attention(2, 2), FeedForward((192,))),)), Backbone(head_size=8))
+    (layer,) = TrainedSpec(active=[0.5], shared=[0.0], router=["mass", "mlp"]).build(source).layers.values()
+    assert [[router.score for router in group.routers if router] for group in layer.groups] == [
+        [],
+        *[["mass", "mlp"]] * 2,
+    ]
+    assert layer.bank == split_bank(192, "mlp")
 
 
 def test_the_same_number_of_experts_is_one_layout() -> None:

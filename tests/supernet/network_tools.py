@@ -86,16 +86,23 @@ def layers(draw: st.DrawFn) -> Layer:
     sizes = tuple(draw(st.lists(st.sampled_from([16, 32, 48]), min_size=1, max_size=4)))
     if len(sizes) == 1:
         return Layer(attention, FeedForward(sizes))
-    weights = draw(st.sampled_from(["sum", "softmax"]))
+    weights, score = draw(st.sampled_from(["sum", "softmax"])), draw(st.sampled_from(["softmax", "mass", "mlp"]))
     router = draw(
         st.one_of(
-            st.builds(Router, st.just("top_k"), k=st.integers(1, len(sizes)), weights=st.just(weights)),
+            st.builds(
+                Router,
+                st.just("top_k"),
+                k=st.integers(1, len(sizes)),
+                weights=st.just(weights),
+                score=st.just(score),
+            ),
             st.builds(
                 Router,
                 st.just("threshold"),
                 threshold=st.sampled_from([0.3, 0.6, 0.9]),
                 max_k=st.integers(1, 4),
                 weights=st.just(weights),
+                score=st.just(score),
             ),
         )
     )

@@ -116,8 +116,12 @@ def fed(x: Tensor, own: SparseFeedForward, backbone: Backbone, part: FeedForward
         if part.router is not None:
             assert own.router is not None
             logits = own.router @ token
-            if part.router.score == "mass":
-                masses = (logits + own.router_bias).relu()
+            if part.router.predicts_mass:
+                masses = logits + own.router_bias
+                if part.router.score == "mlp":
+                    hidden = own.router_in @ token + own.router_in_bias
+                    masses = masses + own.router_out @ (hidden * torch.sigmoid(hidden))
+                masses = masses.relu()
                 shares = masses / masses.sum() if masses.any() else torch.full_like(masses, 1 / len(masses))
             else:
                 shares = logits.softmax(0)

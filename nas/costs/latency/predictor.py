@@ -23,6 +23,7 @@ from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, Backbone, Damaged, Layer, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import PathLike, read_json, write_json
+from moesaic.search_spaces.parts import router_hidden
 from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
@@ -33,7 +34,7 @@ TERMS = (
     "projection_products",  # multiply-accumulates of q, k, v and o
     "score_products",  # queries x positions x width of the heads
     "cache_elements",  # cached keys and values read
-    "dense_experts",  # dense feed-forward parts and shared experts
+    "dense_experts",  # dense feed-forward parts, shared experts, and the hidden layers of MLP routers
     "dense_products",
     "sparse_layers",
     "router_scores",  # tokens x experts
@@ -63,10 +64,11 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, ext
     )
     if part.router is None:
         return (*common, part.experts, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
+    hidden = router_hidden(width) if part.router.score == "mlp" else 0
     return (
         *common,
-        part.shared_size > 0,
-        tokens * per_neuron * part.shared_size,
+        (part.shared_size > 0) + (hidden > 0),
+        tokens * (per_neuron * part.shared_size + hidden * (width + part.experts)),
         1,
         tokens * part.experts,
         use.live_experts,

@@ -20,8 +20,20 @@ from moesaic.nas.costs.use import LayerUse, Occupancy, OccupancyRow, counted_use
 from moesaic.nas.device import choose_device
 from moesaic.nas.tasks.language import next_tokens
 from moesaic.nas.units import DIMENSIONS
-from moesaic.search_spaces import Architecture, Backbone, FeedForward, Router, Slot, load_space, preset_source
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    Backbone,
+    FeedForward,
+    Layer,
+    Router,
+    Slot,
+    Stack,
+    load_space,
+    preset_source,
+)
 from moesaic.search_spaces.files import read_value, write_value
+from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet import LayerLoad, Transformer, evaluate, experts
 from tests.search_spaces.pruned import pruned_space
 
@@ -30,6 +42,8 @@ CONTEXT = Context(VOCABULARY, LENGTH, BATCH)
 CPU = choose_device(DeviceConfig(device="cpu", threads=1))
 SPACES = {name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe", "medium")}
 SPACES["pruned"] = pruned_space()
+_DENSE = Stack(96, (Layer(Attention(4, 2), FeedForward((192,))),) * 3)
+SPACES["split"] = TrainedSpec(router=["mass", "mlp"]).build(Architecture(_DENSE, Backbone(24)))
 
 
 def architectures(name: str, count: int) -> list[Architecture]:
@@ -103,7 +117,7 @@ def unfused_attention(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "xmoe"])
+@pytest.mark.parametrize("name", ["tiny", "small", "xmoe", "split"])
 def test_flops_are_exactly_those_that_torch_counts(name, unfused_attention):
     for architecture in architectures(name, 8):
         model, windows = model_and_tokens(architecture)
@@ -113,7 +127,7 @@ def test_flops_are_exactly_those_that_torch_counts(name, unfused_attention):
         assert counter.get_total_flops() == pytest.approx(CONTEXT.tokens * flops(architecture, uses, CONTEXT), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "xmoe"])
+@pytest.mark.parametrize("name", ["tiny", "small", "xmoe", "split"])
 def test_flops_are_exactly_those_that_fvcore_counts(name, unfused_attention, monkeypatch):
     # Tracing does not see into a custom autograd function, and does not know all that routing does.
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "torch", kernels.IMPLEMENTATIONS["reference"])
@@ -135,8 +149,9 @@ def test_flops_are_exactly_those_that_fvcore_counts(name, unfused_attention, mon
         assert 2 * counted == pytest.approx(CONTEXT.tokens * flops(architecture, uses, CONTEXT), rel=1e-9)
 
 
-def test_the_breakdown_sums_to_the_total():
-    for architecture in architectures("small", 20):
+@pytest.mark.parametrize("name", ["small", "split"])
+def test_the_breakdown_sums_to_the_total(name):
+    for architecture in architectures(name, 20):
         uses = Pricer(CONTEXT).expected_uses(architecture)
         layers, vocabulary = flops_breakdown(architecture, uses, CONTEXT)
         total = sum(sum(parts.values()) for parts in layers.values()) + vocabulary
@@ -227,7 +242,7 @@ def test_a_decoding_step_keeps_its_cache_and_computes_one_token_each():
     assert cache_memory(architecture, decode) == 2 * 4 * heads * 32 * 4 * 65
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "xmoe"])
+@pytest.mark.parametrize("name", ["tiny", "small", "xmoe", "split"])
 def test_flops_of_a_decoding_step_are_exactly_those_that_torch_counts(name, unfused_attention):
     """The new token attends to the cached positions and to itself."""
     context = replace(CONTEXT, phase="decode")

@@ -28,12 +28,15 @@ from moesaic.search_spaces import (
     Stack,
     load_space,
     preset_source,
-)  # fmt: skip
+)
+from moesaic.search_spaces.trained import TrainedSpec
 from tests.search_spaces.pruned import pruned_space
 
 CPU = choose_device(DeviceConfig(device="cpu", threads=1))
 BYTES = {"float32": 4, "bfloat16": 2}
 SPACES = {name: load_space(preset_source(name)) for name in ("tiny", "small", "xmoe")} | {"pruned": pruned_space()}
+_DENSE = Stack(96, (Layer(Attention(4, 2), FeedForward((192,))),) * 2)
+SPACES["split"] = TrainedSpec(router=["mass", "mlp"]).build(Architecture(_DENSE, Backbone(24)))
 BACKBONES = {
     "Llama": Backbone(32),
     "GPT-2": Backbone(16, "gelu_tanh", "layer", positions="learned", max_positions=65, biases="all"),

@@ -157,6 +157,22 @@ def finish_again(run: Run, folder: Path, model: Path, files: Path) -> str:
     return said(second)
 
 
+def test_mlp_routers_are_searched_priced_and_exported(
+    trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path, trained("llama"), corpus_folder, "space.router=[mlp]", "budget.flops=75%")
+    finish(run)
+    part = only(run)
+    (uniform,) = (result for result in load_results(part) if result.name == "uniform")
+    routers = [layer.feed_forward.router for layer in uniform.architecture.layers.values()]
+    assert all(router is not None and router.score == "mlp" for router in routers)
+    exported = load_exported(part.folder("retrain").path / "uniform" / f"seed-{run.config.seed}")
+    assert uniform.measured["parameters"] == sum(weight.numel() for weight in exported.parameters())
+    tokens = run.task.held_out("test", 2).tokens
+    inherited, own = run.supernet.extract(uniform.architecture), run.supernet
+    torch.testing.assert_close(inherited(tokens), own(tokens, uniform.architecture), atol=1e-4, rtol=1e-4)
+
+
 def test_scores_add_up_to_the_compressed_network_and_decide_the_search(
     trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +232,7 @@ ALL_BUT_LATENCY = {"supernet", "search"} | AFTER_SEARCH
 INPUTS = {
     "model.calibration_windows": (["model.calibration_windows=17"], ALL_BUT_LATENCY),
     "model.cluster": (["model.cluster=weights"], ALL_BUT_LATENCY),
+    "model.router": (["model.router=similarity"], ALL_BUT_LATENCY),
     "model.from": ([], ALL_BUT_LATENCY),
     "space.prune": (["space.prune=[layers]"], ALL_BUT_LATENCY | {"latency"}),
     "space.active": (["space.active=[0.75]"], ALL_BUT_LATENCY | {"latency"}),
@@ -278,7 +295,7 @@ def test_a_plan_prices_the_space_and_estimates_the_stages(
 WRONG = {
     "a misspelt key": (
         ["model.form=x"],
-        r"(?s)model.form: unknown key.*allowed: +calibration_windows, cluster, from\n.*nearest: from$",
+        r"(?s)model.form: unknown key.*allowed: +calibration_windows, cluster, from, router\n.*nearest: from$",
     ),
     "no folder": (["model.from=nowhere"], "nowhere: no such folder"),
     "another space": (

@@ -8,19 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, Router, SearchSpace, Slot
+from moesaic.search_spaces import (
+    Architecture,
+    Attention,
+    Backbone,
+    FeedForward,
+    Layer,
+    MoesaicError,
+    Router,
+    SearchSpace,
+    Slot,
+)
 from moesaic.search_spaces.architecture import Stack
+from moesaic.search_spaces.parts import RouterScore
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet import Batch, Transformer, evaluate
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.sparsify.neurons import CLUSTERS, contributions, hidden, importance, neuron_order
 from moesaic.supernet.sparsify.repair import repaired
 from moesaic.supernet.sparsify.replace import replacement_losses
-from moesaic.supernet.sparsify.routers import fit_masses, masses
+from moesaic.supernet.sparsify.routers import FITS, Neurons, bounded, fit_hidden, fit_masses, masses
 from moesaic.supernet.sparsify.split import split
 
 VOCABULARY, WIDTH = 61, 32
@@ -34,7 +46,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "qwen3": {"activation": "swiglu", "qk_norm": "head", "biases": "qkv"},
     "olmoe": {"activation": "swiglu", "qk_norm": "all"},
 }
-SPEC = TrainedSpec(expert_sizes=[16, 32], shared=[0.0, 0.25, 0.5], active=[0.25, 0.5], threshold=[0.5])
+SPEC = TrainedSpec(
+    expert_sizes=[16, 32], shared=[0.0, 0.25, 0.5], active=[0.25, 0.5], threshold=[0.5], router=["mass", "mlp"]
+)
 PRUNED = SPEC.model_copy(update={"prune": ["heads", "layers"]})
 
 
@@ -78,11 +92,12 @@ def test_slices_are_what_is_extracted(case: tuple[Transformer, SearchSpace]) -> 
         torch.testing.assert_close(found.extract(member)(tokens), found(tokens, member), atol=1e-5, rtol=1e-5)
 
 
-def test_a_slice_of_a_slice_is_a_slice() -> None:
+@pytest.mark.parametrize("score", ["mass", "mlp"])
+def test_a_slice_of_a_slice_is_a_slice(score: RouterScore) -> None:
     """An export of a split model can be split further where its experts allow it."""
     model = trained((DENSE,))
     found = split(model, SPEC.build(model.architecture), windows()).model
-    router = Router("top_k", k=2, weights="one", score="mass")
+    router = Router("top_k", k=2, weights="one", score=score)
     fine, coarse = (Layer(DENSE.attention, FeedForward((size,) * (192 // size), router, 64)) for size in (16, 32))
     whole = found.architecture.with_layers({Slot("decoder", 0): fine})
     part = found.architecture.with_layers({Slot("decoder", 0): coarse})
@@ -93,7 +108,7 @@ def test_what_was_split_before_stays_as_it_is() -> None:
     """An export of a split model, with a threshold router beside, is a model to start from."""
     model = trained((DENSE, MIXTURE))
     found = split(model, SPEC.build(model.architecture), windows()).model
-    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mass"), 64)
+    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mlp"), 64)
     first, second = found.architecture.layers
     threshold = replace(MIXTURE.feed_forward, router=Router("threshold", threshold=0.4, max_k=3))
     member = found.architecture.with_layers(
@@ -186,6 +201,82 @@ def test_a_fit_of_masses_is_additive_and_recovers_a_linear_law(seed: int) -> Non
     fine, coarse = (fit_masses(inputs, masses(contribution, tile)) for tile in (16, 32))
     torch.testing.assert_close(fine[0].unflatten(0, (2, 2)).sum(1), coarse[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(fine[1].unflatten(0, (2, 2)).sum(1), coarse[1], atol=1e-4, rtol=1e-3)
+
+
+def test_a_mass_is_bounded_by_its_tile() -> None:
+    mass = torch.rand(400, 6) + 1
+    mass[7] = 1000
+    found = bounded(mass)
+    assert found.max() < 2
+    assert (found != mass).sum(0).tolist() == [4] * 6  # of 400 tokens, the bound is the 396th
+
+
+def curved(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs [T, 16] and masses [T, 12] that no linear layer predicts."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, law = torch.randn(tokens, 16, generator=generator), torch.randn(12, 16, generator=generator)
+    return inputs, (inputs @ law.T).relu()
+
+
+def test_a_hidden_layer_predicts_what_a_linear_one_cannot() -> None:
+    inputs, mass = curved(4000, 0)
+    linear = F.linear(inputs, *fit_masses(inputs, mass))
+    hidden = fit_hidden(inputs, mass - linear, 64)
+    before, after = (((mass - linear - c)[-500:]).square().mean() for c in (0, corrected(inputs, hidden)))
+    assert after < 0.3 * before
+    again = fit_hidden(inputs, mass - linear, 64)
+    assert all(torch.equal(one, other) for one, other in zip(hidden, again, strict=True))
+
+
+def corrected(inputs: Tensor, hidden: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    weight, bias, out = hidden
+    return F.silu(inputs @ weight.T + bias) @ out.T
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 100), st.sampled_from([2, 9, 64, 300]))
+def test_a_hidden_layer_is_never_worse_on_the_tokens_held_out(seed: int, tokens: int) -> None:
+    """Here there is nothing to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, missing = torch.randn(tokens, 8, generator=generator) + 3, torch.randn(tokens, 6, generator=generator)
+    held = max(1, tokens // 8)
+    left = (missing - corrected(inputs, fit_hidden(inputs, missing, 32, seed)))[-held:]
+    assert left.square().mean() <= missing[-held:].square().mean() * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_routers_of_tiles_add_up_to_those_of_experts(name: str) -> None:
+    """A slice's router is the sum of rows, whichever fit made them, and chooses by the sum of the predictions."""
+    model = trained((DENSE,), **BACKBONES["relu"])
+    found = split(model, SPEC.build(model.architecture), windows(), router=name).model
+    layer, x = found.layers[0].feed_forward, torch.randn(20, WIDTH)
+    tiles = F.linear(x, layer.router, layer.router_bias)
+    part = FeedForward((32,) * 6, Router("top_k", k=2, weights="one", score="mass"), 64)
+    expected = tiles[:, 4:].unflatten(1, (-1, 2)).sum(2).clamp(min=0)
+    shares = expected / expected.sum(1, keepdim=True).clamp(min=1e-12)
+    positive = expected.sum(1) > 0
+    torch.testing.assert_close(layer.route(x, part).probabilities[positive], shares[positive], atol=1e-4, rtol=1e-3)
+
+
+def test_routers_that_need_no_fit_rank_tiles_by_the_weights_of_their_neurons() -> None:
+    """A tile's similarity is the sum over the directions of its neurons; its representative, in tiles of one neuron
+    each, is that neuron."""
+    inputs, weight = torch.randn(200, 8), torch.randn(12, 8)
+    neurons = Neurons((inputs @ weight.T).relu(), weight, torch.zeros(12))
+    similar = FITS["similarity"](inputs, neurons, 4)
+    score = (inputs @ F.normalize(weight, dim=1).T).unflatten(1, (-1, 4)).sum(2)
+    assert torch.equal(F.linear(inputs, *similar).argsort(1), score.argsort(1))
+    single = FITS["representative"](inputs, neurons, 1)
+    assert torch.equal(F.linear(inputs, *single).argsort(1), (inputs @ weight.T).argsort(1))
+
+
+def test_a_bank_without_a_hidden_layer_refuses_an_mlp_router() -> None:
+    model = trained((DENSE,))
+    found = split(model, TrainedSpec(router=["mass"]).build(model.architecture), windows()).model
+    part = FeedForward((16,) * 12, Router("top_k", k=4, weights="one", score="mlp"), 64)
+    member = found.architecture.with_layers({Slot("decoder", 0): replace(DENSE, feed_forward=part)})
+    with pytest.raises(MoesaicError, match="has no hidden layer"):
+        found(windows(), member)
 
 
 def test_replacement_losses_are_those_of_whole_models() -> None:
