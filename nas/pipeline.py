@@ -54,6 +54,7 @@ def run_stages(run: Run, console: Console, only: str | None = None, fresh: bool 
     """
     with RunDirectory(run.path).locked(), remedied(run):
         check_places(run)
+        _ = run.questions  # a file that cannot be read is told before anything is trained
         run.latency_asked |= only == "latency"
         if fresh:
             forget(run)

@@ -114,12 +114,13 @@ def main() -> None:
 
 
 def kinds(model: Transformer) -> dict[str, int]:
-    """How many layers are dense, and have experts of which size."""
+    """How many layers have a feed-forward part of which kind, and attention with how many heads."""
     found: dict[str, int] = {}
     for layer in model.architecture.layers.values():
         part = layer.feed_forward
-        kind = "dense" if part.router is None else f"experts of {part.expert_sizes[0]}"
-        found[kind] = found.get(kind, 0) + 1
+        sparse = f"experts of {part.expert_sizes[0]}" if part.router else "dense"
+        for kind in (sparse if part.experts else "no feed-forward part", f"{layer.attention.heads} heads"):
+            found[kind] = found.get(kind, 0) + 1
     return found
 
 

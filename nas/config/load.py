@@ -137,7 +137,8 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
 
 
 def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
-    """Raises MoesaicError where an encoder is to decode, or to be trained from nothing: spaces are of decoders."""
+    """Raises MoesaicError where an encoder is to decode, to answer questions, or to be trained from nothing: spaces are
+    of decoders."""
     if config.latency.phase == "decode" and not space.largest.output.causal:
         raise MoesaicError(
             "an encoder sees all tokens at once and does not decode",
@@ -145,6 +146,13 @@ def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> No
             found="decode",
             allowed="phase: prefill",
             nearest="prefill",
+        )
+    if config.questions is not None and space.backbone.head != "linear":
+        raise MoesaicError(
+            "an encoder predicts no next token and answers no questions",
+            where=source.where(("questions",)),
+            found=config.questions,
+            allowed="a decoder, or no questions",
         )
     if config.model is None and space.backbone.head != "linear":
         raise MoesaicError(

@@ -302,7 +302,8 @@ class Config(_Section):
 
     There is one ``budget``, or several named ones in ``budgets``: these share one supernet and one search, and each
     gets its own models and report. ``mirror`` is the URL of a database that receives the search's trials as an Optuna
-    study; without it they go to a journal file.
+    study; without it they go to a journal file. ``questions`` is a file of multiple-choice questions, JSON lines; the
+    share that each trained model answers right is reported.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -322,6 +323,7 @@ class Config(_Section):
     fidelity: FidelityConfig = FidelityConfig()
     export: ExportConfig = ExportConfig()
     retrain: RetrainConfig = RetrainConfig()
+    questions: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from moesaic.nas.stages.check_fidelity import load_trust
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory, fingerprint, stopwatch
 from moesaic.nas.stages.export_models import load_exports
 from moesaic.nas.stages.run import BudgetRun
+from moesaic.nas.stages.stage import BY_NAME
 from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.trust.scores import MeanScores, Scores, SeedRun, difference_over_seeds
 from moesaic.search_spaces import Architecture
@@ -35,7 +36,9 @@ class Trained:
 
 
 def inputs(part: BudgetRun) -> dict[str, Any]:
-    return part.run.config.model_dump(mode="json", include={"seed", "retrain"})
+    questions = part.run.questions
+    asked = {} if questions is None else {"questions": questions.digest}
+    return part.run.config.model_dump(mode="json", include={"seed", "retrain"}) | asked
 
 
 def passes(part: BudgetRun) -> float:
@@ -105,7 +108,7 @@ def _measured_source(part: BudgetRun, architecture: Architecture) -> SourceModel
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(architecture)
     measured = part.measure(model, evaluation.loads, judge.batch.tokens)
-    scores = vars(Scores.of(run.task, "test", evaluation))
+    scores = vars(run.scores("test", model, evaluation))
     return SourceModel(**scores, architecture=architecture, measured=measured.costs, latency=measured.latency)
 
 
@@ -163,7 +166,7 @@ def _train_seeds(
         write_facts(folder, model, run.task)
         costs = costs or [part.measure(model, evaluation.loads, judge.batch.tokens)]
         scores = SeedRun(
-            **vars(Scores.of(run.task, "test", evaluation)),
+            **vars(run.scores("test", model, evaluation)),
             seed=seed,
             fingerprint=held.fingerprint,
             thresholds_lowered=held != architecture,
@@ -200,8 +203,10 @@ def _export(part: BudgetRun, directory: Path, searched: RetrainedModel, folder: 
 
 
 def _identity(directory: StageDirectory, architecture: Architecture, seed: int) -> str:
-    """Identity of one training: all but the number of seeds, so that more seeds keep the models already trained."""
-    inputs = {name: value for name, value in directory.inputs.items() if name != "retrain.seeds"}
+    """Identity of one training: all but the number of seeds and what is asked of its result, so that more seeds, and
+    other questions, keep the models already trained."""
+    extended = BY_NAME["retrain"].extendable
+    inputs = {name: value for name, value in directory.inputs.items() if name not in extended}
     return fingerprint({"inputs": inputs, "architecture": architecture.fingerprint, "seed": seed})
 
 

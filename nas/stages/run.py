@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,19 +21,23 @@ from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, OccupancyRow
 from moesaic.nas.data import load_corpus
+from moesaic.nas.data.cache import expanded
+from moesaic.nas.data.tokenizer import read_tokenizer
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
-from moesaic.nas.tasks import Task, task_for
+from moesaic.nas.tasks import Metric, Task, task_for
+from moesaic.nas.tasks.questions import ACCURACY, Questions
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import Teacher
 from moesaic.nas.training.trainer import Trainer
+from moesaic.nas.trust.scores import Scores
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
-from moesaic.supernet import Judge, LayerLoad, Transformer, Weights, slice_of
+from moesaic.supernet import Evaluation, Judge, LayerLoad, Transformer, Weights, slice_of
 from moesaic.supernet.checkpoint import load_tensors, load_weights
 from moesaic.supernet.sharing import Sharing
 from moesaic.supernet.sparsify.repair import repaired
@@ -112,6 +116,24 @@ class Run:
         )
         tokenizer = corpus.tokenizer_path if source is None else source.tokenizer
         return task_for(self.space.backbone.head, corpus, source, str(tokenizer))
+
+    @cached_property
+    def questions(self) -> Questions | None:
+        """Raises MoesaicError where the file cannot be read."""
+        return None if self.config.questions is None else Questions.read(expanded(self.config.questions, "questions"))
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Those of the task, and the accuracy where there are questions."""
+        return self.task.metrics + (() if self.questions is None else (ACCURACY,))
+
+    def scores(self, split: Split, model: Transformer, evaluation: Evaluation) -> Scores:
+        """Of ``model``, from its ``evaluation`` on a split: ``metrics``."""
+        scores = Scores.of(self.task, split, evaluation)
+        if self.questions is None:
+            return scores
+        found = self.questions.accuracy(model, read_tokenizer(self.task.tokenizer))
+        return replace(scores, metrics=scores.metrics | {ACCURACY.name: found})
 
     @cached_property
     def trainer(self) -> Trainer:

@@ -74,7 +74,7 @@ STAGES = (
         "retrain_models",
         "Train the chosen architecture and its rivals, or one exported model.",
         needs=("export",),
-        extendable=("retrain.seeds",),
+        extendable=("retrain.seeds", "questions"),
     ),
     Stage("report", "write_report", "Write the report of a finished run.", needs=("fidelity", "retrain")),
 )

@@ -75,7 +75,7 @@ def build_summary(part: BudgetRun) -> Summary:
         seed=run.config.seed,
         device=str(run.device),
         versions=versions(),
-        metrics=run.task.metrics,
+        metrics=run.metrics,
         budget=chosen.budget,
         chosen=Chosen(
             fingerprint=chosen.fingerprint,

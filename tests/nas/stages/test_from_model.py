@@ -151,6 +151,33 @@ def test_heads_and_layers_may_be_left_out(
     torch.testing.assert_close(again(tokens), exported(tokens))
 
 
+def test_questions_are_answered_by_every_model_and_others_keep_the_models(
+    trained: Callable[[str], Path], corpus_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "import", "choices": ["os", "return"], "answer": 0}\n' * 3)
+    settings = (f"questions={file}", "retrain.steps=3", "retrain.warmup_steps=1")
+    run = open_run(tmp_path, trained("llama"), corpus_folder, *settings)
+    shown = finish(run)
+    results, source = load_results(only(run)), load_source(only(run))
+    assert source is not None
+    assert all(model.metrics["accuracy"] in (0.0, 1.0) for model in (*results, source))
+    assert "accuracy" in shown
+    assert f"{source.metrics['accuracy']:.1%}" in (run.path / "report" / "index.html").read_text()
+
+    weights = [path.stat().st_mtime_ns for path in sorted((run.path / "retrain").rglob("model.safetensors"))]
+    file.write_text('{"question": "import", "choices": ["os", "return"], "answer": 1}\n')
+    again = open_run(tmp_path, trained("llama"), corpus_folder, *settings)
+    finish(again)
+    for before, after in zip(results, load_results(only(again)), strict=True):
+        assert after.loss == before.loss
+        assert after.metrics["accuracy"] == 1 - before.metrics["accuracy"]
+    assert weights == [path.stat().st_mtime_ns for path in sorted((run.path / "retrain").rglob("model.safetensors"))]
+    file.unlink()
+    with pytest.raises(MoesaicError, match="cannot be read"):
+        finish(open_run(tmp_path, trained("llama"), corpus_folder, *settings))
+
+
 def finish_again(run: Run, folder: Path, model: Path, files: Path) -> str:
     second = open_run(folder, model, files)
     finish(second)

@@ -73,6 +73,7 @@ TABLE: dict[str, tuple[list[str], set[str]]] = {
     "executor.time_limit": (["executor={kind: ray, time_limit: 5}"], SHOWN),
     "executor.storage": (["executor={kind: tune, storage: /tmp/tune}"], SHOWN),
     "executor.loggers": (["executor={kind: tune, storage: /tmp/tune, loggers: [csv]}"], SHOWN),
+    "questions": (["questions=questions.jsonl"], {"retrain", "report"}),
     "mirror": (["mirror=sqlite:///t.db"], {"search", "report"}),
     "fidelity.check": (["fidelity.check=4"], FROM_FIDELITY),
     "fidelity.steps": (["fidelity.steps=7"], FROM_FIDELITY),
@@ -129,8 +130,11 @@ def test_a_setting_is_an_input_of_exactly_the_stages_whose_files_it_decides(
         pytest.skip("one processor")
     if not key.startswith("data.") or key == "data.kind":  # the standard library takes long to encode
         monkeypatch.setattr(run_module, "load_corpus", lambda *arguments, **own: corpus)
-    elif key == "data.tokenizer":
+    if key == "data.tokenizer":
         overrides = [setting.replace("TOKENIZER", str(quick_run / "exports" / "best")) for setting in overrides]
+    elif key == "questions":
+        (tmp_path / "questions.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}')
+        overrides = [f"questions={tmp_path / 'questions.jsonl'}"]
     elif key == "data.files":
         overrides = [f"data.files=[{write_corpus(tmp_path / 'other', seed=1)}]"]
     run = open_run(micro_config, quick_run, *overrides)
