@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from typing import Any
@@ -77,6 +77,7 @@ class BudgetSearch:
         self.name, self.budget = name, budget
         self.trials = trials_for_budget(name, budget, log)
         self.seen = {t.architecture.fingerprint: t for t in self.trials if t.ended}
+        self.own = {key: trial.engine for key, trial in self.seen.items() if trial.budget == name}
         self.sampler = make_sampler(self.trials)
 
     def take(self, trials: list[Trial]) -> None:
@@ -85,10 +86,18 @@ class BudgetSearch:
             self.trials.append(trial)
             if trial.ended:
                 self.seen[trial.architecture.fingerprint] = trial
+                if trial.budget == self.name:
+                    self.own[trial.architecture.fingerprint] = trial.engine
 
     def evaluated(self) -> int:
         """Number of architectures that were proposed for this budget and evaluated."""
-        return len({t.architecture.fingerprint for t in self.trials if t.ended and t.budget == self.name})
+        return len(self.own)
+
+    def state(self, running: Mapping[str, tuple[BudgetSearch, Proposal]]) -> SearchState:
+        """What the sampler may know while these proposals are ``running``, by fingerprint."""
+        mine = self.own | {key: proposal.engine for key, (search, proposal) in running.items() if search is self}
+        architectures = tuple(proposal.architecture for _, proposal in running.values())
+        return SearchState(self.trials, self.seen, architectures, tuple(mine.values()))
 
 
 class Search:
@@ -176,10 +185,9 @@ class Search:
 
     def _propose(self) -> tuple[BudgetSearch, Proposal] | None:
         """The next proposal: from the search with the fewest evaluations that wants more and still finds one."""
-        running = tuple(proposal.architecture for _, proposal in self._running.values())
         for search in sorted(self.searches, key=lambda search: self._counts[search.name]):
             if self._counts[search.name] < self.config.trials:
-                proposal = search.sampler.propose(SearchState(search.trials, search.seen, running))
+                proposal = search.sampler.propose(search.state(self._running))
                 if proposal is not None:
                     self._counts[search.name] += 1
                     return search, proposal

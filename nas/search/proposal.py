@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -33,11 +34,13 @@ class Proposal:
 @dataclass(frozen=True)
 class SearchState:
     """What a sampler may use for a proposal: all finished trials in the order of the log, the evaluated or failed ones
-    by fingerprint (``seen``), and the proposals that are ``running`` in other lanes."""
+    by fingerprint (``seen``), the proposals that are ``running`` in other lanes, and what samplers stored in the
+    evaluations of this budget, finished or running (``own``). The others are of all budgets of the search."""
 
     trials: list[Trial]
     seen: dict[str, Trial]
     running: tuple[Architecture, ...] = ()
+    own: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def asked(self) -> int:

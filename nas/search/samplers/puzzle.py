@@ -53,6 +53,8 @@ _CUTS = 20
 """Known solutions that a programme rules out: the best ones under its caps. A level with more of them is left, so that
 the time of a proposal does not grow with the log."""
 _PRIMES = (2, 3, 5, 7, 11)
+_PLANNED = ("parent", "part", "base")
+"""Roles of trials for scores."""
 
 
 class Program:
@@ -220,7 +222,9 @@ class PuzzleSampler:
         for architecture, role in plan.items():
             if state.unknown(architecture):
                 return Proposal(architecture, engine={"puzzle": {"role": role}})
-        found = scores and self._solution(scores, state, max(state.asked - len(plan), 0))
+        # Levels of this budget alone: with those of several in turn, one would get the odd ones, which are all tight.
+        levels = sum(engine.get("puzzle", {}).get("role") not in _PLANNED for engine in state.own)
+        found = scores and self._solution(scores, state, levels)
         if scores is None or found is None:
             return RandomSampler(self.feasible, self.seed).propose(state)
         return Proposal(found, engine={"puzzle": {"role": "solution", "predicted": scores.predict(found)}})
