@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from moesaic.nas.config import SearchConfig
+from moesaic.nas.executors.local import LocalExecutor
 from moesaic.nas.search.budget import find_feasible
 from moesaic.nas.search.feasible import FeasibleSampler
+from moesaic.nas.search.loop import BudgetSearch, run_search
 from moesaic.nas.search.samplers import puzzle
 from moesaic.nas.search.samplers.puzzle import Program, PuzzleSampler, radical_inverse
 from moesaic.nas.search.samplers.scores import Scores, additivity, part_of, places_of, role_of, with_part
-from moesaic.nas.search.trials import read_trials
+from moesaic.nas.search.trials import TrialLog, read_trials
 from moesaic.search_spaces import Interrupted
 from moesaic.supernet import Evaluation
 from tests.nas.search_tools import PRICER, Stop, budget_of, formula, search, small_space, tiny_space
@@ -115,6 +117,38 @@ def test_a_search_among_solutions_that_was_stopped_ends_as_one_that_was_not(tmp_
     assert sum(role_of(trial) == "solution" for trial in whole) > 10
     assert [t.architecture for t in parts] == [t.architecture for t in whole]
     assert all(budget.fits(t.architecture) for t in whole)
+
+
+@pytest.mark.parametrize("budgets", [2, 3])
+def test_each_of_several_budgets_goes_through_all_levels(budgets, tmp_path, monkeypatch):
+    """With levels in turn, the second of two would get the odd ones, which are all tight: none near its limit."""
+    space, levels, solve = small_space(), dict[int, list[int]](), PuzzleSampler._solution
+
+    def noted(sampler, scores, state, number):
+        levels.setdefault(id(sampler), []).append(number)
+        return solve(sampler, scores, state, number)
+
+    scored(space, budget_of(space, flops="99%"), tmp_path)
+    scores = Scores.of(read_trials(tmp_path / "t.jsonl"))
+    monkeypatch.setattr(PuzzleSampler, "_solution", noted)
+
+    def searches(log: TrialLog) -> list[BudgetSearch]:
+        found = []
+        for number, share in enumerate(("80%", "60%", "70%")[:budgets]):
+            budget = budget_of(space, flops=share)
+            sampler = PuzzleSampler(
+                FeasibleSampler(space, budget, find_feasible(space, budget)), 0, ("flops",), 12, scores
+            )
+            found.append(BudgetSearch(str(number), budget, lambda history, sampler=sampler: sampler, log.trials))
+        return found
+
+    log = TrialLog(tmp_path / "log.jsonl")
+    run_search(config(6), searches(log), LocalExecutor(formula), log, 0)
+    assert list(levels.values()) == [list(range(6))] * budgets
+    levels.clear()
+    run_search(config(9), searches(log), LocalExecutor(formula), log, 0)  # continued from the log
+    log.close()
+    assert list(levels.values()) == [list(range(6, 9))] * budgets
 
 
 def test_a_programme_does_not_grow_with_the_log(tmp_path, monkeypatch):
