@@ -32,6 +32,19 @@ def parser_of(text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def arguments_of(text: str | None, out: str) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a script on a trained model, ``MODEL TRAIN VALIDATION TEST [--out] [KEY=VALUE]...``, and the
+    settings of its run."""
+    parser = parser_of(text)
+    for name in ("model", "train", "validation", "test"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    arguments = parser.parse_args()
+    files = ", ".join(f"{split}: '{getattr(arguments, split)}'" for split in ("train", "validation", "test"))
+    return arguments, [f"model.from={arguments.model}", f"data.files={{{files}}}", *arguments.settings]
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script. An error that the user can fix is printed as a message, without traceback."""
     try:

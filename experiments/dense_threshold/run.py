@@ -10,16 +10,13 @@ the FLOPs of some thresholds, the router of each layer is then searched. Run not
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-import torch
 
 import moesaic
 from experiments.common import Row, do_stage, facts, markdown, parser_of, run_script
-from moesaic import Architecture, Run, Transformer, load_search, open_run, uniform_layouts, write_value
-from moesaic.supernet import KeyValueCache
+from experiments.turns import decoding, in_turns, prefill
+from moesaic import Architecture, Run, load_search, open_run, uniform_layouts, write_value
 
 HERE = Path(__file__).parent
 WINDOWS, LENGTH, ROUNDS = 256, 128, 21
@@ -50,46 +47,20 @@ def members(run: Run) -> dict[str, Architecture]:
     return dict(sorted(found.items(), key=lambda item: -run.pricer.expected(item[1])["flops"]))
 
 
-def prefill(model: Transformer) -> Callable[[], object]:
-    tokens = torch.randint(0, model.vocab_size, (8, LENGTH), generator=torch.Generator().manual_seed(0))
-    return lambda: model.run(tokens)
-
-
-def decoding(model: Transformer) -> Callable[[], object]:
-    cache = KeyValueCache(model.architecture, 1, LENGTH + 1, model.device)
-    tokens = torch.randint(0, model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    model.run(tokens, cache=cache)
-
-    def step() -> None:
-        cache.length = LENGTH
-        model.run(tokens[:, :1], cache=cache)
-
-    return step
-
-
-@torch.inference_mode()
-def timed(models: dict[str, Transformer], make: Callable[[Transformer], Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each model, in turns."""
-    steps, times = {name: make(model) for name, model in models.items()}, {name: [] for name in models}
-    for turn in range(ROUNDS + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
-
-
 def measured(run: Run, seed: int) -> list[Row]:
     judge, whole = run.judge("test", WINDOWS), run.pricer.expected(run.space.largest)["flops"]
     models = {name: run.supernet.extract(member).eval() for name, member in members(run).items()}
-    times = {"prefill_ms": timed(models, prefill), "decode_ms": timed(models, decoding)}
+    steps = {"prefill_ms": partial(prefill, batch=8), "decode_ms": decoding}
+    times = {
+        key: in_turns({name: make(model, length=LENGTH) for name, model in models.items()}, ROUNDS)
+        for key, make in steps.items()
+    }
     rows = []
     for name, model in models.items():
         evaluation = judge(model.architecture)
         share = run.pricer.measured(model.architecture, evaluation.loads)["flops"] / whole
         row: Row = {"seed": seed, "router": name, "loss": round(evaluation.loss, 4), "flops_share": round(share, 4)}
-        rows.append(row | {key: found[name] for key, found in times.items()})
+        rows.append(row | {key: round(statistics.median(found[name]), 3) for key, found in times.items()})
     return rows
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experiments.choosers import CHOOSERS, choose_by, true_masses
-from experiments.common import Row, do_stage, facts, markdown, parser_of, run_script
+from experiments.common import Row, arguments_of, do_stage, facts, markdown, run_script
 from experiments.real_decoder.run import HERE, timed
 from moesaic import Architecture, Run, Transformer, open_run, write_value
 from moesaic.search_spaces import FeedForward, Router
@@ -34,6 +33,9 @@ SPACE = (
     "space.shared=[0.25]",
     "space.active=[0.25, 0.5]",
     "space.router=[mass, mlp]",
+    "space.prune=[]",
+    "budgets={}",
+    "budget.flops=75%",
 )
 
 
@@ -70,14 +72,8 @@ def captured(
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    for name in ("model", "train", "validation", "test"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/real-decoder-routers"))
-    arguments = parser.parse_args()
-    files = ", ".join(f"{split}: '{getattr(arguments, split)}'" for split in ("train", "validation", "test"))
-    settings = [f"model.from={arguments.model}", f"data.files={{{files}}}", *SPACE]
-    run = open_run(HERE / "sparsify.yaml", settings, arguments.out)
+    arguments, settings = arguments_of(__doc__, "runs/real-decoder-routers")
+    run = open_run(HERE / "sparsify.yaml", [*settings, *SPACE], arguments.out)
     do_stage(run, "supernet")
     model, judge = run.supernet, run.judge("test", WINDOWS)
     dense = math.exp(judge(run.space.largest).loss)

@@ -10,52 +10,27 @@ one process, in turns: a decoding step after 256 tokens, and a prefill of 256. R
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import moesaic
-from experiments.common import Row, facts, markdown, parser_of, run_script
+from experiments.common import Row, arguments_of, facts, markdown, run_script
+from experiments.turns import decoding, in_turns, prefill
 from moesaic import Transformer, open_checkpoint, open_run, write_value
-from moesaic.supernet import KeyValueCache
 
 HERE = Path(__file__).parent
 LENGTH, ROUNDS = 256, 15
 SOURCE = "source"
 
 
-def decoding(model: Transformer) -> Callable[[], object]:
-    cache = KeyValueCache(model.architecture, 1, LENGTH + 1, model.device)
-    tokens = torch.randint(0, model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    model.run(tokens, cache=cache)
-
-    def step() -> None:
-        cache.length = LENGTH
-        model.run(tokens[:, :1], cache=cache)
-
-    return step
-
-
-def prefill(model: Transformer) -> Callable[[], object]:
-    tokens = torch.randint(0, model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    return lambda: model.run(tokens)
-
-
 @torch.inference_mode()
 def timed(models: dict[str, Transformer]) -> dict[str, dict[str, float]]:
     """Median milliseconds of each model in turns, and as multiples of the source's in the same round."""
     found: dict[str, dict[str, float]] = {name: {} for name in models}
-    for phase, make in (("decode", decoding), ("prefill", prefill)):
-        steps = {name: make(model) for name, model in models.items()}
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(ROUNDS + 1):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                if turn:  # the first warms up
-                    times[name].append(1e3 * (time.perf_counter() - start))
+    for phase, make in (("decode", decoding), ("prefill", partial(prefill, batch=1))):
+        times = in_turns({name: make(model, length=LENGTH) for name, model in models.items()}, ROUNDS)
         for name, values in times.items():
             found[name][f"{phase}_ms"] = round(statistics.median(values), 2)
             ratios = [value / whole for value, whole in zip(values, times[SOURCE], strict=True)]
@@ -64,14 +39,7 @@ def timed(models: dict[str, Transformer]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    for name in ("model", "train", "validation", "test"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/real-decoder"))
-    arguments = parser.parse_args()
-    files = ", ".join(f"{split}: '{getattr(arguments, split)}'" for split in ("train", "validation", "test"))
-    settings = [f"model.from={arguments.model}", f"data.files={{{files}}}", *arguments.settings]
+    arguments, settings = arguments_of(__doc__, "runs/real-decoder")
     run = open_run(HERE / "sparsify.yaml", settings, arguments.out)
     summaries = moesaic.run(HERE / "sparsify.yaml", settings, arguments.out)
 

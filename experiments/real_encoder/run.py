@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 
 import moesaic
-from experiments.common import Row, facts, markdown, parser_of, run_script
+from experiments.common import Row, arguments_of, facts, markdown, run_script
 from moesaic import Transformer, open_checkpoint, open_run, write_value
 
 HERE = Path(__file__).parent
@@ -49,14 +49,7 @@ def agreement(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    for name in ("model", "train", "validation", "test"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/real-encoder"))
-    arguments = parser.parse_args()
-    files = ", ".join(f"{split}: '{getattr(arguments, split)}'" for split in ("train", "validation", "test"))
-    settings = [f"model.from={arguments.model}", f"data.files={{{files}}}", *arguments.settings]
+    arguments, settings = arguments_of(__doc__, "runs/real-encoder")
     run = open_run(HERE / "sparsify.yaml", settings, arguments.out)
     summaries = moesaic.run(HERE / "sparsify.yaml", settings, arguments.out)
 
