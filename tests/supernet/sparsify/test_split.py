@@ -27,7 +27,7 @@ from moesaic.search_spaces import (
 from moesaic.search_spaces.architecture import Stack
 from moesaic.search_spaces.parts import RouterScore
 from moesaic.search_spaces.trained import TrainedSpec
-from moesaic.supernet import Batch, Transformer, evaluate
+from moesaic.supernet import Batch, KeyValueCache, Transformer, evaluate
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.sparsify.neurons import CLUSTERS, contributions, hidden, importance, neuron_order
 from moesaic.supernet.sparsify.repair import repaired
@@ -383,3 +383,19 @@ def test_what_is_left_out_has_no_weights_and_changes_nothing() -> None:
     again, costs = made.model, made.costs
     torch.testing.assert_close(again(windows()), shorter(windows()), atol=1e-5, rtol=1e-5)
     assert not [cost for cost in costs if cost.slot.index == 1]
+
+
+def test_decoding_step_by_step_gives_the_logits_of_a_pruned_member() -> None:
+    model = trained((DENSE, DENSE, DENSE))
+    found = split(model, PRUNED.build(model.architecture), windows()).model
+    layers = (
+        Layer(Attention(0, 0), DENSE.feed_forward),
+        Layer(Attention(2, 1), SPLIT),
+        Layer(Attention(0, 0), FeedForward(())),
+    )
+    member = found.architecture.with_layers(dict(zip(found.architecture.layers, layers, strict=True)))
+    export, tokens = found.extract(member), windows(2, 12)
+    cache = KeyValueCache(member, 2, 12, export.device)
+    steps = [export.run(tokens[:, :5], cache=cache).logits]
+    steps += [export.run(tokens[:, i : i + 1], cache=cache).logits for i in range(5, 12)]
+    torch.testing.assert_close(torch.cat(steps, 1), export(tokens), atol=1e-5, rtol=1e-4)
