@@ -47,6 +47,8 @@ def architecture_svg(model: Model, scale: float) -> str:
 
 def use_text(part: FeedForward, use: LayerUse) -> str:
     """What one token uses of a layer, shared expert included."""
+    if not part.experts:
+        return ""
     neurons = f"{use.neurons + part.shared_size:.0f} of {part.neurons} neurons per token"
     if part.router is None:
         return neurons

@@ -88,16 +88,18 @@ def quality_figure(summary: Summary) -> go.Figure:
                 row=1,
                 col=column,
             )
-        figure.update_xaxes(title=axis_title(cost, summary.context), rangemode="tozero", row=1, col=column)
-    figure.update_layout(**layout(420))
+        title = axis_title(cost, summary.context).replace(" per ", "<br>per ")
+        figure.update_xaxes(title=title, rangemode="tozero", row=1, col=column)
+    figure.update_layout(**layout(440))
+    figure.update_layout(legend={"y": -0.28})  # below titles of two lines
     figure.update_yaxes(title=f"test loss, {summary.unit}", col=1)
     return figure
 
 
 def activity_figure(activities: Sequence[LayerActivity]) -> go.Figure:
-    figure = go.Figure()
+    figure, several = go.Figure(), len({layer.slot.stack for layer in activities}) > 1
     figure.add_bar(
-        x=[str(layer.slot) for layer in activities],
+        x=[str(layer.slot if several else layer.slot.index) for layer in activities],
         y=[layer.activity.concentrated for layer in activities],
         marker={"color": KINDS["front"]},
     )

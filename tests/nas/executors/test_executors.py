@@ -184,8 +184,9 @@ def test_a_node_may_die(kind, faults, judge, tmp_path):
     killed = []
 
     def kill_when_it_hangs() -> bool:
-        if not killed and (tmp_path / "faults" / "evaluation-9").exists():
-            hanging = next(node for node in nodes if node.node_id == (tmp_path / "faults" / "hangs").read_text())
+        file = tmp_path / "faults" / "hangs"  # written once it hangs, by its name
+        where = file.read_text() if not killed and file.exists() else ""
+        for hanging in [node for node in nodes if node.node_id == where]:
             cluster.remove_node(hanging, allow_graceful=False)
             killed.append(hanging)
         return False
