@@ -15,6 +15,7 @@ from moesaic.nas.data.tokenizer import read_tokenizer
 from moesaic.nas.tasks.text import Frame
 from moesaic.nas.terminal.tables import plain_table
 from moesaic.search_spaces import Architecture, FeedForward, MoesaicError, Slot
+from moesaic.search_spaces.architecture import layer_names
 from moesaic.search_spaces.files import PathLike
 from moesaic.search_spaces.trained import TrainedSpec
 from moesaic.supernet.convert import Checkpoint
@@ -199,9 +200,7 @@ def _advice(layers: Sequence[LayerFacts], activation: str) -> tuple[str, ...]:
 
 
 def _names(layers: Sequence[LayerFacts]) -> dict[Slot, str]:
-    """How layers are called: by their number, where there is one stack."""
-    several = len({layer.slot.stack for layer in layers}) > 1
-    return {layer.slot: str(layer.slot) if several else f"layer {layer.slot.index}" for layer in layers}
+    return {slot: f"layer {name}" for slot, name in layer_names(layer.slot for layer in layers).items()}
 
 
 def print_inspection(console: Console, found: Inspection) -> None:

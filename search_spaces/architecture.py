@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -36,6 +36,13 @@ class Slot:
 
     def __str__(self) -> str:
         return f"{self.stack}.{self.index}"
+
+
+def layer_names(slots: Iterable[Slot]) -> dict[Slot, str]:
+    """How tables and pictures call the layers at ``slots``: by position alone, where they are of one stack."""
+    slots = list(slots)
+    several = len({slot.stack for slot in slots}) > 1
+    return {slot: str(slot if several else slot.index) for slot in slots}
 
 
 @dataclass(frozen=True)

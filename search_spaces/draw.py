@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesaic.search_spaces.architecture import Architecture, Slot
+from moesaic.search_spaces.architecture import Architecture, Slot, layer_names
 
 CELLS = 40
 """Width of the largest feed-forward part of a picture, in characters."""
@@ -58,9 +58,9 @@ def draw(architecture: Architecture) -> str:
         shapes = [f"{name} {shape}" for name, shape in zip(stacks, shapes, strict=True)]
     head = ", ".join([*shapes, architecture.backbone.activation, architecture.fingerprint])
     tile_width = max(len(line.text) for line in lines)
-    names = [str(line.slot) if len(stacks) > 1 else f"{line.slot.index:2}" for line in lines]
+    names = layer_names(architecture.layers)
     rows = [
-        f"  {name}  {line.attention:>10}  {line.text:<{tile_width}}  {line.feed_forward}"
-        for name, line in zip(names, lines, strict=True)
+        f"  {names[line.slot]:>2}  {line.attention:>10}  {line.text:<{tile_width}}  {line.feed_forward}"
+        for line in lines
     ]
     return "\n".join([head, *rows])

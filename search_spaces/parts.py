@@ -34,7 +34,7 @@ class Router:
 
     ``score``: probabilities are the ``softmax`` of a linear layer's logits, or, for the parts of a dense layer, each
     expert's share of the activation mass that is predicted: by a linear layer with bias (``mass``), or by the sum of
-    that and an ``mlp`` with one hidden layer of ``router_hidden`` values.
+    that and an ``mlp`` with one hidden layer of ``hidden`` values.
 
     ``weights`` of a token's experts: ``sum`` divides their probabilities by their sum, so that the scale of the output
     does not depend on the number of experts; ``softmax`` leaves them as they are (XMoE, Switch); ``one`` adds the
@@ -73,6 +73,11 @@ class Router:
     def predicts_mass(self) -> bool:
         """Whether the experts are the parts of a dense layer, chosen by their predicted activation mass."""
         return self.score != "softmax"
+
+    def hidden(self, width: int) -> int:
+        """Hidden values of an ``mlp`` router that reads ``width`` values: an eighth, in whole tiles, at least 32. Other
+        routers have none."""
+        return max(2 * TILE, width // (8 * TILE) * TILE) if self.score == "mlp" else 0
 
     def for_experts(self, experts: int) -> Router:
         """The canonical form for ``experts`` experts: at most all of them; one that takes at most one is top-1.
@@ -270,11 +275,6 @@ class Backbone:
     def norm_vectors(self) -> int:
         """Vectors of a norm: scales, and the biases of a LayerNorm."""
         return 2 if self.norm == "layer" else 1
-
-
-def router_hidden(width: int) -> int:
-    """Hidden values of an ``mlp`` router of inputs of ``width``: an eighth, in whole tiles, at least 32."""
-    return max(2 * TILE, width // (8 * TILE) * TILE)
 
 
 def at_least(value: int | None, least: int, name: str) -> None:

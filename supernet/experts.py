@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moesaic.kernels import Bank, ExpertLayout, Routing, route, sparse_ffn
 from moesaic.search_spaces import Backbone, FeedForward
-from moesaic.search_spaces.parts import RouterScore, router_hidden
+from moesaic.search_spaces.parts import RouterScore
 from moesaic.supernet.regions import Region
 from moesaic.supernet.sharing import Sharing, envelope_experts, expert_layout, splits_dense
 
@@ -29,10 +29,10 @@ class SparseFeedForward(nn.Module):
         self.router = nn.Parameter(torch.empty(part.experts, width)) if part.experts > 1 else None
         predicts = splits_dense(part)
         self.router_bias = nn.Parameter(torch.empty(part.experts)) if predicts else None
-        mlp = router_hidden(width) if part.router is not None and part.router.score == "mlp" else 0
-        self.router_in = nn.Parameter(torch.empty(mlp, width)) if mlp else None
-        self.router_in_bias = nn.Parameter(torch.empty(mlp)) if mlp else None
-        self.router_out = nn.Parameter(torch.empty(part.experts, mlp)) if mlp else None
+        hidden = part.router.hidden(width) if part.router else 0
+        self.router_in = nn.Parameter(torch.empty(hidden, width)) if hidden else None
+        self.router_in_bias = nn.Parameter(torch.empty(hidden)) if hidden else None
+        self.router_out = nn.Parameter(torch.empty(part.experts, hidden)) if hidden else None
         self.up_bias = nn.Parameter(torch.empty(part.neurons)) if biased else None
         self.down_bias = nn.Parameter(torch.empty(width)) if biased else None  # once per layer, not per expert
         gated = backbone.shared_gate and part.shared_size > 0
@@ -134,7 +134,7 @@ def _router_regions(envelope: FeedForward, part: FeedForward, width: int) -> dic
     if part.router.score == "mlp":
         if envelope.router.score != "mlp":
             raise ValueError(f"the router of {envelope} has no hidden layer")
-        hidden = router_hidden(width)
+        hidden = part.router.hidden(width)
         regions |= {"router_in": Region.first(hidden, width), "router_in_bias": Region.first(hidden)}
         regions["router_out"] = Region(rows, hidden, summed)
     return regions

@@ -22,7 +22,7 @@ from experiments.common import Row, arguments_of, do_stage, facts, markdown, run
 from experiments.real_decoder.run import HERE, timed
 from moesaic import Architecture, Run, Transformer, open_run, write_value
 from moesaic.search_spaces import FeedForward, Router
-from moesaic.search_spaces.parts import TILE, RouterScore, router_hidden
+from moesaic.search_spaces.parts import TILE, RouterScore
 from moesaic.supernet.sparsify.split import layer_inputs
 
 SHARES = (0.5, 0.25)
@@ -77,8 +77,11 @@ def main() -> None:
     do_stage(run, "supernet")
     model, judge = run.supernet, run.judge("test", WINDOWS)
     dense = math.exp(judge(run.space.largest).loss)
-    width, experts = run.space.largest.output.width, member(run, 1, "mass").output.layers[0].feed_forward.experts
-    more = router_hidden(width) * (width + experts) // (3 * width * TILE)  # neurons of a gated layer have three rows
+    width, mlp = run.space.largest.output.width, member(run, 1, "mlp").output.layers[0].feed_forward
+    assert mlp.router is not None
+    more = (
+        mlp.router.hidden(width) * (width + mlp.experts) // (3 * width * TILE)
+    )  # neurons of a gated layer have three rows
 
     rows: list[Row] = []
     for share in SHARES:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from moesaic.nas.context import Context
 from moesaic.nas.costs.use import LayerUse
 from moesaic.search_spaces import Architecture, FeedForward, Slot
-from moesaic.search_spaces.parts import router_hidden
 
 
 def layer_flops(architecture: Architecture, slot: Slot, use: LayerUse, context: Context) -> dict[str, float]:
@@ -62,8 +61,7 @@ def _router_flops(width: int, part: FeedForward) -> int:
     """A linear layer; of an ``mlp`` router also its hidden layer, and the rows from there to the experts."""
     if part.router is None:
         return 0
-    hidden = router_hidden(width) if part.router.score == "mlp" else 0
-    return 2 * (width * part.experts + hidden * (width + part.experts))
+    return 2 * (width * part.experts + part.router.hidden(width) * (width + part.experts))
 
 
 def parameters(architecture: Architecture, context: Context) -> int:
@@ -96,8 +94,7 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
         total += backbone.matrices * width * count
         if part.router:
             total += (width + part.router.predicts_mass) * part.experts
-            if part.router.score == "mlp":
-                total += router_hidden(width) * (width + 1 + part.experts)
+            total += part.router.hidden(width) * (width + 1 + part.experts)
             total += width * (backbone.shared_gate and part.shared_size > 0)
         total += {"none": 0, "head": 2 * (heads > 0), "all": heads}[backbone.qk_norm] * backbone.head_size
         total += reads * (heads + attention.kv_heads) * backbone.head_size

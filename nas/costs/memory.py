@@ -14,7 +14,6 @@ from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.analytic import parameters
 from moesaic.nas.costs.use import LayerUse
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward
-from moesaic.search_spaces.parts import router_hidden
 
 
 def weight_memory(architecture: Architecture, context: Context) -> int:
@@ -163,9 +162,9 @@ def _feed_forward_memory(
         moments = [routed, output + dense(part.shared_size), 3 * output]
         # While routing: logits, the scores left to choose from, what is chosen; ranks, positions and loads per token.
         moments.append(tokens * (9 * part.experts + 40) - copy)
-        if part.router.score == "mlp":  # the linear layer's logits beside the hidden layer, before and after its unit
-            moments.append(4 * tokens * (part.experts + 2 * router_hidden(width)) - copy)
-            moments.append(4 * tokens * (2 * part.experts + router_hidden(width)) - copy)
+        if hidden := part.router.hidden(width):  # the linear layer's logits beside it, before and after its activation
+            moments.append(4 * tokens * (part.experts + 2 * hidden) - copy)
+            moments.append(4 * tokens * (2 * part.experts + hidden) - copy)
     result = states if biased else output  # adding a float32 bias gives float32
     if biased:
         moments.append(output + result)

@@ -19,6 +19,7 @@ from moesaic.nas.device import choose_device
 from moesaic.nas.terminal.tables import plain_table, what_costs_are_per
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, draw
+from moesaic.search_spaces.architecture import layer_names
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,9 @@ def print_statement(console: Console, architecture: Architecture, statement: Sta
     parts = list(next(iter(statement.flops_per_layer.values())))
     layers = plain_table("FLOPs per token", "|".join(["layer", *parts]), "layer")
     form = DIMENSIONS["flops"].format
-    several = len(architecture.stacks) > 1
-    for index, (name, layer) in enumerate(statement.flops_per_layer.items()):
-        layers.add_row(
-            name if several else f"layer {index}", *(form(layer[part]) if layer[part] else "-" for part in parts)
-        )
+    for slot, name in layer_names(architecture.layers).items():
+        layer = statement.flops_per_layer[str(slot)]
+        layers.add_row(f"layer {name}", *(form(layer[part]) if layer[part] else "-" for part in parts))
     layers.add_row("vocabulary", form(statement.flops_vocabulary))
     console.print(layers)
     if statement.counted:

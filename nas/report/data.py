@@ -21,6 +21,7 @@ from moesaic.nas.search.pareto import non_dominated
 from moesaic.nas.search.trials import Trial
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Damaged
+from moesaic.search_spaces.architecture import layer_names
 from moesaic.supernet.metrics import read_metrics
 
 COSTS = tuple(DIMENSIONS)
@@ -161,8 +162,7 @@ def search_history(trials: list[Trial]) -> list[Evaluated]:
 def breakdown(model: Model, context: Context) -> list[tuple[str, dict[str, float]]]:
     """FLOPs per token by part: one row per layer, the vocabulary layer last."""
     layers, vocabulary = flops_breakdown(model.architecture, model.uses, context)
-    several = len(model.architecture.stacks) > 1
-    rows = [(str(slot) if several else str(slot.index), parts) for slot, parts in layers.items()]
+    rows = [(name, layers[slot]) for slot, name in layer_names(layers).items()]
     return [*rows, ("vocabulary", {"vocabulary": float(vocabulary)})]
 
 

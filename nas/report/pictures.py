@@ -8,6 +8,7 @@ from moesaic.nas.costs.use import LayerUse
 from moesaic.nas.report.colours import EXPERT, INK, MUTED, SHARED, USED
 from moesaic.nas.report.data import Model
 from moesaic.search_spaces import FeedForward
+from moesaic.search_spaces.architecture import layer_names
 from moesaic.search_spaces.draw import LayerPicture, picture
 
 _WIDTH, _LEFT, _TILES, _GAP = 1040, 118, 500, 2
@@ -32,11 +33,11 @@ def pixels_per_neuron(models: list[Model]) -> float:
 
 def architecture_svg(model: Model, scale: float) -> str:
     """The picture of ``model`` at ``scale`` pixels per neuron."""
-    layers, several = model.architecture.layers, len(model.architecture.stacks) > 1
+    layers = model.architecture.layers
+    names = layer_names(layers)
     rows = []
     for line, layer, use in zip(picture(model.architecture), layers.values(), model.uses, strict=True):
-        name = str(line.slot) if several else str(line.slot.index)
-        row = _row(name, line, layer.feed_forward, use, scale)
+        row = _row(names[line.slot], line, layer.feed_forward, use, scale)
         rows.append(f'<g transform="translate(0 {len(rows) * _ROW})">{row}</g>')
     name = escape(f"Architecture {model.name}, {len(layers)} layers")
     return (

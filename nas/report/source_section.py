@@ -15,6 +15,7 @@ from moesaic.nas.report.figures import layout
 from moesaic.nas.report.html import paragraph, plot
 from moesaic.nas.report.summary import Summary
 from moesaic.search_spaces import Slot
+from moesaic.search_spaces.architecture import layer_names
 from moesaic.supernet.sparsify.activity import LayerActivity
 
 _GRID = tuple(share / 16 for share in range(1, 17))
@@ -97,9 +98,9 @@ def quality_figure(summary: Summary) -> go.Figure:
 
 
 def activity_figure(activities: Sequence[LayerActivity]) -> go.Figure:
-    figure, several = go.Figure(), len({layer.slot.stack for layer in activities}) > 1
+    figure = go.Figure()
     figure.add_bar(
-        x=[str(layer.slot if several else layer.slot.index) for layer in activities],
+        x=list(layer_names(layer.slot for layer in activities).values()),
         y=[layer.activity.concentrated for layer in activities],
         marker={"color": KINDS["front"]},
     )

@@ -49,8 +49,14 @@ class Questions:
         try:
             data = path.read_bytes()
             lines = data.decode("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MoesaicError(f"cannot be read: {error}", where=str(path), allowed=f"lines {_FORM}") from None
+        except OSError as error:
+            raise MoesaicError(
+                f"questions cannot be read: {error.strerror}", where=str(path), allowed=f"a file of lines {_FORM}"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise MoesaicError(
+                f"questions are not UTF-8: {error.reason}", where=str(path), allowed=f"a file of lines {_FORM}"
+            ) from None
         read = tuple(_question(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip())
         if not read:
             raise MoesaicError("has no questions", where=str(path), allowed=f"lines {_FORM}")

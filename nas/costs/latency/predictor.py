@@ -23,7 +23,6 @@ from moesaic.nas.device import Device
 from moesaic.search_spaces import Architecture, Backbone, Damaged, Layer, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.files import PathLike, read_json, write_json
-from moesaic.search_spaces.parts import router_hidden
 from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
@@ -64,7 +63,7 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, ext
     )
     if part.router is None:
         return (*common, part.experts, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
-    hidden = router_hidden(width) if part.router.score == "mlp" else 0
+    hidden = part.router.hidden(width)
     return (
         *common,
         (part.shared_size > 0) + (hidden > 0),

@@ -104,11 +104,11 @@ def test_a_wrong_line_is_one_message(name: str, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_one_message(tmp_path: Path) -> None:
-    with pytest.raises(MoesaicError, match="cannot be read"):
+    with pytest.raises(MoesaicError, match="questions cannot be read: No such file"):
         Questions.read(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(MoesaicError, match="has no questions"):
         Questions.read(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9\xff")
-    with pytest.raises(MoesaicError, match="cannot be read"):
+    with pytest.raises(MoesaicError, match="questions are not UTF-8"):
         Questions.read(tmp_path / "latin.jsonl")
