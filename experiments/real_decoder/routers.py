@@ -79,8 +79,9 @@ def main() -> None:
     dense = math.exp(judge(run.space.largest).loss)
     width, mlp = run.space.largest.output.width, member(run, 1, "mlp").output.layers[0].feed_forward
     assert mlp.router is not None
+    experts = mlp.experts
     more = (
-        mlp.router.hidden(width) * (width + mlp.experts) // (3 * width * TILE)
+        mlp.router.hidden(width) * (width + experts) // (3 * width * TILE)
     )  # neurons of a gated layer have three rows
 
     rows: list[Row] = []
