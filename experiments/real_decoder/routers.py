@@ -80,9 +80,7 @@ def main() -> None:
     width, mlp = run.space.largest.output.width, member(run, 1, "mlp").output.layers[0].feed_forward
     assert mlp.router is not None
     experts = mlp.experts
-    more = (
-        mlp.router.hidden(width) * (width + experts) // (3 * width * TILE)
-    )  # neurons of a gated layer have three rows
+    more = mlp.router.hidden(width) * (width + experts) // (3 * width * TILE)  # a gated neuron has three rows
 
     rows: list[Row] = []
     for share in SHARES:
