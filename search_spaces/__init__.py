@@ -4,7 +4,7 @@ from moesaic.search_spaces.architecture import Architecture, Slot, Stack
 from moesaic.search_spaces.draw import draw
 from moesaic.search_spaces.errors import Damaged, Interrupted, MoesaicError, StageFailed
 from moesaic.search_spaces.moves import crossover, mutate, neighbours
-from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
+from moesaic.search_spaces.parts import Attention, Backbone, CrossAttention, FeedForward, Layer, Router
 from moesaic.search_spaces.space import SearchSpace, StackSpace
 from moesaic.search_spaces.spec import load_space, preset_names, preset_source
 from moesaic.search_spaces.yaml_source import read_yaml
@@ -13,6 +13,7 @@ __all__ = [
     "Architecture",
     "Attention",
     "Backbone",
+    "CrossAttention",
     "Damaged",
     "FeedForward",
     "Interrupted",

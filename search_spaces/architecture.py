@@ -66,17 +66,40 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Transformer without its vocabulary. A language model has only a ``decoder``."""
+    """A Transformer without its vocabulary. A language model has only a ``decoder``; one that translates has an
+    ``encoder`` too, whose states every layer of the decoder attends to."""
 
     __pydantic_config__ = STRICT
 
     decoder: Stack
     backbone: Backbone = field(default_factory=Backbone)
+    encoder: Stack | None = None
+
+    def __post_init__(self) -> None:
+        for slot, layer in self.layers.items():
+            if self.backbone.qkv_width is not None:
+                self.backbone.widths(layer.attention)
+            reads = slot.stack == "decoder" and self.encoder is not None
+            if reads != (layer.cross is not None):
+                raise MoesaicError(
+                    f"layer {slot} {'needs' if reads else 'has nothing to read by'} cross-attention",
+                    found=layer.cross,
+                    allowed="cross-attention in each layer of a decoder that has an encoder, and nowhere else",
+                )
+            if layer.cross is not None and self.encoder is not None:
+                if self.backbone.qkv_width is not None:
+                    self.backbone.widths(layer.cross)
+                if layer.cross.span > len(self.encoder.layers):
+                    raise MoesaicError(
+                        f"layer {slot} reads more encoder layers than there are",
+                        found=f"span {layer.cross.span}",
+                        allowed=f"1 to {len(self.encoder.layers)}",
+                    )
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:
         """By name, in the order of computation; the states of the last one become logits."""
-        return {"decoder": self.decoder}
+        return {"decoder": self.decoder} if self.encoder is None else {"encoder": self.encoder, "decoder": self.decoder}
 
     @cached_property
     def layers(self) -> dict[Slot, Layer]:
@@ -89,6 +112,11 @@ class Architecture:
     def output(self) -> Stack:
         """The stack whose states become logits."""
         return next(reversed(self.stacks.values()))
+
+    @property
+    def memory_width(self) -> int:
+        """Width of the states that cross-attention reads; 0 without an encoder."""
+        return self.encoder.width if self.encoder else 0
 
     def width_at(self, slot: Slot) -> int:
         return self.stacks[slot.stack].width
@@ -114,7 +142,8 @@ class Architecture:
         backbone = {
             key.name: getattr(self.backbone, key.name)
             for key in fields(Backbone)
-            if key.name in _WRITTEN or getattr(self.backbone, key.name) != key.default
+            if (key.name in _WRITTEN and not (key.name == "head_size" and self.backbone.qkv_width))
+            or getattr(self.backbone, key.name) != key.default
         }
         stacks = {name: _plain_stack(stack) for name, stack in self.stacks.items()}
         return {"format": FORMAT, **stacks, "backbone": backbone}
@@ -153,7 +182,8 @@ def _plain_stack(stack: Stack) -> dict[str, Any]:
             feed_forward["router"] = plain
         if part.shared_size:
             feed_forward["shared_size"] = part.shared_size
-        layers.append({"attention": asdict(layer.attention), "feed_forward": feed_forward})
+        cross = {} if layer.cross is None else {"cross": asdict(layer.cross)}
+        layers.append({"attention": asdict(layer.attention), **cross, "feed_forward": feed_forward})
     return {"width": stack.width, "layers": layers} | ({} if stack.causal else {"causal": False})
 
 

@@ -12,7 +12,8 @@ CELLS = 40
 
 @dataclass(frozen=True)
 class LayerPicture:
-    """One line: ``tiles`` are the sizes of the routed experts, ``text`` the same as a row of characters."""
+    """One line: ``tiles`` are the sizes of the routed experts, ``text`` the same as a row of characters. ``attention``
+    has the heads, and after them those of cross-attention and how many encoder layers it reads."""
 
     slot: Slot
     attention: str
@@ -38,6 +39,8 @@ def picture(architecture: Architecture) -> list[LayerPicture]:
             tiles.insert(0, "▒" * max(1, round(part.shared_size / scale)))
         heads, kv_heads = layer.attention.heads, layer.attention.kv_heads
         attention = f"{heads}/{kv_heads} heads" if heads else "no heads"
+        if layer.cross is not None:
+            attention += f", {layer.cross.heads}/{layer.cross.kv_heads} to {layer.cross.span}"
         router = str(part.router) if part.router else "dense"
         lines.append(LayerPicture(slot, attention, part.expert_sizes, part.shared_size, router, " ".join(tiles)))
     return lines
@@ -58,9 +61,10 @@ def draw(architecture: Architecture) -> str:
         shapes = [f"{name} {shape}" for name, shape in zip(stacks, shapes, strict=True)]
     head = ", ".join([*shapes, architecture.backbone.activation, architecture.fingerprint])
     tile_width = max(len(line.text) for line in lines)
+    attention_width = max(10, *(len(line.attention) for line in lines))
     names = layer_names(architecture.layers)
     rows = [
-        f"  {names[line.slot]:>2}  {line.attention:>10}  {line.text:<{tile_width}}  {line.feed_forward}"
+        f"  {names[line.slot]:>2}  {line.attention:>{attention_width}}  {line.text:<{tile_width}}  {line.feed_forward}"
         for line in lines
     ]
     return "\n".join([head, *rows])

@@ -19,11 +19,11 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
     """Every distinct member that differs from ``architecture`` by one step of one choice.
 
     One step is: the next width or depth of a stack (a deeper stack repeats its last layer if the space allows it),
-    another pair of head counts, the next number of experts (an added expert may have any size), the next size of one
-    expert, another router or another shared size.
+    another pair of head counts, of cross-attention also another span, the next number of experts (an added expert may
+    have any size), the next size of one expert, another router or another shared size.
     """
     found = [move for kind in _STACK_MOVES for move in kind(space, architecture)]
-    for kind in _LAYER_MOVES:
+    for kind in (*_LAYER_MOVES, _cross_moves):
         for slot, layer in architecture.layers.items():
             found += [architecture.with_layers({slot: changed}) for changed in kind(space.layers[slot], layer)]
     return found
@@ -34,7 +34,7 @@ def mutate(space: SearchSpace, architecture: Architecture, rng: Random, steps: i
     offer one, so that rare kinds and layers with few choices are not neglected. A step back may be more or less
     probable than the step."""
     for _ in range(steps):
-        drawn = (step(space, architecture, rng) for step in _at_random(_STEPS, rng))
+        drawn = (step(space, architecture, rng) for step in _at_random(_steps_of(space), rng))
         architecture = next((a for a in drawn if a is not None), architecture)
     return architecture
 
@@ -89,7 +89,15 @@ def _depth_moves(space: SearchSpace, a: Architecture) -> list[Architecture]:
 
 
 def _attention_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
-    return [Layer(attention, layer.feed_forward) for attention in space.attentions if attention != layer.attention]
+    return [replace(layer, attention=attention) for attention in space.attentions if attention != layer.attention]
+
+
+def _cross_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
+    """Another span, or another pair of head counts."""
+    mine = layer.cross
+    others = [cross for cross in space.crosses if cross and mine and cross != mine]
+    near = [cross for cross in others if cross.span == mine.span or replace(cross, span=mine.span) == mine]
+    return [replace(layer, cross=cross) for cross in near]
 
 
 def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
@@ -108,7 +116,7 @@ def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
         routers = (router,) if router in group.routers else group.routers
         for added in group.sizes if count > len(sizes) else (0,):
             grown = sizes + (added,) * (count - len(sizes))
-            moves += [Layer(layer.attention, FeedForward(grown, router, shared)) for router in routers]
+            moves += [replace(layer, feed_forward=FeedForward(grown, router, shared)) for router in routers]
     return moves
 
 
@@ -121,7 +129,7 @@ def _size_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
         i = part.expert_sizes.index(old)
         for size in _next_to(group.sizes, old):
             sizes = (*part.expert_sizes[:i], size, *part.expert_sizes[i + 1 :])
-            moves.append(Layer(layer.attention, FeedForward(sizes, part.router, part.shared_size)))
+            moves.append(replace(layer, feed_forward=FeedForward(sizes, part.router, part.shared_size)))
     return moves
 
 
@@ -130,7 +138,7 @@ def _router_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     group = space.group(part.experts)
     assert group is not None
     others = [router for router in group.routers if router != part.router]
-    return [Layer(layer.attention, FeedForward(part.expert_sizes, router, part.shared_size)) for router in others]
+    return [replace(layer, feed_forward=replace(part, router=router)) for router in others]
 
 
 def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
@@ -138,7 +146,7 @@ def _shared_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     group = space.group(part.experts)
     assert group is not None
     others = [size for size in group.shared_sizes if size != part.shared_size]
-    return [Layer(layer.attention, FeedForward(part.expert_sizes, part.router, size)) for size in others]
+    return [replace(layer, feed_forward=replace(part, shared_size=size)) for size in others]
 
 
 # Each kind gives distinct moves that change what no other kind changes.
@@ -164,3 +172,8 @@ _STEPS = [
     *(partial(_stack_step, kind) for kind in _STACK_MOVES),
     *(partial(_layer_step, kind) for kind in _LAYER_MOVES),
 ]
+
+
+def _steps_of(space: SearchSpace) -> Sequence[Callable[[SearchSpace, Architecture, Random], Architecture | None]]:
+    """A kind without moves is drawn too: spaces without an encoder leave one out, and draw what they drew before."""
+    return _STEPS if space.encoder is None else [*_STEPS, partial(_layer_step, _cross_moves)]

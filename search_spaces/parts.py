@@ -165,30 +165,53 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """Attention of a decoder's layer to the states of the last ``span`` encoder layers, which stand one after the other
+    (HAT, arXiv 2005.14187); heads as in ``Attention``."""
+
+    __pydantic_config__ = STRICT
+
+    heads: int
+    kv_heads: int
+    span: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(self.heads, 1, "heads")
+        at_least(self.span, 1, "span")
+        Attention(self.heads, self.kv_heads)
+
+
+@dataclass(frozen=True)
 class Layer:
-    """Attention, then a feed-forward part. One that is not there costs nothing: its norm and biases are gone too."""
+    """Attention, in a decoder with an encoder ``cross``-attention, then a feed-forward part. One that is not there
+    costs nothing: its norm and biases are gone too."""
 
     __pydantic_config__ = STRICT
 
     attention: Attention
     feed_forward: FeedForward
+    cross: CrossAttention | None = None
 
     @property
     def blocks(self) -> int:
-        """How many of the two are there."""
-        return (self.attention.heads > 0) + (self.feed_forward.experts > 0)
+        """How many of the three are there."""
+        return (self.attention.heads > 0) + (self.cross is not None) + (self.feed_forward.experts > 0)
 
 
 @dataclass(frozen=True)
 class Backbone:
     """What a family of models fixes rather than searches. The defaults are those of Llama.
 
-    ``head_size`` does not depend on the width. ``norm`` is RMSNorm, or LayerNorm with its bias; ``norm_place`` is
+    ``head_size`` does not depend on the width. With ``qkv_width``, the queries of all heads have so many values
+    together, and so have keys and values, whatever the number of heads (HAT); it takes the place of ``head_size``.
+    ``norm`` is RMSNorm, or LayerNorm with its bias; ``norm_place`` is
     ``pre`` (blocks and the vocabulary layer read normed states) or ``post`` (the sum after a block is normed).
     ``embedding_norm`` norms the embeddings (BERT).
 
     ``positions``: ``rotary`` rotates the first ``rotary_fraction`` of a head by angles of base ``rotary_base`` (arXiv
-    2104.09864), ``learned`` adds one of ``max_positions`` vectors to the embedding, ``none`` adds nothing.
+    2104.09864), ``learned`` adds one of ``max_positions`` vectors to the embedding, ``sinusoidal`` adds sines and
+    cosines of wavelengths up to 20,000 pi to the embedding times the root of the width (arXiv 1706.03762), ``none``
+    adds nothing.
 
     ``biases``: ``qkv`` has them on query, key and value (Qwen2); ``all`` also on the output of attention and on both
     layers of the feed-forward part (GPT-2, OPT, BERT).
@@ -211,7 +234,7 @@ class Backbone:
     norm_place: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-6
     embedding_norm: bool = False
-    positions: Literal["rotary", "learned", "none"] = "rotary"
+    positions: Literal["rotary", "learned", "sinusoidal", "none"] = "rotary"
     rotary_base: float = 10_000.0
     rotary_fraction: float = 1.0
     max_positions: int | None = None
@@ -220,12 +243,15 @@ class Backbone:
     tied: bool = True
     qk_norm: Literal["none", "head", "all"] = "none"
     shared_gate: bool = False
+    qkv_width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_base", float(self.rotary_base))  # 500 and 500.0 are written alike
         at_least(self.head_size, 1, "head_size")
         if not 0 < self.norm_eps < 1:
             raise MoesaicError("norm_eps must be small", found=self.norm_eps, allowed="0 < norm_eps < 1")
+        if self.qkv_width is not None:
+            self._check_qkv_width(self.qkv_width)
         if self.positions == "rotary":
             if not 0 < self.rotary_fraction <= 1 or not 1 < self.rotary_base < math.inf:
                 raise MoesaicError(
@@ -255,6 +281,36 @@ class Backbone:
             raise MoesaicError("a masked head has no gate", found=self.activation, allowed="head: linear or none")
         if self.head == "none" and not self.tied:
             raise MoesaicError("without a head there is no vocabulary layer", found="tied: false", allowed="tied: true")
+
+    def _check_qkv_width(self, width: int) -> None:
+        tile_multiple(width, "qkv_width")
+        if self.head_size != Backbone.head_size:
+            raise MoesaicError("a head has one size", found="qkv_width and head_size", allowed="one of the two")
+        if self.positions == "rotary" or self.qk_norm != "none":
+            raise MoesaicError(
+                "with qkv_width, layers have heads of different sizes",
+                found=f"positions: {self.positions}, qk_norm: {self.qk_norm}",
+                allowed="positions: learned, sinusoidal or none, and qk_norm: none",
+            )
+
+    def widths(self, attention: Attention | CrossAttention) -> tuple[int, int]:
+        """Values of a token's queries, and of its keys, over all heads.
+
+        Raises
+        ------
+        MoesaicError : ``qkv_width`` cannot be divided among the heads.
+        """
+        if self.qkv_width is None:
+            return attention.heads * self.head_size, attention.kv_heads * self.head_size
+        if not attention.heads:
+            return 0, 0
+        if attention.heads != attention.kv_heads or self.qkv_width % attention.heads:
+            raise MoesaicError(
+                f"qkv_width {self.qkv_width} cannot be divided among the heads",
+                found=f"heads {attention.heads}, kv_heads {attention.kv_heads}",
+                allowed="as many kv_heads as heads, a divisor of it",
+            )
+        return self.qkv_width, self.qkv_width
 
     @property
     def gated(self) -> bool:

@@ -7,16 +7,16 @@ which routers are distinct and how many multisets of sizes there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from math import comb, prod
 from random import Random
 from typing import TypeVar
 
 from moesaic.search_spaces.architecture import Architecture, Slot, Stack
-from moesaic.search_spaces.parts import Attention, Backbone, FeedForward, Layer, Router
+from moesaic.search_spaces.parts import Attention, Backbone, CrossAttention, FeedForward, Layer, Router
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ class FeedForwardGroup:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """Choices of one layer. ``groups`` are sorted by number of experts; sizes and heads are sorted too.
+    """Choices of one layer. ``groups`` are sorted by number of experts; sizes and heads are sorted too. ``crosses`` are
+    those of cross-attention; None: there is none.
 
     ``bank``: the layer of the trained model whose slices the choices are; else the envelope is made to hold them all.
     """
@@ -65,19 +66,24 @@ class LayerSpace:
     attentions: tuple[Attention, ...]
     groups: tuple[FeedForwardGroup, ...]
     bank: FeedForward | None = None
+    crosses: tuple[CrossAttention | None, ...] = (None,)
 
     @cached_property
     def count(self) -> int:
-        return len(self.attentions) * sum(group.count for group in self.groups)
+        return len(self.attentions) * len(self.crosses) * sum(group.count for group in self.groups)
 
     @cached_property
     def raw_count(self) -> int:
-        return len(self.attentions) * sum(group.raw_count for group in self.groups)
+        return len(self.attentions) * len(self.crosses) * sum(group.raw_count for group in self.groups)
 
     @cached_property
     def smallest(self) -> Layer:
         """The layer with the fewest active, then stored, neurons."""
         return _smallest_layer(self)
+
+    def sample_cross(self, rng: Random) -> CrossAttention | None:
+        """Nothing is drawn where there is no choice, so that spaces without an encoder draw what they drew before."""
+        return rng.choice(self.crosses) if len(self.crosses) > 1 else self.crosses[0]
 
     def group(self, experts: int) -> FeedForwardGroup | None:
         return next((group for group in self.groups if group.experts == experts), None)
@@ -87,7 +93,11 @@ class LayerSpace:
         if layer.attention not in self.attentions:
             allowed = [f"{a.heads}/{a.kv_heads}" for a in self.attentions]
             return "attention", f"{layer.attention.heads}/{layer.attention.kv_heads}", allowed
-        part = layer.feed_forward
+        if layer.cross not in self.crosses:
+            return "cross", layer.cross, list(self.crosses)
+        return self._why_no_part(layer.feed_forward)
+
+    def _why_no_part(self, part: FeedForward) -> tuple[str, object, object] | None:
         group = self.group(part.experts)
         if group is None:
             return "feed_forward.expert_sizes", f"{part.experts} experts", [g.experts for g in self.groups]
@@ -135,11 +145,9 @@ class StackSpace:
         return self.build(rng.choice(self.widths), layers)
 
     def sample_balanced(self, rng: Random) -> Stack:
-        """Uniform over each choice in turn: depth, heads, number of experts, multiset, router, width."""
+        """Uniform over each choice in turn: depth, attentions, number of experts, multiset, router, width."""
         depth = rng.choice(self.depths)
-        layers = tuple(
-            Layer(rng.choice(space.attentions), rng.choice(space.groups).sample(rng)) for space in self.layers[:depth]
-        )
+        layers = tuple(_sample_balanced(space, rng) for space in self.layers[:depth])
         return self.build(rng.choice(self.widths), layers)
 
     def why_not(self, stack: Stack) -> tuple[str, object, object] | None:
@@ -184,12 +192,13 @@ class SearchSpace:
     name: str
     backbone: Backbone
     decoder: StackSpace
+    encoder: StackSpace | None = None
     source: Architecture | None = field(default=None, kw_only=True)
 
     @cached_property
     def stacks(self) -> dict[str, StackSpace]:
         """The spaces of the stacks by name, in the order of ``Architecture.stacks``."""
-        return {"decoder": self.decoder}
+        return {"decoder": self.decoder} if self.encoder is None else {"encoder": self.encoder, "decoder": self.decoder}
 
     @cached_property
     def layers(self) -> dict[Slot, LayerSpace]:
@@ -276,7 +285,11 @@ def distinct_routers(routers: list[Router], experts: int) -> tuple[Router | None
 
 def _sample_uniform(space: LayerSpace, rng: Random) -> Layer:
     group = _weighted(rng, space.groups, [group.count for group in space.groups])
-    return Layer(rng.choice(space.attentions), group.sample(rng))
+    return Layer(rng.choice(space.attentions), group.sample(rng), space.sample_cross(rng))
+
+
+def _sample_balanced(space: LayerSpace, rng: Random) -> Layer:
+    return Layer(rng.choice(space.attentions), rng.choice(space.groups).sample(rng), space.sample_cross(rng))
 
 
 def _weighted(rng: Random, items: tuple[T, ...], weights: list[int]) -> T:
@@ -301,7 +314,7 @@ def _largest_layer(space: LayerSpace) -> Layer:
         for g in space.groups
     ]
     part = max(candidates, key=lambda f: (f.neurons, f.worst_active_neurons))
-    return Layer(max(space.attentions, key=lambda a: (a.heads, a.kv_heads)), part)
+    return Layer(max(space.attentions, key=_most_heads), part, max(space.crosses, key=_most_reads))
 
 
 def _smallest_layer(space: LayerSpace) -> Layer:
@@ -310,24 +323,45 @@ def _smallest_layer(space: LayerSpace) -> Layer:
         for g in space.groups
     ]
     part = min(candidates, key=lambda f: (f.worst_active_neurons, f.neurons))
-    return Layer(min(space.attentions, key=lambda a: (a.heads, a.kv_heads)), part)
+    return Layer(min(space.attentions, key=_most_heads), part, min(space.crosses, key=_most_reads))
+
+
+def _most_heads(attention: Attention) -> tuple[int, int]:
+    return attention.heads, attention.kv_heads
+
+
+def _most_reads(cross: CrossAttention | None) -> tuple[int, int, int]:
+    return (cross.span, cross.heads, cross.kv_heads) if cross else (0, 0, 0)
+
+
+def _envelope_heads(attentions: Sequence[Attention | CrossAttention]) -> tuple[int, int]:
+    """The most query heads and the most key/value heads may come from different pairs: round up to a multiple."""
+    kv_heads = max(attention.kv_heads for attention in attentions)
+    return -(-max(attention.heads for attention in attentions) // max(kv_heads, 1)) * kv_heads, kv_heads
+
+
+def _envelope_cross(crosses: tuple[CrossAttention | None, ...]) -> CrossAttention | None:
+    there = [cross for cross in crosses if cross]
+    return CrossAttention(*_envelope_heads(there), max(cross.span for cross in there)) if there else None
 
 
 def _envelope_layer(space: LayerSpace) -> Layer:
-    kv_heads = max(a.kv_heads for a in space.attentions)
-    # The most query heads and the most key/value heads may come from different pairs: round up to a multiple.
-    heads = -(-max(a.heads for a in space.attentions) // max(kv_heads, 1)) * kv_heads
+    attention = Attention(*_envelope_heads(space.attentions))
+    return Layer(attention, _envelope_part(space), _envelope_cross(space.crosses))
+
+
+def _envelope_part(space: LayerSpace) -> FeedForward:
     if space.bank is not None:
-        return Layer(Attention(heads, kv_heads), space.bank)
+        return space.bank
     dense = space.group(1)
     sparse = space.groups[-1]
     shared = max(group.shared_sizes[-1] for group in space.groups)
     if sparse.experts == 1:
-        return Layer(Attention(heads, kv_heads), FeedForward((sparse.sizes[-1],)))
+        return FeedForward((sparse.sizes[-1],))
     region = max(group.sizes[-1] for group in space.groups if group.experts > 1)
     extra = max(0, (dense.sizes[-1] if dense else 0) - sparse.experts * region)
     sizes = (region + extra, *(region,) * (sparse.experts - 1))
-    return Layer(Attention(heads, kv_heads), FeedForward(sizes, max(sparse.routers, key=_most_compute), shared))
+    return FeedForward(sizes, max(sparse.routers, key=_most_compute), shared)
 
 
 def _choices(spaces: list[tuple[str, StackSpace]]) -> Iterator[dict[str, Stack]]:
@@ -346,7 +380,7 @@ def _layer_tuples(spaces: tuple[LayerSpace, ...]) -> Iterator[tuple[Layer, ...]]
         yield ()
         return
     for rest in _layer_tuples(spaces[:-1]):
-        for attention in spaces[-1].attentions:
+        for attention, cross in product(spaces[-1].attentions, spaces[-1].crosses):
             for group in spaces[-1].groups:
                 for part in group:
-                    yield (*rest, Layer(attention, part))
+                    yield (*rest, Layer(attention, part, cross))

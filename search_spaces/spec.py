@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib import resources
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from moesaic.search_spaces.architecture import Slot
 from moesaic.search_spaces.errors import MoesaicError, nearest_name
-from moesaic.search_spaces.parts import TILE, Attention, Backbone, Router, RouterWeights
+from moesaic.search_spaces.parts import TILE, Attention, Backbone, CrossAttention, Router, RouterWeights
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace, SearchSpace, StackSpace, distinct_routers
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, validate
 
@@ -51,11 +52,37 @@ class RouterSpec(_Spec):
         return self
 
 
-class LayerSpec(_Spec):
-    """Choices of a layer. ``dense_sizes`` are the neurons of a one-expert layer, ``expert_sizes`` of each expert."""
+class HeadsSpec(_Spec):
+    """Numbers of heads. Without ``kv_heads``, each head has keys and values of its own."""
 
-    heads: list[Positive]
-    kv_heads: list[Positive]
+    heads: Annotated[list[Positive], Field(min_length=1)]
+    kv_heads: Annotated[list[Positive], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _some_pair(self) -> HeadsSpec:
+        if not self.pairs():
+            raise MoesaicError("no value of kv_heads divides one of heads", found=f"{self.heads}, {self.kv_heads}")
+        return self
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Pairs of numbers of query heads and of key/value heads."""
+        return sorted({(h, kv) for h in self.heads for kv in self.kv_heads or [h] if h % kv == 0})
+
+
+class CrossSpec(HeadsSpec):
+    """Choices of cross-attention: heads, and ``span``, how many of the last encoder layers it reads."""
+
+    span: Annotated[list[Positive], Field(min_length=1)] = [1]
+
+    def crosses(self) -> tuple[CrossAttention, ...]:
+        return tuple(CrossAttention(h, kv, span) for h, kv in self.pairs() for span in sorted(set(self.span)))
+
+
+class LayerSpec(HeadsSpec):
+    """Choices of a layer. ``dense_sizes`` are the neurons of a one-expert layer, ``expert_sizes`` of each expert;
+    ``cross`` is for a decoder beside an encoder."""
+
+    cross: CrossSpec | None = None
     experts: list[Positive]
     expert_sizes: list[Positive] = []
     dense_sizes: list[Positive] = []
@@ -69,23 +96,17 @@ class LayerSpec(_Spec):
                 if size % TILE:
                     nearest = max(TILE, round(size / TILE) * TILE)
                     raise MoesaicError(f"{name} must be multiples of {TILE}", found=size, nearest=nearest)
-        for name in ("heads", "kv_heads", "experts", "shared_sizes"):
+        for name in ("experts", "shared_sizes"):
             if not getattr(self, name):
                 raise MoesaicError(f"{name} needs at least one value")
         if 1 in self.experts and not self.dense_sizes:
             raise MoesaicError("experts: 1 is a dense layer: give dense_sizes")
         if max(self.experts) > 1 and not (self.expert_sizes and self.routers):
             raise MoesaicError("several experts need expert_sizes and routers")
-        if not self.attentions():
-            raise MoesaicError("no value of kv_heads divides one of heads", found=f"{self.heads}, {self.kv_heads}")
         for experts in self.experts:
             if experts > 1 and not distinct_routers(self._routers(), experts):
                 raise MoesaicError(f"no router fits {experts} experts", allowed=f"k <= {experts}")
         return self
-
-    def attentions(self) -> tuple[Attention, ...]:
-        pairs = sorted({(h, kv) for h in self.heads for kv in self.kv_heads if h % kv == 0})
-        return tuple(Attention(h, kv) for h, kv in pairs)
 
     def _routers(self) -> list[Router]:
         return [router for spec in self.routers for router in spec.routers()]
@@ -97,21 +118,20 @@ class LayerSpec(_Spec):
             shared = [0] if experts == 1 else self.shared_sizes
             routers = distinct_routers(self._routers(), experts)
             groups.append(FeedForwardGroup(experts, tuple(sorted(set(sizes))), tuple(sorted(set(shared))), routers))
-        return LayerSpace(self.attentions(), tuple(groups))
+        attentions = tuple(Attention(h, kv) for h, kv in self.pairs())
+        return LayerSpace(attentions, tuple(groups), crosses=self.cross.crosses() if self.cross else (None,))
 
 
-class SpaceSpec(_Spec):
-    """A whole space. ``layers`` overrides keys of ``layer`` at single positions, counted from 0."""
+class StackSpec(_Spec):
+    """Choices of a stack. ``layers`` overrides keys of ``layer`` at single positions, counted from 0."""
 
-    name: str = "custom"
-    backbone: Backbone = Backbone()
     width: list[Positive]
     depth: list[Positive]
     layer: LayerSpec
     layers: dict[int, dict[str, Any]] = {}
 
     @model_validator(mode="after")
-    def _values(self) -> SpaceSpec:
+    def _values(self) -> Self:
         for name in ("width", "depth"):
             if not getattr(self, name):
                 raise MoesaicError(f"{name} needs at least one value")
@@ -121,8 +141,8 @@ class SpaceSpec(_Spec):
                 raise MoesaicError(f"width must be multiples of {TILE}", found=width, nearest=nearest)
         return self
 
-    def build(self, source: YamlSource) -> SearchSpace:
-        """The space. ``source`` gives the place of an invalid per-layer override."""
+    def stack(self, source: YamlSource, causal: bool = True) -> StackSpace:
+        """``source`` gives the place of an invalid per-layer override."""
         for index in self.layers:
             if not 0 <= index < max(self.depth):
                 allowed = f"0 to {max(self.depth) - 1}"
@@ -133,7 +153,57 @@ class SpaceSpec(_Spec):
             merged = {**self.layer.model_dump(), **override}
             layers.append(validate(LayerSpec, source.at("layers", index, data=merged)).build())
         widths, depths = tuple(sorted(set(self.width))), tuple(sorted(set(self.depth)))
-        return SearchSpace(self.name, self.backbone, StackSpace(widths, depths, tuple(layers)))
+        return StackSpace(widths, depths, tuple(layers), causal)
+
+
+class SpaceSpec(StackSpec):
+    """A whole space: its decoder, and the ``encoder`` of models that translate."""
+
+    name: str = "custom"
+    backbone: Backbone = Backbone()
+    encoder: StackSpec | None = None
+
+    def build(self, source: YamlSource) -> SearchSpace:
+        """The space. ``source`` gives the place of what is wrong.
+
+        Raises
+        ------
+        MoesaicError : a layer's heads do not fit the backbone; its cross-attention, the encoder.
+        """
+        decoder = self.stack(source)
+        encoder = None
+        if self.encoder is not None:
+            encoder = self.encoder.stack(source.at("encoder", data=source.data["encoder"]), causal=False)
+        space = SearchSpace(self.name, self.backbone, decoder, encoder)
+        for slot, layer in space.layers.items():
+            where = source.where(("layer",) if slot.stack == "decoder" else (slot.stack, "layer"))
+            _check_layer(space, slot, layer, where)
+        return space
+
+
+def _check_layer(space: SearchSpace, slot: Slot, layer: LayerSpace, where: str) -> None:
+    reads = slot.stack == "decoder" and space.encoder is not None
+    crosses = [cross for cross in layer.crosses if cross]
+    if reads != bool(crosses):
+        raise MoesaicError(
+            f"layer {slot} {'reads no encoder' if reads else 'has no encoder to read'}",
+            where=where,
+            found=f"{'no' if reads else 'with'} cross",
+            allowed="cross: {heads: [...], span: [...]} in the layers of a decoder beside an encoder, and only there",
+        )
+    if space.encoder is not None and any(cross.span > space.encoder.depths[0] for cross in crosses):
+        raise MoesaicError(
+            "span exceeds the layers of the shallowest encoder",
+            where=where,
+            found=max(cross.span for cross in crosses),
+            allowed=f"1 to {space.encoder.depths[0]}",
+            nearest=space.encoder.depths[0],
+        )
+    for attention in (*layer.attentions, *crosses):
+        try:
+            space.backbone.widths(attention)
+        except MoesaicError as error:
+            raise MoesaicError(error.problem, where=where, found=error.found, allowed=error.allowed) from None
 
 
 def preset_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Grouped-query self-attention, computed with a slice of its weights.
+"""Grouped-query attention to a token's own sequence or to an encoder's states, computed with a slice of its weights.
 
 Shapes: B sequences, S query positions, P key positions, D width, H heads, K key/value heads, C head size.
 """
@@ -11,22 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.search_spaces import Attention, Backbone
+from moesaic.search_spaces import Attention, Backbone, CrossAttention
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.regions import Region
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864), biases of the backbone."""
+    """Grouped-query attention (arXiv 2305.13245), rotary positions (arXiv 2104.09864), biases of the backbone.
 
-    def __init__(self, width: int, attention: Attention, backbone: Backbone):
+    ``read_width`` is the width of what keys and values are made of: that of the layer, except in cross-attention.
+    """
+
+    def __init__(
+        self, width: int, attention: Attention | CrossAttention, backbone: Backbone, read_width: int | None = None
+    ):
         super().__init__()
         self.attention, self.backbone = attention, backbone
-        self.width, self.head_size = width, backbone.head_size
-        rows, kv_rows = attention.heads * self.head_size, attention.kv_heads * self.head_size
+        self.width, self.read_width = width, width if read_width is None else read_width
+        rows, kv_rows = backbone.widths(attention)
         self.q = nn.Parameter(torch.empty(rows, width))
-        self.k = nn.Parameter(torch.empty(kv_rows, width))
-        self.v = nn.Parameter(torch.empty(kv_rows, width))
+        self.k = nn.Parameter(torch.empty(kv_rows, self.read_width))
+        self.v = nn.Parameter(torch.empty(kv_rows, self.read_width))
         self.o = nn.Parameter(torch.empty(width, rows))
 
         def bias(size: int, there: bool) -> nn.Parameter | None:
@@ -35,52 +40,79 @@ class SelfAttention(nn.Module):
         reads, writes = backbone.biases != "none", backbone.biases == "all"
         self.q_bias, self.k_bias, self.v_bias = bias(rows, reads), bias(kv_rows, reads), bias(kv_rows, reads)
         self.o_bias = bias(width, writes)
-        normed = {"none": (0, 0), "head": (self.head_size,) * 2, "all": (rows, kv_rows)}[backbone.qk_norm]
+        normed = {"none": (0, 0), "head": (backbone.head_size,) * 2, "all": (rows, kv_rows)}[backbone.qk_norm]
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(size)) if size else None for size in normed)
 
     def initialise(self, write_std: float) -> None:
         """Weights that read the residual stream get standard deviation 1 / sqrt(D), those that write ``write_std``."""
         for weight in (self.q, self.k, self.v):
-            nn.init.normal_(weight, std=self.width**-0.5)
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.normal_(self.o, std=write_std)
         for bias in (self.q_bias, self.k_bias, self.v_bias, self.o_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def where(self, width: int, attention: Attention) -> dict[str, Region]:
+    def where(
+        self, width: int, attention: Attention | CrossAttention, read_width: int | None = None
+    ) -> dict[str, Region]:
         """The region of each parameter that ``attention`` at ``width`` uses: its first heads of each kind.
 
         Raises
         ------
-        ValueError : the width or a number of heads exceeds this module's.
+        ValueError : a width or a number of heads exceeds this module's.
         """
-        mine = self.attention
-        if width > self.width or attention.heads > mine.heads or attention.kv_heads > mine.kv_heads:
-            raise ValueError(f"{attention} of width {width} exceeds {mine} of width {self.width}")
-        return _regions(width, attention, self.backbone)
+        mine, reads = self.attention, width if read_width is None else read_width
+        exceeds = width > self.width or reads > self.read_width
+        if exceeds or attention.heads > mine.heads or attention.kv_heads > mine.kv_heads:
+            raise ValueError(
+                f"{attention} of width {width} that reads width {reads} exceeds {mine} of width {self.width} that "
+                f"reads {self.read_width}"
+            )
+        return _regions(width, reads, attention, self.backbone)
 
     def forward(self, x: Tensor, attention: Attention, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         at = self.where(x.shape[-1], attention)
-        bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
-        return F.linear(self._mixed(x, at, inputs), at["o"].of(self.o), bias)
+        return self._output(self._mixed(x, attention, at, inputs), at)
 
     def mixed(self, x: Tensor, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, H C]: what the output weights read, all heads one after the other."""
-        return self._mixed(x, self.where(self.width, self.attention), inputs)
+        assert isinstance(self.attention, Attention)
+        return self._mixed(x, self.attention, self.where(self.width, self.attention), inputs)
 
-    def _mixed(self, x: Tensor, at: dict[str, Region], inputs: Inputs) -> Tensor:
+    def _output(self, mixed: Tensor, at: dict[str, Region]) -> Tensor:
+        bias = None if self.o_bias is None else at["o_bias"].of(self.o_bias)
+        return F.linear(mixed, at["o"].of(self.o), bias)
+
+    def _queries(self, x: Tensor, heads: int, at: dict[str, Region]) -> Tensor:
+        """[B, S, D] to [B, H, S, C]."""
+        return self._heads(x, heads, at, "q", self.q, self.q_bias, self.q_norm)
+
+    def _keys_and_values(self, x: Tensor, heads: int, at: dict[str, Region]) -> tuple[Tensor, Tensor]:
+        """[B, S, D] to [B, K, S, C] each."""
+        keys = self._heads(x, heads, at, "k", self.k, self.k_bias, self.k_norm)
+        return keys, self._heads(x, heads, at, "v", self.v, self.v_bias)
+
+    def _heads(
+        self,
+        x: Tensor,
+        heads: int,
+        at: dict[str, Region],
+        name: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None = None,
+    ) -> Tensor:
+        own = None if bias is None else at[f"{name}_bias"].of(bias)
+        projected = F.linear(x, at[name].of(weight), own)
+        if norm is not None:
+            projected = self._normed(projected, at[f"{name}_norm"].of(norm))
+        return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _mixed(self, x: Tensor, attention: Attention, at: dict[str, Region], inputs: Inputs) -> Tensor:
         length, cache = x.shape[1], inputs.cache
-
-        def heads(name: str, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> Tensor:
-            own = None if bias is None else at[f"{name}_bias"].of(bias)
-            projected = F.linear(x, at[name].of(weight), own)
-            if norm is not None:
-                projected = self._normed(projected, at[f"{name}_norm"].of(norm))
-            return projected.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
-        q = heads("q", self.q, self.q_bias, self.q_norm)  # [B, H, S, C]
-        k, v = heads("k", self.k, self.k_bias, self.k_norm), heads("v", self.v, self.v_bias)  # [B, K, S, C]
+        q = self._queries(x, attention.heads, at)
+        k, v = self._keys_and_values(x, attention.kv_heads, at)
         if self.backbone.positions == "rotary":
             # One table for the whole cache, so that a decoding step looks its angles up.
             start, end = (0, length) if cache is None else (cache.length, cache.capacity)
@@ -97,11 +129,40 @@ class SelfAttention(nn.Module):
         return F.rms_norm(apart, weight.shape, weight, self.backbone.norm_eps).flatten(2).to(x.dtype)
 
 
+class EncoderAttention(SelfAttention):
+    """Attention of a decoder's tokens to the states of an encoder's last layers, which have no order in it."""
+
+    def cross(self, x: Tensor, attention: CrossAttention, inputs: Inputs) -> Tensor:
+        """[B, S, D] to [B, S, D]. Of B = n * M rows, each n consecutive ones read one of the M sequences of
+        ``inputs.memory``; in a cache, its keys and values are computed once."""
+        memory, cache = inputs.memory, inputs.cache
+        assert memory is not None
+        at = self.where(x.shape[-1], attention, memory.width)
+        if cache is not None and cache.crossed:
+            k, v = cache.crossed
+        else:
+            k, v = self._keys_and_values(memory.last(attention.span), attention.kv_heads, at)
+            if cache is not None:
+                cache.crossed[:] = k, v
+        together = x.reshape(len(k), -1, x.shape[-1])  # the rows that read one sequence
+        q = self._queries(together, attention.heads, at)
+        mixed = _attended(q, k, v, memory.seen(attention.span)).transpose(1, 2).flatten(2)
+        return self._output(mixed, at).view_as(x)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of queries [M, H, S, C] to keys and values [M, K, P, C], at the positions ``seen`` [M, 1, 1, P]."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
 @lru_cache(maxsize=4096)
-def _regions(width: int, attention: Attention, backbone: Backbone) -> dict[str, Region]:
+def _regions(width: int, reads: int, attention: Attention | CrossAttention, backbone: Backbone) -> dict[str, Region]:
     head_size, biases = backbone.head_size, backbone.biases
-    rows, kv_rows = attention.heads * head_size, attention.kv_heads * head_size
-    regions = {name: Region.first(n, width) for name, n in (("q", rows), ("k", kv_rows), ("v", kv_rows))}
+    rows, kv_rows = backbone.widths(attention)
+    regions = {"q": Region.first(rows, width), **dict.fromkeys(("k", "v"), Region.first(kv_rows, reads))}
     regions["o"] = Region.first(width, rows)
     if biases != "none":
         regions |= {"q_bias": Region.first(rows), **dict.fromkeys(("k_bias", "v_bias"), Region.first(kv_rows))}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.supernet.cache import LayerCache
+from moesaic.supernet.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Batch:
 
     ``mask`` [B, S] is True at tokens and False at padding, which is neither routed nor counted; None: no padding.
     ``scored`` [B, S] is True where the loss counts; None: at every token. ``teacher`` are the logits [B, S, V] of
-    another model, or its states [B, S, D], for a loss that imitates them.
+    another model, or its states [B, S, D], for a loss that imitates them. ``source`` [B, P] are the token ids that an
+    encoder reads, ``source_mask`` [B, P] those that are no padding.
     """
 
     tokens: Tensor
@@ -25,6 +27,8 @@ class Batch:
     mask: Tensor | None = None
     scored: Tensor | None = None
     teacher: Tensor | None = None
+    source: Tensor | None = None
+    source_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -34,9 +38,10 @@ class Batch:
         return self._each(lambda tensor: tensor[rows])
 
     def split(self, length: int) -> list[Batch]:
-        """The same sequences in pieces of at most ``length`` positions."""
+        """The same sequences in pieces of at most ``length`` positions, without their sources."""
         starts = range(0, self.tokens.shape[1], length)
-        return [self._each(lambda tensor, start=start: tensor[:, start : start + length]) for start in starts]
+        alone = replace(self, source=None, source_mask=None)
+        return [alone._each(lambda tensor, start=start: tensor[:, start : start + length]) for start in starts]
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device))
@@ -47,9 +52,18 @@ class Batch:
 
     def counts(self) -> Tensor:
         """[B] tokens of each sequence, without padding."""
-        if self.mask is None:
-            return torch.full((len(self.tokens),), self.tokens.shape[1], device=self.tokens.device)
-        return self.mask.sum(1)
+        return _counts(self.tokens, self.mask)
+
+    def source_counts(self) -> Tensor:
+        """[B] tokens of each source, without padding; 0 where there is none."""
+        return self.counts() * 0 if self.source is None else _counts(self.source, self.source_mask)
+
+    def trimmed(self) -> Batch:
+        """The same sequences without the positions at the end that are padding in all of them."""
+        tokens, source = _ends(self.mask, self.tokens), _ends(self.source_mask, self.source)
+        ends = {name: source if name.startswith("source") else tokens for name in vars(self)}
+        changed = {name: value[:, : ends[name]] for name, value in vars(self).items() if value is not None}
+        return replace(self, **changed)
 
     def scored_counts(self) -> Tensor:
         """[B] positions of each sequence at which the loss counts."""
@@ -76,8 +90,23 @@ class Inputs:
 
     ``causal``: a token does not see later ones. ``mask`` [B, P] is True at tokens, over all P visible positions, of
     which the last S are those of the hidden states; None: no padding. ``cache``: keys and values of earlier positions.
+    ``memory``: what cross-attention reads.
     """
 
     causal: bool = True
     mask: Tensor | None = None
     cache: LayerCache | None = None
+    memory: Memory | None = None
+
+
+def _counts(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    return mask.sum(1)
+
+
+def _ends(mask: Tensor | None, tokens: Tensor | None) -> int | None:
+    """The first position behind all tokens."""
+    if mask is None or tokens is None:
+        return None
+    return int(mask.any(0).nonzero()[-1]) + 1 if bool(mask.any()) else 1

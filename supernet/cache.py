@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture, MoesaicError, Slot
+from moesaic.supernet.memory import Memory
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """``keys`` (rotated) and ``values`` [B, K, capacity, C] of one layer; the first ``length`` positions are filled."""
+    """``keys`` (rotated) and ``values`` [B, K, capacity, C] of one layer; the first ``length`` positions are filled.
+    ``crossed`` are the keys and values of cross-attention, [M, K, P, C] each, once they are known."""
 
     keys: Tensor
     values: Tensor
     length: int
+    crossed: list[Tensor]
 
     @property
     def capacity(self) -> int:
@@ -37,6 +40,7 @@ class KeyValueCache:
     """Room for ``capacity`` positions of ``batch_size`` sequences in every layer of ``architecture``.
 
     ``length`` positions are filled; ``Transformer.run`` appends to them. Reducing ``length`` drops the last ones.
+    Beside an encoder it also keeps, from the first pass on, the ``memory`` and what cross-attention makes of it.
     ``buffer`` [n] is memory for the keys and values, of at least ``size`` values; caches that share it overwrite one
     another's. Without it, each has its own.
     """
@@ -51,24 +55,25 @@ class KeyValueCache:
         buffer: Tensor | None = None,
     ):
         self.length, self.batch_size, self.capacity = 0, batch_size, capacity
-        self.kv_heads = _kv_heads(architecture)
+        self.kv_widths = _kv_widths(architecture)
+        self.memory: Memory | None = None
         self._mask = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
         self._padded = False
         self._layers: dict[Slot, tuple[Tensor, Tensor]] = {}
         if buffer is None:
             buffer = torch.zeros(self.size(architecture, batch_size, capacity), device=device, dtype=dtype)
         used = 0
-        for slot, heads in self.kv_heads.items():
-            shape = (2, batch_size, heads, capacity, architecture.backbone.head_size)
+        for slot, (heads, width) in self.kv_widths.items():
+            shape = (2, batch_size, heads, capacity, width // max(heads, 1))
             both = buffer[used : used + math.prod(shape)].view(shape)
             used += both.numel()
             self._layers[slot] = both[0], both[1]
+        self._crossed: dict[Slot, list[Tensor]] = {slot: [] for slot in self._layers}
 
     @staticmethod
     def size(architecture: Architecture, batch_size: int, capacity: int) -> int:
         """Values of the keys and values."""
-        heads = sum(_kv_heads(architecture).values())
-        return 2 * heads * batch_size * capacity * architecture.backbone.head_size
+        return 2 * sum(width for _, width in _kv_widths(architecture).values()) * batch_size * capacity
 
     def check(self, tokens: Tensor, architecture: Architecture) -> None:
         """Raises MoesaicError unless ``tokens`` [B, S] of a model of ``architecture`` can be appended."""
@@ -79,14 +84,28 @@ class KeyValueCache:
                 allowed="a pass over whole sequences, or a causal model",
             )
         batch, length = tokens.shape
-        heads, positions = _kv_heads(architecture), self.length + length
-        if (batch, heads) != (self.batch_size, self.kv_heads) or positions > self.capacity:
+        widths, positions = _kv_widths(architecture), self.length + length
+        if (batch, widths) != (self.batch_size, self.kv_widths) or positions > self.capacity:
+            heads, allowed = ([count for count, _ in some.values()] for some in (widths, self.kv_widths))
             raise MoesaicError(
                 "does not fit the key/value cache",
-                found=f"{batch} sequences, key/value heads {list(heads.values())}, {positions} positions",
-                allowed=f"{self.batch_size} sequences, key/value heads {list(self.kv_heads.values())}, "
-                f"at most {self.capacity} positions",
+                found=f"{batch} sequences, key/value heads {heads}, {positions} positions",
+                allowed=f"{self.batch_size} sequences, key/value heads {allowed}, at most {self.capacity} positions",
             )
+
+    def keep(self, rows: Tensor, sequences: Tensor | None = None) -> None:
+        """Continue with the sequences ``rows`` [b] of the batch, in that order, some perhaps more than once. With
+        ``sequences`` [m], only these of the memory are read on."""
+        for keys, values in self._layers.values():
+            for part in (keys, values):
+                part[: len(rows), :, : self.length] = part[rows, :, : self.length]
+        self._layers = {slot: (k[: len(rows)], v[: len(rows)]) for slot, (k, v) in self._layers.items()}
+        self._mask[: len(rows)] = self._mask[rows]
+        self._mask, self.batch_size = self._mask[: len(rows)], len(rows)
+        if sequences is not None and self.memory is not None:
+            self.memory = self.memory.rows(sequences)
+            for crossed in self._crossed.values():
+                crossed[:] = [part[sequences] for part in crossed]
 
     def seen(self, mask: Tensor | None, length: int) -> Tensor | None:
         """[B, P] which of the cached and the ``length`` new positions hold tokens; ``mask`` [B, S] is of the new ones.
@@ -99,17 +118,22 @@ class KeyValueCache:
         return self._mask[:, :end]
 
     def layer(self, stack: str, index: int) -> LayerCache:
-        keys, values = self._layers[Slot(stack, index)]
-        return LayerCache(keys, values, self.length)
+        slot = Slot(stack, index)
+        return LayerCache(*self._layers[slot], self.length, self._crossed[slot])
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [part for layer in self._layers.values() for part in layer]
+        return [part for layers in (self._layers, self._crossed) for layer in layers.values() for part in layer]
 
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def _kv_heads(architecture: Architecture) -> dict[Slot, int]:
-    return {slot: layer.attention.kv_heads for slot, layer in architecture.layers.items()}
+def _kv_widths(architecture: Architecture) -> dict[Slot, tuple[int, int]]:
+    """Key/value heads of each layer that decodes, and how many values a token's keys have."""
+    return {
+        slot: (layer.attention.kv_heads, architecture.backbone.widths(layer.attention)[1])
+        for slot, layer in architecture.layers.items()
+        if architecture.stacks[slot.stack].causal
+    }

@@ -59,8 +59,10 @@ def evaluate(
     losses, counts = [], batch.scored_counts().double().cpu()
     pairs: list[Tensor | None] = [None] * len(architecture.layers)
     for first in range(0, len(batch), rows):
-        part = batch[first : first + rows].to(model.device)
-        states, routings = model.states(part.tokens, architecture, mask=part.mask)
+        part = batch[first : first + rows].trimmed().to(model.device)
+        states, routings = model.states(
+            part.tokens, architecture, mask=part.mask, source=part.source, source_mask=part.source_mask
+        )
         length = max(1, _LOGITS // (len(part) * model.vocab_size))
         pieces = zip(states.split(length, dim=1), part.split(length), strict=True)
         nats = torch.cat([LOSSES[loss](Output(model.logits(x), routings), piece) for x, piece in pieces], dim=1)
@@ -71,9 +73,13 @@ def evaluate(
                 seen = pairs[index]
                 pairs[index] = load if seen is None else seen + load
         on_rows()
-    per_sequence, tokens = torch.cat(losses), int(batch.counts().sum())
+    per_sequence = torch.cat(losses)
     mean, error = _mean_and_error(per_sequence, counts)
-    loads = tuple(None if load is None else LayerLoad(tuple((load / tokens).tolist())) for load in pairs)
+    read = {"encoder": int(batch.source_counts().sum()), "decoder": int(batch.counts().sum())}
+    loads = tuple(
+        None if load is None else LayerLoad(tuple((load / read[slot.stack]).tolist()))
+        for slot, load in zip(architecture.layers, pairs, strict=True)
+    )
     return Evaluation(mean, error, int(counts.sum()), loads, tuple(per_sequence.tolist()))
 
 
@@ -109,6 +115,7 @@ class Judge:
         facts = {
             "architecture": model.architecture.to_dict(),
             "vocab_size": model.vocab_size,
+            "source_vocab_size": model.source_vocab_size,
             "sharing": model.sharing,
             "bfloat16": self.bfloat16,
             "loss": self.loss,
@@ -122,7 +129,7 @@ class Judge:
         """The judge that ``plain`` describes, with views of ``arrays`` on a CPU and copies of them on a GPU."""
         with torch.device("meta"):
             architecture = Architecture.from_dict(facts["architecture"])
-            model = Transformer(architecture, facts["vocab_size"], facts["sharing"])
+            model = Transformer(architecture, facts["vocab_size"], facts["sharing"], facts["source_vocab_size"])
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         weights, batch = (
             {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}

@@ -51,7 +51,7 @@ class SliceSampler:
             part = group.sample(rng)
             router = self._deal(group.routers, f"router {slot} {group.experts}", turn // len(choices.groups))
             part = type(part)(part.expert_sizes, router, part.shared_size)
-            layers.append(Layer(rng.choice(choices.attentions), part))
+            layers.append(Layer(rng.choice(choices.attentions), part, choices.sample_cross(rng)))
         return space.build(self._deal(space.widths, f"width {name}", draw), tuple(layers))
 
     def _turn(self, slot: Slot, depths: Sequence[int], draw: int) -> int:

@@ -21,12 +21,12 @@ def torch_seed(seed: int) -> int:
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7])
 
 
-def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested") -> Weights:
+def scratch(vocab_size: int, seed: int, sharing: Sharing = "nested", source_vocab_size: int | None = None) -> Weights:
     """Random weights, determined by ``seed``."""
 
     def build(architecture: Architecture) -> Transformer:
         torch.manual_seed(torch_seed(seed))
-        return Transformer(architecture, vocab_size, sharing)
+        return Transformer(architecture, vocab_size, sharing, source_vocab_size)
 
     return build
 

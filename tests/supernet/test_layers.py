@@ -75,7 +75,7 @@ def test_scores_depend_only_on_the_distance_of_two_positions() -> None:
 def naive_attention(module: SelfAttention, x: Tensor, attention: Attention) -> Tensor:
     """Head by head and position by position, with the heads of a group told one by one."""
     length, width = x.shape
-    size = module.head_size
+    size = module.backbone.head_size
     out = torch.zeros(length, width)
     for head in range(attention.heads):
         shared = head // (attention.heads // attention.kv_heads)

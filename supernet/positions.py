@@ -1,0 +1,21 @@
+"""Sinusoidal positions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
+    """[length, D] sin and cos of position / 10000^(2i / D) by turns (arXiv 1706.03762, 3.5)."""
+    return _table(1 << max(6, (length - 1).bit_length()), width, device)[:length]
+
+
+@lru_cache(maxsize=32)
+def _table(length: int, width: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the cached tensor must also serve a training step
+        rate = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+        angle = torch.arange(length, device=device)[:, None] * rate
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
