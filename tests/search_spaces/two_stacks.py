@@ -7,8 +7,8 @@ from moesaic.search_spaces.yaml_source import YamlSource
 
 
 def two_stack_space() -> SearchSpace:
-    """A layer is one of 2 pairs of heads and 4 parts, in the decoder with one of 2 spans: 2 x (8 + 64) encoders of at
-    most two layers... see ``spans``."""
+    """A layer has one of 2 pairs of heads (in the decoder, of cross-attention) and one of 4 parts: there are 2 x 8
+    encoders of one layer, and 2 x (8 + 64) decoders."""
     layer = {"heads": [1, 2], "kv_heads": [1], "experts": [1, 2], "dense_sizes": [32], "expert_sizes": [16, 32],
              "routers": [{"kind": "top_k", "k": [1]}]}  # fmt: skip
     narrow = layer | {"heads": [1]}
