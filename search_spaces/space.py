@@ -270,6 +270,18 @@ class SearchSpace:
         """
         return self.build({name: stack.envelope for name, stack in self.stacks.items()})
 
+    def only(self, stack: str, layers: tuple[Layer, ...], widths: Mapping[str, int]) -> Architecture:
+        """A network, no member, to price ``layers``, the first ones of ``stack``. Other stacks, and this one behind
+        them, have the smallest first layers, as many as cross-attention reads."""
+        spans = (cross.span for space in self.decoder.layers for cross in space.crosses if cross)
+        least = {"decoder": 1, "encoder": max(spans, default=1)}
+        stacks = {}
+        for name, space in self.stacks.items():
+            own = layers if name == stack else ()
+            fill = least[name] - (name == stack)
+            stacks[name] = space.build(widths[name], own + (space.layers[0].smallest,) * fill)
+        return self.build(stacks)
+
     def __iter__(self) -> Iterator[Architecture]:
         """Every member once. For small spaces only: check ``cardinality`` first."""
         yield from map(self.build, _choices(list(self.stacks.items())))
