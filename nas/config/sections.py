@@ -134,6 +134,10 @@ class DeviceConfig(_Section):
     threads: Count | None = None
 
 
+ROWS = 8
+"""Rows of a batch of sentences, which differ in length, are a multiple of what this and the batch size share."""
+
+
 class TrainingConfig(_Section):
     """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off.
 
@@ -395,6 +399,20 @@ class Config(_Section):
                 allowed="a URL without one; PostgreSQL reads PGPASSWORD and ~/.pgpass",
             )
         return url
+
+    @model_validator(mode="after")
+    def _translation_starts_from_nothing(self) -> Config:
+        if self.data.kind == "parallel" and self.model is not None:
+            raise MoesaicError(
+                "a run that starts from a trained model learns from text: none that translates can be read",
+                found="data: {kind: parallel}",
+                allowed="no model, or data: {kind: text}",
+            )
+        if self.data.kind == "parallel" and self.questions is not None:
+            raise MoesaicError(
+                "a model that translates answers no questions", found="data: {kind: parallel}", allowed="no questions"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_of_the_model(self) -> Config:

@@ -77,6 +77,11 @@ class Pairs:
     target: Sentences
     kept: np.ndarray
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[m] tokens of the longer side of each pair that is kept."""
+        return np.maximum(self.source.lengths, self.target.lengths)[self.kept]
+
 
 @dataclass(frozen=True)
 class _Facts:
