@@ -83,9 +83,11 @@ def _row_table(layout: ExpertLayout) -> Tensor | list[Tensor]:
 
 
 def _buffer(x: Tensor, rows: int) -> Tensor:
-    """Room for [rows, D] values, the same memory in every call of a thread."""
+    """Room for [rows, D] values, the same memory in every call of a thread; a tensor of ``inference_mode`` could not be
+    written outside of it."""
     kept: dict[str, Tensor] = _kept.__dict__
     key, values = str(x.dtype), rows * x.shape[1]
     if key not in kept or kept[key].numel() < values:
-        kept[key] = torch.empty(values, dtype=x.dtype)
+        with torch.inference_mode(False):
+            kept[key] = torch.empty(values, dtype=x.dtype)
     return kept[key][:values].view(rows, x.shape[1])

@@ -3,6 +3,7 @@
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.cache import KeyValueCache
 from moesaic.supernet.evaluate import Evaluation, Judge, LayerLoad, evaluate
+from moesaic.supernet.generate import beam_search
 from moesaic.supernet.model import Transformer
 from moesaic.supernet.sampling import SliceSampler
 from moesaic.supernet.sparsify.repair import repaired
@@ -21,6 +22,7 @@ __all__ = [
     "TrainSettings",
     "Transformer",
     "Weights",
+    "beam_search",
     "evaluate",
     "repaired",
     "scratch",

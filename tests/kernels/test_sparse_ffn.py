@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.kernels import ACTIVATIONS, IMPLEMENTATIONS, Bank, ExpertLayout, Routing, route, segments, sparse_ffn
+from moesaic.kernels.inference import release
 from tests.kernels.gpu_tools import DEVICE
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
@@ -376,6 +377,15 @@ def test_nothing_is_kept_without_gradients() -> None:
         with torch.inference_mode():
             sparse_ffn(case.x, case.bank, case.layout, case.routing, "swiglu", "torch")
     assert not kept
+
+
+def test_one_token_is_computed_inside_and_then_outside_of_inference_mode() -> None:
+    case = make_case([4, 3], torch.ones(1, 2, dtype=torch.bool), 1, 5, "swiglu", seed=12)
+    release()
+    with torch.inference_mode():
+        first = sparse_ffn(case.x, case.bank, case.layout, case.routing, "swiglu", "torch").clone()
+    with torch.no_grad():
+        assert torch.equal(sparse_ffn(case.x, case.bank, case.layout, case.routing, "swiglu", "torch"), first)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
