@@ -33,9 +33,13 @@ class Buckets:
         """The most tokens of a batch, padding included, unless ``grain`` sentences have more."""
         return self.size * float(self.lengths.mean())
 
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._cuts)
+
     def rows(self, seed: int, step: int) -> np.ndarray:
         """[B] numbers of the sentences of a step."""
-        epoch, place = divmod(step, len(self._cuts))
+        epoch, place = divmod(step, len(self))
         order, batches = _epoch(self, seed, epoch)
         start, count = self._cuts[batches[place]]
         return np.resize(order[start:], count)
@@ -58,4 +62,4 @@ def _epoch(buckets: Buckets, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
     """Sentences from the shortest to the longest, those of one length in random order; and the order of batches."""
     rng = np.random.default_rng([seed, epoch])
     order = np.lexsort((rng.random(len(buckets.lengths)), buckets.lengths))
-    return order, rng.permutation(len(buckets._cuts))
+    return order, rng.permutation(len(buckets))

@@ -84,9 +84,10 @@ class Translation:
         references = self.corpus.references(split)
         wanted = [[references[row] for row in rows]]
         scorers = {"bleu": BLEU(), "chrf": CHRF()}
-        scores = {name: scorer.corpus_score(texts, wanted).score for name, scorer in scorers.items()}
-        signatures = (f"{scorer.name} {scorer.get_signature()}" for scorer in scorers.values())
-        return scores, "; ".join([translator.decoding.signature, *signatures])
+        found = {name: scorer.corpus_score(texts, wanted) for name, scorer in scorers.items()}
+        signatures = (f"{found[name].name} {scorer.get_signature()}" for name, scorer in scorers.items())
+        signature = "; ".join([translator.decoding.signature, *signatures])
+        return {name: score.score for name, score in found.items()}, signature
 
     def translator(self, model: Transformer) -> Translator:
         target = read_tokenizer(self.tokenizer)
