@@ -228,11 +228,6 @@ class SearchSpace:
         """Layers of the deepest member."""
         return sum(stack.depths[-1] for stack in self.stacks.values())
 
-    def least_layers(self, stack: str) -> int:
-        """How many layers of ``stack`` any layer of a member may read: one, or of an encoder the longest span."""
-        spans = [cross.span for layer in self.layers.values() for cross in layer.crosses if cross]
-        return 1 if self.stacks[stack].causal else max(spans, default=1)
-
     @cached_property
     def cardinality(self) -> int:
         """Number of distinct architectures (up to the order of a layer's experts)."""
@@ -290,6 +285,18 @@ class SearchSpace:
         largest dense layer needs more than all of them.
         """
         return self.build({name: stack.envelope for name, stack in self.stacks.items()})
+
+    def only(self, stack: str, layers: tuple[Layer, ...], widths: Mapping[str, int]) -> Architecture:
+        """A network, no member, to price ``layers``, the first ones of ``stack``. Other stacks, and this one behind
+        them, have the smallest first layers, as many as cross-attention reads."""
+        spans = (cross.span for space in self.decoder.layers for cross in space.crosses if cross)
+        least = {"decoder": 1, "encoder": max(spans, default=1)}
+        stacks = {}
+        for name, space in self.stacks.items():
+            own = layers if name == stack else ()
+            fill = least[name] - (name == stack)
+            stacks[name] = space.build(widths[name], own + (space.layers[0].smallest,) * fill)
+        return self.build(stacks)
 
     def __iter__(self) -> Iterator[Architecture]:
         """Every member once. For small spaces only: check ``cardinality`` first."""

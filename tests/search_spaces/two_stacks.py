@@ -1,9 +1,25 @@
-"""A space of models that translate, small enough to enumerate."""
+"""Spaces of models that translate: one small enough to enumerate, one with all that HAT and AutoMoE search."""
 
 from __future__ import annotations
 
 from moesaic.search_spaces import SearchSpace, load_space
 from moesaic.search_spaces.yaml_source import YamlSource
+
+LAYER = {
+    "heads": [2, 4],
+    "experts": [1, 2, 4],
+    "expert_sizes": [16, 32],
+    "dense_sizes": [32, 64],
+    "routers": [{"kind": "top_k", "k": [1, 2]}, {"kind": "threshold", "threshold": [0.5], "max_k": [3]}],
+}
+HAT = {
+    "backbone": {"qkv_width": 64, "activation": "relu", "norm": "layer", "norm_place": "post",
+                 "positions": "sinusoidal", "biases": "all"},
+    "encoder": {"width": [32, 48], "depth": [3, 4], "layer": LAYER},
+    "width": [32, 48],
+    "depth": [1, 2, 3],
+    "layer": LAYER | {"cross": {"heads": [2, 4], "span": [1, 2, 3]}},
+}  # fmt: skip
 
 
 def two_stack_space() -> SearchSpace:
@@ -16,3 +32,7 @@ def two_stack_space() -> SearchSpace:
     decoder = {"width": [16, 32], "depth": [1, 2], "layer": narrow | {"cross": {"heads": [1, 2], "kv_heads": [1]}}}
     plain = {"name": "two", "backbone": {"head_size": 16}, "encoder": encoder, **decoder}
     return load_space(YamlSource("two", plain))
+
+
+def hat_like_space() -> SearchSpace:
+    return load_space(YamlSource("hat", HAT))

@@ -21,29 +21,12 @@ from moesaic.search_spaces import (
     MoesaicError,
     SearchSpace,
     Stack,
-    load_space,
 )
-from moesaic.search_spaces.yaml_source import YamlSource
 from moesaic.supernet import Batch, Judge, KeyValueCache, SliceSampler, Transformer, evaluate, scratch
-from tests.search_spaces.two_stacks import two_stack_space
+from tests.search_spaces.two_stacks import hat_like_space, two_stack_space
 
 V, SOURCE_V = 40, 30
-LAYER = {
-    "heads": [2, 4],
-    "experts": [1, 2, 4],
-    "expert_sizes": [16, 32],
-    "dense_sizes": [32, 64],
-    "routers": [{"kind": "top_k", "k": [1, 2]}, {"kind": "threshold", "threshold": [0.5], "max_k": [3]}],
-}
-HAT = {
-    "backbone": {"qkv_width": 64, "activation": "relu", "norm": "layer", "norm_place": "post",
-                 "positions": "sinusoidal", "biases": "all"},
-    "encoder": {"width": [32, 48], "depth": [3, 4], "layer": LAYER},
-    "width": [32, 48],
-    "depth": [1, 2, 3],
-    "layer": LAYER | {"cross": {"heads": [2, 4], "span": [1, 2, 3]}},
-}  # fmt: skip
-SPACES: dict[str, SearchSpace] = {"hat": load_space(YamlSource("hat", HAT)), "two": two_stack_space()}
+SPACES: dict[str, SearchSpace] = {"hat": hat_like_space(), "two": two_stack_space()}
 seeds = st.integers(0, 2**32)
 
 
