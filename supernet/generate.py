@@ -48,6 +48,7 @@ def beam_search(
     end: int,
     beam: int = 4,
     length_penalty: float = 0.6,
+    min_length: int = 0,
     max_length: int | None = None,
     forbidden: Sequence[int] = (),
     architecture: Architecture | None = None,
@@ -63,6 +64,7 @@ def beam_search(
     source_mask : [M, P], False at padding.
     start, end : the ids before the first and after the last token of a translation; they may be the same.
     beam : hypotheses that are extended at a time; 1 is greedy.
+    min_length : tokens of a translation at least.
     max_length : tokens of a translation at most; None: 1.2 * those of its source + 10. Learned positions may allow
         fewer.
     forbidden : ids that no translation has, as those of padding; ``start`` is one, unless it is ``end``.
@@ -73,12 +75,12 @@ def beam_search(
     MoesaicError : the model has no encoder; a setting is out of range.
     """
     architecture = model.architecture if architecture is None else architecture
-    _check(architecture, end, beam, max_length, forbidden)
+    _check(architecture, end, beam, min_length, max_length, forbidden)
     searches = [_Search(limit) for limit in _limits(source, source_mask, max_length, architecture)]
     running, device = list(searches), source.device
     barred = torch.tensor(sorted({start, *forbidden} - {end}), dtype=torch.long, device=device)
     rows, capacity = len(source) * beam, 1 + max((search.limit for search in searches), default=0)
-    cache = KeyValueCache(architecture, rows, capacity, model.device, next(model.parameters()).dtype)
+    cache = KeyValueCache(architecture, rows, capacity, model.device, _product_type(model))
     tokens = torch.full((rows, 1), start, device=device)  # of every hypothesis, those of a source together
     totals = torch.full((len(source), beam), -math.inf, device=device)  # log p of each
     totals[:, 0] = 0  # all begin alike: only one is extended
@@ -88,6 +90,8 @@ def beam_search(
         output = model.run(tokens[:, -1:], architecture, cache, source=source, source_mask=source_mask)
         log_p = output.logits[:, -1].float().log_softmax(-1).index_fill(1, barred, -math.inf)
         log_p = log_p.view(len(running), beam, -1)
+        if length <= min_length:
+            log_p[..., end] = -math.inf
         _end_only(log_p, end, [search.limit < length for search in running])
         # At most one extension of a hypothesis is its end, so that half of the best run on.
         best, places = (totals[:, :, None] + log_p).flatten(1).topk(2 * beam)
@@ -112,6 +116,12 @@ def beam_search(
     return [search.best for search in searches]
 
 
+def _product_type(model: Transformer) -> torch.dtype:
+    """That of keys and values."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+
 def _end_only(log_p: Tensor, end: int, full: list[bool]) -> None:
     """Leave of ``log_p`` [m, n, V] nothing but that of ``end`` in the sources that are ``full``."""
     rows = torch.tensor(full, device=log_p.device)
@@ -132,6 +142,7 @@ def _check(
     architecture: Architecture,
     end: int,
     beam: int,
+    min_length: int,
     max_length: int | None,
     forbidden: Sequence[int],
 ) -> None:
@@ -140,5 +151,7 @@ def _check(
     for name, value in (("beam", beam), ("max_length", max_length)):
         if value is not None and value < 1:
             raise MoesaicError(f"{name} is too small", found=value, allowed=">= 1", nearest=1)
+    if max_length is not None and min_length > max_length:
+        raise MoesaicError("min_length exceeds max_length", found=min_length, allowed=f"0 to {max_length}")
     if end in forbidden:
         raise MoesaicError("a translation cannot end", found=f"the end token {end} is forbidden")

@@ -7,7 +7,7 @@ differences of networks with one layer, so that each formula exists once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from moesaic.nas.costs.memory import cache_memory, head_memory, weight_memory
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import LayerUse, size_weights
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace, Slot, Stack
+from moesaic.search_spaces import Architecture, FeedForward, Layer, Router, SearchSpace, Slot
 from moesaic.search_spaces.parts import TILE
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace
 
@@ -37,9 +37,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What the choices of a layer at one width add: ``attentions`` [attentions, terms], and the feed-forward parts."""
+    """What the choices of a layer add, at given widths: ``attentions`` [attentions, terms], ``crosses`` [crosses,
+    terms], and the feed-forward parts."""
 
     attentions: np.ndarray
+    crosses: np.ndarray
     choices: tuple[Choice, ...]
 
 
@@ -58,49 +60,59 @@ class AdditiveCosts:
         return self._priced(architecture, expected, self.pricer.worst_uses(architecture))
 
     def base(self, widths: Sequence[int]) -> np.ndarray:
-        """[terms] of a network of these widths without layers."""
-        stacks = {
-            name: stack.build(width, (stack.layers[0].smallest,))
-            for (name, stack), width in zip(self.space.stacks.items(), widths, strict=True)
-        }
-        whole = self.of(self.space.build(stacks))
-        return whole - sum(self._first(name, stack.width) for name, stack in stacks.items())
+        """[terms] of a network of these widths, one for each stack, without layers."""
+        named = self._named(widths)
+        first = self.space.decoder.layers[0].smallest
+        uses = self._uses(Slot("decoder", 0), first.feed_forward)
+        least = self.space.only("decoder", (first,), named)
+        counts = {name: len(stack.layers) for name, stack in least.stacks.items()}
+        whole = self._alone("decoder", named, first, *uses)
+        return whole - sum(count * self._first(name, named) for name, count in counts.items())
 
-    def layer(self, slot: Slot, width: int) -> LayerCosts:
-        """The choices at ``slot``. Layers with equal choices and loads share one value."""
-        space = self.space.layers[slot]
-        key = (slot.stack, space, width, self.pricer.occupancy.at(slot))
+    def layer(self, slot: Slot, widths: Sequence[int]) -> LayerCosts:
+        """The choices at ``slot`` in a network of these widths. Layers with equal choices and loads share one value."""
+        space, named = self.space.layers[slot], self._named(widths)
+        memory = named.get("encoder") if space.smallest.cross else None  # what another stack's width matters for
+        key = (slot.stack, space, named[slot.stack], memory, self.pricer.occupancy.at(slot))
         if key not in self._layers:
-            self._layers[key] = self._layer(slot, space, width)
+            self._layers[key] = self._layer(slot, space, named)
         return self._layers[key]
 
-    def _layer(self, slot: Slot, space: LayerSpace, width: int) -> LayerCosts:
-        part = space.smallest.feed_forward
-        uses = self._uses(slot, part)
-        smallest = self._alone(slot.stack, width, space.smallest, *uses)
+    def _named(self, widths: Sequence[int]) -> dict[str, int]:
+        return dict(zip(self.space.stacks, widths, strict=True))
+
+    def _layer(self, slot: Slot, space: LayerSpace, widths: Mapping[str, int]) -> LayerCosts:
+        least = space.smallest
+        uses = self._uses(slot, least.feed_forward)
+        smallest = self._alone(slot.stack, widths, least, *uses)
         first = self.space.stacks[slot.stack].layers[0].smallest
-        before = self._alone(slot.stack, width, first, *self._uses(Slot(slot.stack, 0), first.feed_forward))
-        offset = self._first(slot.stack, width) - before
-        attentions = [
-            self._alone(slot.stack, width, Layer(attention, part), *uses) - smallest for attention in space.attentions
-        ]
+        before = self._alone(slot.stack, widths, first, *self._uses(Slot(slot.stack, 0), first.feed_forward))
+        offset = self._first(slot.stack, widths) - before
+
+        def more(layer: Layer) -> np.ndarray:
+            return self._alone(slot.stack, widths, layer, *uses) - smallest
+
         choices = [
-            self._choice(slot, width, group, router, space.smallest.attention, offset)
+            self._choice(slot, widths, group, router, least, offset)
             for group in space.groups
             for router in group.routers
         ]
-        return LayerCosts(np.array(attentions), tuple(choices))
+        return LayerCosts(
+            np.array([more(replace(least, attention=attention)) for attention in space.attentions]),
+            np.array([more(replace(least, cross=cross)) for cross in space.crosses]),
+            tuple(choices),
+        )
 
     def _choice(
         self,
         slot: Slot,
-        width: int,
+        widths: Mapping[str, int],
         group: FeedForwardGroup,
         router: Router | None,
-        attention: Attention,
+        least: Layer,
         offset: np.ndarray,
     ) -> Choice:
-        """``offset`` brings a price of a network with one layer to what that layer adds."""
+        """``offset`` brings a price of a network with one layer to what that layer adds; ``least`` is the smallest."""
         size, experts = group.sizes[0], group.experts
         parts = [FeedForward((size,) * experts, router, shared) for shared in group.shared_sizes]
         expected, worst = self._uses(slot, parts[0])
@@ -109,7 +121,7 @@ class AdditiveCosts:
             uses = (
                 replace(use, **{name: getattr(use, name) + n for name, n in more.items()}) for use in (expected, worst)
             )
-            return self._alone(slot.stack, width, Layer(attention, part), next(uses), next(uses))
+            return self._alone(slot.stack, widths, replace(least, feed_forward=part), next(uses), next(uses))
 
         here = np.array([price(part) for part in parts])
         longer = FeedForward((size + TILE,) * experts, router, parts[0].shared_size)
@@ -127,28 +139,31 @@ class AdditiveCosts:
     def _loads(self, slot: Slot, group: FeedForwardGroup, router: Router | None) -> tuple[float, ...] | None:
         return self.pricer.occupancy.loads(slot, group.experts, router) if router else None
 
-    def _first(self, stack: str, width: int) -> np.ndarray:
+    def _first(self, stack: str, widths: Mapping[str, int]) -> np.ndarray:
         """[terms] that the smallest layer at the first position adds: what a second one like it adds."""
         layer = self.space.stacks[stack].layers[0].smallest
         uses = self._uses(Slot(stack, 0), layer.feed_forward)
-        one, two = (self._alone(stack, width, layer, *uses, copies=copies) for copies in (1, 2))
+        one, two = (self._alone(stack, widths, layer, *uses, copies=copies) for copies in (1, 2))
         return two - one
 
     def _alone(
-        self, stack: str, width: int, layer: Layer, expected: LayerUse, worst: LayerUse, copies: int = 1
+        self,
+        stack: str,
+        widths: Mapping[str, int],
+        layer: Layer,
+        expected: LayerUse,
+        worst: LayerUse,
+        copies: int = 1,
     ) -> np.ndarray:
-        """[terms] of a network whose ``stack`` has only this layer, and every other one its smallest first layer."""
-        stacks: dict[str, Stack] = {}
-        uses: tuple[list[LayerUse], list[LayerUse]] = ([], [])
-        for name, space in self.space.stacks.items():
-            mine = name == stack
-            smallest = space.layers[0].smallest
-            layers = (layer,) * copies if mine else (smallest,)
-            stacks[name] = space.build(width if mine else space.widths[0], layers)
-            pair = (expected, worst) if mine else self._uses(Slot(name, 0), smallest.feed_forward)
-            for case, use in zip(uses, pair, strict=True):
-                case.extend([use] * len(layers))
-        return self._priced(self.space.build(stacks), *uses)
+        """[terms] of a network whose ``stack`` begins with this layer, and has as little as possible beside it."""
+        network = self.space.only(stack, (layer,) * copies, widths)
+        pairs = [
+            (expected, worst)
+            if at.stack == stack and at.index < copies
+            else self._uses(Slot(at.stack, 0), one.feed_forward)
+            for at, one in network.layers.items()
+        ]
+        return self._priced(network, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def _uses(self, slot: Slot, part: FeedForward) -> tuple[LayerUse, LayerUse]:
         """Expected and worst use."""

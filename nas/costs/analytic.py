@@ -9,29 +9,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesaic.nas.context import Context
+from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.use import LayerUse
-from moesaic.search_spaces import Architecture, FeedForward, Slot
+from moesaic.search_spaces import Architecture, Attention, Backbone, CrossAttention, FeedForward, Slot
 
 
 def layer_flops(architecture: Architecture, slot: Slot, use: LayerUse, context: Context) -> dict[str, float]:
-    """FLOPs per token of one layer by part."""
-    layer, width, head_size = architecture.layers[slot], architecture.width_at(slot), architecture.backbone.head_size
-    heads, kv_heads, part = layer.attention.heads, layer.attention.kv_heads, layer.feed_forward
-    per_neuron = 2 * architecture.backbone.matrices * width
-    return {
-        "projections": 4 * width * (heads + kv_heads) * head_size,
-        "attention": 4 * context.extent(slot.stack).keys * heads * head_size,
+    """FLOPs per token of ``context`` of one layer by part."""
+    layer, width, backbone = architecture.layers[slot], architecture.width_at(slot), architecture.backbone
+    extent, part, memory = context.extent(slot.stack), layer.feed_forward, architecture.memory_width
+    per_neuron = 2 * backbone.matrices * width
+    q, kv = backbone.widths(layer.attention)
+    per_token = {
+        "projections": 4 * width * (q + kv),
+        "attention": 4 * extent.mean_keys * q,
         "router": _router_flops(width, part),
         "experts": per_neuron * use.neurons,
         "shared": per_neuron * part.shared_size,
     }
+    share = extent.all_tokens / context.tokens
+    flops = {name: share * value for name, value in per_token.items()}
+    if architecture.encoder is not None:
+        flops["cross"] = _cross_flops(width, memory, layer.cross, backbone, extent) / context.tokens
+    return flops
 
 
-def head_products(architecture: Architecture, context: Context) -> int:
-    """Multiply-accumulates per token of what turns final states into logits."""
+def _cross_flops(
+    width: int, memory_width: int, cross: CrossAttention | None, backbone: Backbone, extent: Extent
+) -> float:
+    """Of all tokens: queries and outputs, keys and values of each source once, and the two products."""
+    if cross is None:
+        return 0
+    q, kv = backbone.widths(cross)
+    read = cross.span * extent.read
+    return 4 * (extent.all_tokens * q * (width + read) + extent.sources * read * memory_width * kv)
+
+
+def head_products(architecture: Architecture, context: Context) -> float:
+    """Multiply-accumulates per token of ``context`` of what turns final states into logits."""
     head, width = architecture.backbone.head, architecture.output.width
-    return {"linear": width * context.vocab_size, "masked": width * (width + context.vocab_size), "none": 0}[head]
+    share = context.extent("decoder").all_tokens / context.tokens
+    return (
+        share * {"linear": width * context.vocab_size, "masked": width * (width + context.vocab_size), "none": 0}[head]
+    )
 
 
 def flops_breakdown(
@@ -45,15 +65,19 @@ def flops_breakdown(
 
 def flops(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
     """FLOPs per token: the sum of ``flops_breakdown``, written out because a search asks for it most."""
-    backbone = architecture.backbone
+    backbone, memory = architecture.backbone, architecture.memory_width
     total = 2 * head_products(architecture, context)
+    extents = {name: context.extent(name) for name in architecture.stacks}
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
-        width, keys = architecture.width_at(slot), context.extent(slot.stack).keys
-        attention, part = layer.attention, layer.feed_forward
-        total += 4 * backbone.head_size * (width * (attention.heads + attention.kv_heads) + keys * attention.heads)
-        total += 2 * backbone.matrices * width * (use.neurons + part.shared_size)
+        width, extent, part = architecture.width_at(slot), extents[slot.stack], layer.feed_forward
+        q, kv = backbone.widths(layer.attention)
+        own = 4 * (width * (q + kv) + extent.mean_keys * q)
+        own += 2 * backbone.matrices * width * (use.neurons + part.shared_size)
         if part.router:
-            total += _router_flops(width, part)
+            own += _router_flops(width, part)
+        total += own * extent.all_tokens / context.tokens
+        if layer.cross is not None:
+            total += _cross_flops(width, memory, layer.cross, backbone, extent) / context.tokens
     return total
 
 
@@ -85,18 +109,35 @@ def _parameters(architecture: Architecture, neurons: Sequence[float], context: C
     if backbone.head == "masked":
         width = architecture.output.width
         total += width * (width + 1 + backbone.norm_vectors) + context.vocab_size
+    total += _embeddings(architecture, context)
     for stack in architecture.stacks.values():
-        total += stack.width * (context.vocab_size + (backbone.max_positions or 0) + norms * backbone.norm_vectors)
+        total += stack.width * ((backbone.max_positions or 0) + norms * backbone.norm_vectors)
     for (slot, layer), count in zip(architecture.layers.items(), neurons, strict=True):
         width, attention, part = architecture.width_at(slot), layer.attention, layer.feed_forward
-        heads = attention.heads + attention.kv_heads
-        total += width * (layer.blocks * backbone.norm_vectors + 2 * heads * backbone.head_size)
+        q, kv = backbone.widths(attention)
+        total += width * (layer.blocks * backbone.norm_vectors + 2 * (q + kv))
+        if layer.cross is not None:
+            across, read = backbone.widths(layer.cross)
+            total += 2 * (width * across + architecture.memory_width * read) + reads * (across + 2 * read)
+            total += _qk_norms(backbone, layer.cross)
         total += backbone.matrices * width * count
         if part.router:
             total += (width + part.router.predicts_mass) * part.experts
             total += part.router.hidden(width) * (width + 1 + part.experts)
             total += width * (backbone.shared_gate and part.shared_size > 0)
-        total += {"none": 0, "head": 2 * (heads > 0), "all": heads}[backbone.qk_norm] * backbone.head_size
-        total += reads * (heads + attention.kv_heads) * backbone.head_size
+        total += _qk_norms(backbone, attention)
+        total += reads * (q + 2 * kv)
         total += all_biases * (layer.blocks * width + count)
     return total
+
+
+def _qk_norms(backbone: Backbone, attention: Attention | CrossAttention) -> int:
+    heads = attention.heads + attention.kv_heads
+    return {"none": 0, "head": 2 * (heads > 0), "all": heads}[backbone.qk_norm] * backbone.head_size
+
+
+def _embeddings(architecture: Architecture, context: Context) -> int:
+    """Stacks of one vocabulary share a table as wide as the widest of them."""
+    if context.source_vocab_size is None:
+        return max(stack.width for stack in architecture.stacks.values()) * context.vocab_size
+    return architecture.memory_width * context.source_vocab_size + architecture.output.width * context.vocab_size

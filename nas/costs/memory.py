@@ -13,7 +13,7 @@ from moesaic.kernels.workspace import gathered_values, gathers_rows, triton_byte
 from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.analytic import parameters
 from moesaic.nas.costs.use import LayerUse
-from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward
+from moesaic.search_spaces import Architecture, Attention, Backbone, CrossAttention, FeedForward
 
 
 def weight_memory(architecture: Architecture, context: Context) -> int:
@@ -22,44 +22,65 @@ def weight_memory(architecture: Architecture, context: Context) -> int:
 
 
 def cache_memory(architecture: Architecture, context: Context) -> int:
-    """Bytes of the key/value cache of a decoding step, the new position included; 0 in a prefill."""
+    """Bytes of the key/value cache of a decoding step, the new position included; 0 in a prefill. A translation also
+    keeps the keys and values of its sources."""
     if context.phase == "prefill":
         return 0
-    values = sum(
-        layer.attention.kv_heads * extent.sequences * extent.keys
-        for slot, layer in architecture.layers.items()
-        for extent in (context.extent(slot.stack),)
-    )
-    return 2 * architecture.backbone.head_size * values * context.bytes_per_value
+    backbone, values = architecture.backbone, 0
+    for slot, layer in architecture.layers.items():
+        if architecture.stacks[slot.stack].causal:
+            extent = context.extent(slot.stack)
+            values += backbone.widths(layer.attention)[1] * extent.sequences * extent.keys
+            if layer.cross is not None:
+                values += backbone.widths(layer.cross)[1] * extent.sources * extent.read * layer.cross.span
+    return 2 * values * context.bytes_per_value
+
+
+def _source_memory(architecture: Architecture, context: Context) -> int:
+    """Bytes of the encoder's states that the decoder reads, which are float32, and their longest concatenation."""
+    spans = [layer.cross.span for layer in architecture.decoder.layers if layer.cross]
+    if not spans:
+        return 0
+    encoder = context.extent("encoder")
+    joined = max(spans) if max(spans) > 1 else 0
+    return 4 * encoder.tokens * architecture.memory_width * (max(spans) + joined)
 
 
 def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
     """Bytes of the activations alive at the worst moment of an inference pass in ``context``, with the cache."""
     backbone, size = architecture.backbone, context.bytes_per_value
-    kept: float = 8 * context.tokens + cache_memory(architecture, context)  # token ids
+    extents = {name: context.extent(name) for name in architecture.stacks}
+    kept: float = 8 * sum(extent.all_tokens for extent in extents.values())  # token ids
+    kept += cache_memory(architecture, context) + _source_memory(architecture, context)
     peak: float = head_memory(architecture, context)
     buffer: float = 0
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
-        width, extent, part = architecture.width_at(slot), context.extent(slot.stack), layer.feed_forward
+        width, extent, part = architecture.width_at(slot), extents[slot.stack], layer.feed_forward
         attention = attention_memory(width, layer.attention, backbone, extent, size)
+        if layer.cross is not None:
+            attention = max(attention, _cross_memory(width, architecture.memory_width, layer.cross, backbone, context))
         routing = _routing_memory(part, use, extent)
         peak = max(peak, attention, routing + _feed_forward_memory(width, part, use, backbone, extent, size))
         kept += routing
         if _copies_rows(part, extent, size):
             buffer = max(buffer, use.neurons * width * size)
     if backbone.positions == "rotary":
-        kept += 4 * backbone.rotary_size * max(context.extent(name).keys for name in architecture.stacks)  # cos, sin
+        kept += 4 * backbone.rotary_size * max(extent.keys for extent in extents.values())  # cos, sin
+    if backbone.positions == "sinusoidal":
+        kept += sum(4 * extents[name].tokens * stack.width for name, stack in architecture.stacks.items())
     return peak + kept + buffer
 
 
 def head_memory(architecture: Architecture, context: Context) -> int:
     """Bytes of the states before the head, their copy, that of its weights, and the logits."""
-    tokens, size, vocabulary = context.tokens, context.bytes_per_value, context.vocab_size
+    tokens, size, vocabulary = context.extent("decoder").tokens, context.bytes_per_value, context.vocab_size
     head, width = architecture.backbone.head, architecture.output.width
     states = tokens * 4 * width
     if head == "none":
         return states
     logits = _copied(tokens + vocabulary, width, size) + tokens * vocabulary * size
+    if context.phase == "translate":  # log probabilities, those that may be chosen, and the sums of hypotheses
+        logits += 3 * tokens * vocabulary * 4
     if head == "linear":
         return states + logits
     # The states before the head's own layer stay while that is computed and normed, which autocast does in float32.
@@ -78,7 +99,7 @@ def attention_memory(width: int, attention: Attention, backbone: Backbone, exten
     if not attention.heads:
         return 0
     tokens, pre = extent.tokens, backbone.norm_place == "pre"
-    q, kv = (heads * backbone.head_size for heads in (attention.heads, attention.kv_heads))
+    q, kv = backbone.widths(attention)
     copies_q, copies_kv = (
         _copied(tokens + n, width, size) + _copied(n, 1, size) for n in (q, kv)
     )  # of x, weight, bias
@@ -105,6 +126,24 @@ def attention_memory(width: int, attention: Attention, backbone: Backbone, exten
     states = 2 if pre else 1  # of the residual stream and its norm
     # After the block, a norm holds the states before it, the sum and the result.
     return max(4 * tokens * width * states + max(moments), 4 * tokens * width * (2 if pre else 3))
+
+
+def _cross_memory(width: int, memory_width: int, cross: CrossAttention, backbone: Backbone, context: Context) -> int:
+    """The highest moment of a cross-attention block: the keys and values of the sources, the mix, or the output."""
+    extent, size = context.extent("decoder"), context.bytes_per_value
+    q, kv = backbone.widths(cross)
+    tokens, read = extent.tokens, extent.sources * extent.read * cross.span
+    kept = 0 if context.phase == "translate" else 2 * read * kv * size  # a translation's are in its cache
+    repeated = 2 * read * q * size if cross.heads > cross.kv_heads else 0
+    copies = _copied(read, memory_width, size) + 2 * _copied(kv, memory_width + 1, size)
+    moments = [
+        2 * read * kv * size + copies,
+        kept + repeated + tokens * q * size + _copied(tokens + q, width, size) + _copied(q, 1, size),
+        kept + repeated + 3 * tokens * q * size + 4 * tokens * cross.heads,
+        kept + tokens * (q + width) * size + _copied(width, q + 1, size),
+    ]
+    states = 3 if backbone.norm_place == "pre" else 2  # before attention, after it, and their norm
+    return 4 * tokens * width * states + max(*moments, 4 * tokens * width)
 
 
 def _copies_rows(part: FeedForward, extent: Extent, size: int) -> bool:

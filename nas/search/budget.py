@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Literal
 
 from moesaic.nas.config import LimitConfig
@@ -105,14 +106,14 @@ def _extreme(
     use = pricer.worst_use if bind == "worst" else pricer.expected_use
 
     def alone(slot: Slot, layer: Layer, copies: int = 1) -> float:
-        """The cost of a network with this layer, in ``copies``, and one in each other stack."""
-        stacks, uses = {}, []
-        for name, stack in start.stacks.items():
-            at, one = (slot, layer) if name == slot.stack else (Slot(name, 0), stack.layers[0])
-            times = copies if name == slot.stack else 1
-            stacks[name] = replace(stack, layers=(one,) * times)
-            uses += [use(at, one.feed_forward)] * times
-        return pricer.price(space.build(stacks), uses)[cost]
+        """The cost of a network with this layer, in ``copies``, and as little as there can be beside it."""
+        widths = {name: stack.width for name, stack in start.stacks.items()}
+        network = space.only(slot.stack, (layer,) * copies, widths)
+        uses = [
+            use(slot if at.stack == slot.stack and at.index < copies else Slot(at.stack, 0), one.feed_forward)
+            for at, one in network.layers.items()
+        ]
+        return pricer.price(network, uses)[cost]
 
     def added(slot: Slot, layer: Layer) -> float:
         return alone(slot, layer, copies=2) - alone(slot, layer)
@@ -134,11 +135,10 @@ def _extreme(
 
 def _extreme_layers(space: LayerSpace, end: int) -> Iterator[Layer]:
     """Layers with all sizes smallest (``end`` 0) or largest (-1), any heads, count and router; one is extreme."""
-    for attention in space.attentions:
-        for group in space.groups:
-            for router in group.routers:
-                part = FeedForward((group.sizes[end],) * group.experts, router, group.shared_sizes[end])
-                yield Layer(attention, part)
+    for group in space.groups:
+        for attention, cross, router in product(space.attentions, space.crosses, group.routers):
+            part = FeedForward((group.sizes[end],) * group.experts, router, group.shared_sizes[end])
+            yield Layer(attention, part, cross)
 
 
 def find_feasible(space: SearchSpace, budget: Budget) -> Architecture:

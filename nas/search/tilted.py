@@ -27,7 +27,7 @@ from random import Random
 import numpy as np
 from scipy.optimize import minimize
 
-from moesaic.nas.costs.additive import AdditiveCosts, LayerCosts
+from moesaic.nas.costs.additive import AdditiveCosts, Choice, LayerCosts
 from moesaic.search_spaces import Architecture, FeedForward, Layer, Slot, Stack
 
 Shape = tuple[tuple[int, int], ...]
@@ -53,15 +53,16 @@ def chains(slopes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Law:
-    """One layer under a tilt: log of p times exp(-tilt . cost), for its attentions, and for its feed-forward parts
-    summed over expert sizes."""
+    """One layer under a tilt: log of p times exp(-tilt . cost), for its attentions, for its cross-attentions, and for
+    its feed-forward parts summed over expert sizes."""
 
     attentions: np.ndarray
+    crosses: np.ndarray
     parts: np.ndarray
 
     @cached_property
     def log_sum(self) -> float:
-        return _log_sum(self.attentions) + _log_sum(self.parts)
+        return _log_sum(self.attentions) + _log_sum(self.crosses) + _log_sum(self.parts)
 
 
 class TiltedLaw:
@@ -70,8 +71,8 @@ class TiltedLaw:
     def __init__(self, costs: AdditiveCosts, limits: Sequence[float]):
         self.costs, self.limits, space = costs, np.array(limits), costs.space
         self._shapes: list[Shape] = list(product(*(product(one.widths, one.depths) for one in space.stacks.values())))
-        self._bases = {widths: costs.base(widths) for widths in {_widths(shape) for shape in self._shapes}}
-        places = [(slot, width) for slot in space.layers for width in space.stacks[slot.stack].widths]
+        self._bases = {widths: costs.base(widths) for widths in dict.fromkeys(map(_widths, self._shapes))}
+        places = [(slot, widths) for slot in space.layers for widths in self._bases]
         layers = [costs.layer(*place) for place in places]
         self._layers = list({id(layer): layer for layer in layers}.values())  # equal ones are one object
         numbers = {id(layer): number for number, layer in enumerate(self._layers)}
@@ -79,11 +80,11 @@ class TiltedLaw:
         self._families: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = defaultdict(list)
         for number, layer in enumerate(self._layers):
             for at, choice in enumerate(layer.choices):
-                self._families[choice.group.experts, choice.group.sizes].append((number, at))
+                self._families[choice.group.chosen, choice.group.sizes].append((number, at))
         self.tilt = self._best_tilt()
         laws = self._laws(self.tilt)
         self._shape_weights = _cumulative(self._log_shapes(self.tilt, laws))
-        self._weights = [(_cumulative(law.attentions), _cumulative(law.parts)) for law in laws]
+        self._weights = [tuple(map(_cumulative, (law.attentions, law.crosses, law.parts))) for law in laws]
         self._parts = [_parts(layer) for layer in self._layers]
         self._chain = lru_cache(maxsize=4096)(self._chain_of)
 
@@ -91,38 +92,42 @@ class TiltedLaw:
         """A member drawn from q, and the probability with which to keep it if it is inside the budget."""
         space = self.costs.space
         (shape,) = rng.choices(self._shapes, cum_weights=self._shape_weights)
-        total = self._bases[_widths(shape)].copy()
+        widths = _widths(shape)
+        total = self._bases[widths].copy()
         stacks: dict[str, Stack] = {}
         for (name, stack), (width, depth) in zip(space.stacks.items(), shape, strict=True):
             layers = []
             for index in range(depth):
-                layer, cost = self._layer(Slot(name, index), width, rng)
+                layer, cost = self._layer(Slot(name, index), widths, rng)
                 layers.append(layer)
                 total += cost
             stacks[name] = stack.build(width, tuple(layers))
         return space.build(stacks), math.exp(min(0.0, float(self.tilt @ (total - self.limits))))
 
-    def _layer(self, slot: Slot, width: int, rng: Random) -> tuple[Layer, np.ndarray]:
+    def _layer(self, slot: Slot, widths: tuple[int, ...], rng: Random) -> tuple[Layer, np.ndarray]:
         """A layer and its costs."""
-        number = self._number[slot, width]
-        costs, (attentions, parts) = self._layers[number], self._weights[number]
+        number, space = self._number[slot, widths], self.costs.space.layers[slot]
+        costs, (attentions, crosses, parts) = self._layers[number], self._weights[number]
         (attention,) = rng.choices(range(len(attentions)), cum_weights=attentions)
+        (cross,) = rng.choices(range(len(crosses)), cum_weights=crosses) if len(crosses) > 1 else (0,)
         ((at, shared),) = rng.choices(self._parts[number], cum_weights=parts)
         choice, sizes, last = costs.choices[at], [], -1
         for sums in self._chain(number, at):
             last = bisect_right(sums, rng.random() * sums[last], 0, last % len(sums))
             sizes.append(choice.group.sizes[last])
             if last == 0:  # the others are as small
-                sizes += [choice.group.sizes[0]] * (choice.group.experts - len(sizes))
+                sizes += [choice.group.sizes[0]] * (choice.group.chosen - len(sizes))
                 break
-        part = FeedForward(tuple(sizes), choice.router, choice.group.shared_sizes[shared])
-        cost = costs.attentions[attention] + choice.constants[shared] + np.array(sizes) @ choice.slopes
-        return Layer(self.costs.space.layers[slot].attentions[attention], part), cost
+        sizes = choice.group.expert_sizes(tuple(sizes))
+        part = FeedForward(sizes, choice.router, choice.group.shared_sizes[shared])
+        cost = costs.attentions[attention] + costs.crosses[cross] + choice.constants[shared]
+        cost += np.array(sizes) @ choice.slopes
+        return Layer(space.attentions[attention], part, space.crosses[cross]), cost
 
     def _chain_of(self, number: int, at: int) -> list[list[float]]:
         """[experts][sizes] the sums of ``chains`` for one choice, accumulated over sizes."""
         choice = self._layers[number].choices[at]
-        return chains((choice.slopes @ self.tilt)[:, None], choice.group.sizes)[:, 0].cumsum(-1).tolist()
+        return chains(_slopes(choice, self.tilt)[:, None], choice.group.sizes)[:, 0].cumsum(-1).tolist()
 
     def _best_tilt(self) -> np.ndarray:
         """[terms] the t that minimises log(M(t) exp(t . limits)), a convex function."""
@@ -142,11 +147,14 @@ class TiltedLaw:
         """[shapes] log of p times exp(-tilt . cost), summed over the members of each shape."""
         sums = {}
         for name, stack in self.costs.space.stacks.items():
-            for width in stack.widths:
-                slots = (Slot(name, index) for index in range(len(stack.layers)))
-                sums[name, width] = list(accumulate((laws[self._number[s, width]].log_sum for s in slots), initial=0.0))
+            for widths in self._bases:
+                own = (laws[self._number[Slot(name, index), widths]].log_sum for index in range(len(stack.layers)))
+                sums[name, widths] = list(accumulate(own, initial=0.0))
         logs = [
-            sum(sums[name, width][depth] for name, (width, depth) in zip(self.costs.space.stacks, shape, strict=True))
+            sum(
+                sums[name, _widths(shape)][depth]
+                for name, (_, depth) in zip(self.costs.space.stacks, shape, strict=True)
+            )
             - tilt @ self._bases[_widths(shape)]
             for shape in self._shapes
         ]
@@ -155,11 +163,11 @@ class TiltedLaw:
     def _laws(self, tilt: np.ndarray) -> list[_Law]:
         """One per distinct layer; chains of equal sizes and length are summed together."""
         logs = {}
-        for (experts, sizes), rows in self._families.items():
-            slopes = np.stack([self._layers[number].choices[at].slopes @ tilt for number, at in rows], 1)
-            sums = chains(slopes, sizes)[0].sum(-1) if experts else np.ones(len(rows))
+        for (chosen, sizes), rows in self._families.items():
+            slopes = np.stack([_slopes(self._layers[number].choices[at], tilt) for number, at in rows], 1)
+            sums = chains(slopes, sizes)[0].sum(-1) if chosen else np.ones(len(rows))
             totals = np.log(sums) - slopes.sum(0) * sizes[0]
-            multisets = math.log(math.comb(len(sizes) + experts - 1, experts))
+            multisets = math.log(math.comb(len(sizes) + chosen - 1, chosen))
             logs |= zip(rows, totals - multisets, strict=True)
         laws = []
         for number, costs in enumerate(self._layers):
@@ -168,13 +176,19 @@ class TiltedLaw:
             for at, choice in enumerate(costs.choices):
                 alike = groups * len(choice.group.routers) * len(choice.constants)
                 parts.append(logs[number, at] - math.log(alike) - choice.constants @ tilt)
-            attentions = -costs.attentions @ tilt - math.log(len(costs.attentions))
-            laws.append(_Law(attentions, np.concatenate(parts)))
+            attentions, crosses = (-rows @ tilt - math.log(len(rows)) for rows in (costs.attentions, costs.crosses))
+            laws.append(_Law(attentions, crosses, np.concatenate(parts)))
         return laws
 
 
 def _widths(shape: Shape) -> tuple[int, ...]:
     return tuple(width for width, _ in shape)
+
+
+def _slopes(choice: Choice, tilt: np.ndarray) -> np.ndarray:
+    """[chosen sizes] what the tilt takes off per neuron of each: one size that all experts have counts in all."""
+    slopes = choice.slopes @ tilt
+    return slopes.sum(keepdims=True) if choice.group.equal else slopes
 
 
 def _parts(costs: LayerCosts) -> list[tuple[int, int]]:

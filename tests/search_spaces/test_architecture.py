@@ -216,7 +216,53 @@ CHANGES: dict[str, Callable[[dict], None]] = {
     "tied": lambda d: d["backbone"].update(tied=False),
     "head": lambda d: d["backbone"].update(head="masked"),
     "no head": lambda d: d["backbone"].update(head="none"),
+    "qkv_width": lambda d: (
+        _alike(d),
+        d["backbone"].update(qkv_width=64, positions="none"),
+        d["backbone"].pop("head_size"),
+    ),
+    "encoder": lambda d: d.update(_translating(d)),
+    "cross heads": lambda d: d.update(_translating(d, heads=4)),
+    "cross span": lambda d: d.update(_translating(d, span=2)),
 }
+
+
+def _alike(plain: dict) -> None:
+    """As many key/value heads as heads."""
+    for layer in plain["decoder"]["layers"]:
+        layer["attention"]["kv_heads"] = layer["attention"]["heads"]
+
+
+def _translating(plain: dict, heads: int = 2, span: int = 1) -> dict:
+    """The stacks of a network that translates, made of a language model's."""
+    stack = plain["decoder"]
+    reading = [{**layer, "cross": {"heads": heads, "kv_heads": 2, "span": span}} for layer in stack["layers"]]
+    return {"encoder": {**stack, "causal": False}, "decoder": {**stack, "layers": reading}}
+
+
+def test_a_span_and_heads_of_cross_attention_are_choices_of_their_own() -> None:
+    found = {_changed(CHANGES[name]).fingerprint for name in ("encoder", "cross heads", "cross span")}
+    assert len(found) == 3
+
+
+REFUSED = {
+    "needs cross-attention": lambda d: d.update(encoder={**d["decoder"], "causal": False}),
+    "has nothing to read by cross-attention": lambda d: d.update(decoder=_translating(d)["decoder"]),
+    "reads more encoder layers than there are": lambda d: d.update(_translating(d, span=3)),
+    "qkv_width 48 cannot be divided among the heads": lambda d: (
+        CHANGES["qkv_width"](d), d["backbone"].update(qkv_width=48), d["decoder"]["layers"][1]["attention"].update(
+            heads=5, kv_heads=5)),
+    "cannot be divided among the heads": lambda d: d["backbone"].update(
+        {"qkv_width": 64, "positions": "none", "head_size": 32}),
+    "a head has one size": lambda d: d["backbone"].update(qkv_width=64, positions="none"),
+    "heads of different sizes": lambda d: (CHANGES["qkv_width"](d), d["backbone"].pop("positions")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_what_stacks_and_widths_cannot_be_is_refused(problem: str) -> None:
+    with pytest.raises(MoesaicError, match=problem):
+        _changed(REFUSED[problem])
 
 
 @pytest.mark.parametrize("change", CHANGES)

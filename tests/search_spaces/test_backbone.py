@@ -15,6 +15,7 @@ from moesaic.search_spaces import (
     Architecture,
     Attention,
     Backbone,
+    CrossAttention,
     FeedForward,
     Layer,
     MoesaicError,
@@ -33,7 +34,7 @@ SETTINGS = {
     "head_size": st.integers(-1, 40),
     "activation": st.sampled_from(sorted(GATED)),
     "norm_eps": st.sampled_from([1e-6, 1e-5, 0.0, 1.0, -1e-6, math.nan]),
-    "positions": st.sampled_from(["rotary", "learned", "none"]),
+    "positions": st.sampled_from(["rotary", "learned", "sinusoidal", "none"]),
     "rotary_base": st.sampled_from([10_000.0, 500, 1.5, 1.0, -500.0, math.inf, math.nan]),
     "rotary_fraction": st.sampled_from([1.0, 0.5, 0.25, 0.0, 1.5, -0.5, math.nan]),
     "max_positions": st.sampled_from([None, 1, 64, 0, -1]),
@@ -155,7 +156,15 @@ def test_the_fingerprint_test_changes_every_field() -> None:
         plain = before.to_dict()
         change(plain)
         compare(before, Architecture.from_dict(plain))
-    kinds = (Architecture, Stack, Layer, Attention, FeedForward, Router, Backbone)
+    kinds = (Architecture, Stack, Layer, Attention, CrossAttention, FeedForward, Router, Backbone)
+    plain = before.to_dict()
+    CHANGES["encoder"](plain)
+    reading = Architecture.from_dict(plain)
+    for name in ("cross heads", "cross span"):
+        plain = before.to_dict()
+        CHANGES[name](plain)
+        compare(reading, Architecture.from_dict(plain))
+    told.add((CrossAttention, "kv_heads"))  # as that of Attention
     assert {(kind, key.name) for kind in kinds for key in fields(kind)} - told == set()
 
 
@@ -167,6 +176,7 @@ def single_changes() -> dict[str, tuple[Backbone, Backbone]]:
         "positions": (Backbone(), Backbone(positions="none")),
         "biases": (Backbone(activation="relu"), Backbone(activation="relu", biases="all")),
         "head": (Backbone(activation="relu"), Backbone(activation="relu", head="masked")),
+        "qkv_width": (Backbone(positions="none", qkv_width=64), Backbone(positions="none", qkv_width=128)),
     }
     for name, value in {"head_size": 16, "activation": "relu", "norm": "layer", "norm_place": "post",
                         "norm_eps": 1e-5, "embedding_norm": True, "rotary_base": 9_999.0, "rotary_fraction": 0.5,
@@ -178,7 +188,8 @@ def single_changes() -> dict[str, tuple[Backbone, Backbone]]:
 @pytest.mark.parametrize("name", [key.name for key in fields(Backbone)])
 def test_each_field_of_the_backbone_alone_changes_the_fingerprint(name: str) -> None:
     pair = single_changes()[name]
-    one, other = (Architecture(pinned().decoder, backbone) for backbone in pair)
+    layer = Layer(Attention(2, 2), FeedForward((16,)))
+    one, other = (Architecture(Stack(32, (layer,)), backbone) for backbone in pair)
     assert [key.name for key in fields(Backbone) if getattr(pair[0], key.name) != getattr(pair[1], key.name)] == [name]
     assert one.fingerprint != other.fingerprint
     for architecture in (one, other):

@@ -16,6 +16,7 @@ from scipy.stats import chisquare
 from moesaic.search_spaces import (
     Architecture,
     Attention,
+    CrossAttention,
     FeedForward,
     Layer,
     SearchSpace,
@@ -26,15 +27,32 @@ from moesaic.search_spaces import (
     mutate,
     neighbours,
 )
-from tests.search_spaces.two_stacks import TwoStacks, two_stack_space
+from tests.search_spaces.two_stacks import two_stack_space
 
 TWO = two_stack_space()
 MEMBERS = list(TWO)
 ENCODER, FIRST, SECOND = Slot("encoder", 0), Slot("decoder", 0), Slot("decoder", 1)
 FOREIGN = Layer(Attention(4, 4), FeedForward((512,)))
+READING = replace(FOREIGN, cross=CrossAttention(4, 2))
 seeds = st.integers(0, 2**32)
-alone = {name: SearchSpace(name, TWO.backbone, stack) for name, stack in TWO.stacks.items()}
-"""Each stack as the only one of a space."""
+bare_decoder = replace(TWO.decoder, layers=tuple(replace(layer, crosses=(None,)) for layer in TWO.decoder.layers))
+alone = {
+    name: SearchSpace(name, TWO.backbone, stack)
+    for name, stack in (("encoder", TWO.encoder), ("decoder", bare_decoder))
+}
+"""Each stack as the only one of a space; the decoder without cross-attention."""
+
+
+def bare(stack: Stack) -> Stack:
+    return replace(stack, layers=tuple(replace(layer, cross=None) for layer in stack.layers))
+
+
+def reading(stack: Stack, like: Stack) -> Stack:
+    """``stack`` with the cross-attention of ``like``; further layers repeat the last one's."""
+    crosses = [layer.cross for layer in like.layers]
+    crosses += crosses[-1:] * len(stack.layers)
+    layers = tuple(replace(layer, cross=cross) for layer, cross in zip(stack.layers, crosses, strict=False))
+    return replace(stack, layers=layers)
 
 
 def member(seed: int) -> Architecture:
@@ -49,7 +67,7 @@ def test_members_are_all_pairs_of_stacks() -> None:
     assert len(MEMBERS) == len(set(MEMBERS)) == TWO.cardinality
     pairs = {(one.stacks["encoder"], one.stacks["decoder"]) for one in MEMBERS}
     assert pairs == set(product(TWO.encoder, TWO.decoder))
-    assert all(type(one) is TwoStacks and one in TWO for one in MEMBERS)
+    assert all(one in TWO for one in MEMBERS)
     assert len({one.fingerprint for one in MEMBERS}) == TWO.cardinality
     assert TWO.depth == 3
 
@@ -76,7 +94,11 @@ def test_balanced_sampling_draws_each_choice_of_each_stack_evenly() -> None:
 def test_extremes_are_those_of_each_stack() -> None:
     for name in ("largest", "smallest", "envelope"):
         found = getattr(TWO, name)
-        assert found.stacks == {stack: getattr(space.decoder, name) for stack, space in alone.items()}
+        assert {stack: bare(part) for stack, part in found.stacks.items()} == {
+            stack: getattr(space.decoder, name) for stack, space in alone.items()
+        }
+        heads = {"smallest": 1}.get(name, 2)
+        assert all(layer.cross == CrossAttention(heads, 1) for layer in found.decoder.layers)
     assert TWO.largest in TWO
     assert TWO.smallest in TWO
     assert list(TWO.layers) == list(TWO.largest.layers) == [ENCODER, FIRST, SECOND]
@@ -89,7 +111,10 @@ OUTSIDE = {
     "encoder.layers": replace(TWO.smallest, encoder=Stack(32, TWO.encoder.smallest.layers * 2, False)),
     "encoder.layers.0.attention": TWO.smallest.with_layers({ENCODER: FOREIGN}),
     "decoder.causal": replace(TWO.smallest, decoder=replace(TWO.decoder.smallest, causal=False)),
-    "decoder.layers.1.attention": TWO.largest.with_layers({SECOND: FOREIGN}),
+    "decoder.layers.1.attention": TWO.largest.with_layers({SECOND: READING}),
+    "decoder.layers.0.cross": TWO.largest.with_layers(
+        {FIRST: replace(TWO.largest.layers[FIRST], cross=CrossAttention(4, 2))}
+    ),
 }
 
 
@@ -102,7 +127,7 @@ def test_a_non_member_is_refused_with_the_stack_and_key_that_differ(key: str) ->
 
 
 def test_a_network_of_other_stacks_is_not_a_member() -> None:
-    lone = Architecture(TWO.decoder.smallest, TWO.backbone)
+    lone = Architecture(bare(TWO.decoder.smallest), TWO.backbone)
     assert lone in alone["decoder"]
     assert TWO.why_not(lone) == ("stacks", ["decoder"], ["encoder", "decoder"])
     assert alone["decoder"].why_not(TWO.smallest) == ("stacks", ["encoder", "decoder"], ["decoder"])
@@ -122,9 +147,9 @@ def test_layers_are_at_the_addresses_of_their_stacks() -> None:
 @given(seed=seeds, slots=st.sets(st.sampled_from([ENCODER, FIRST, SECOND])))
 def test_with_layers_changes_only_those_addresses(seed: int, slots: set[Slot]) -> None:
     before = member(seed)
-    changed = before.with_layers(dict.fromkeys(slots, FOREIGN))
-    assert type(changed) is TwoStacks
-    assert changed.layers == {slot: FOREIGN if slot in slots else layer for slot, layer in before.layers.items()}
+    foreign = {slot: FOREIGN if slot == ENCODER else READING for slot in slots}
+    changed = before.with_layers(foreign)
+    assert changed.layers == {slot: foreign.get(slot, layer) for slot, layer in before.layers.items()}
     for name, stack in changed.stacks.items():
         old = before.stacks[name]
         assert (stack.width, stack.causal, len(stack.layers)) == (old.width, old.causal, len(old.layers))
@@ -134,9 +159,10 @@ def test_with_layers_changes_only_those_addresses(seed: int, slots: set[Slot]) -
 def test_a_written_network_names_its_stacks() -> None:
     plain = json.loads(json.dumps(TWO.largest.to_dict()))
     assert list(plain) == ["format", "encoder", "decoder", "backbone"]
-    for name, stack in TWO.largest.stacks.items():
-        data = {"format": 2, "decoder": plain[name], "backbone": plain["backbone"]}
-        assert Architecture.from_dict(data).decoder == stack
+    assert Architecture.from_dict(plain) == TWO.largest
+    data = {"format": 2, "decoder": plain["encoder"], "backbone": plain["backbone"]}
+    assert Architecture.from_dict(data).decoder == TWO.largest.encoder
+    assert plain["decoder"]["layers"][0]["cross"] == {"heads": 2, "kv_heads": 1, "span": 1}
 
 
 def test_the_picture_names_the_stacks() -> None:
@@ -152,11 +178,15 @@ def test_the_picture_names_the_stacks() -> None:
 def test_neighbours_are_those_of_one_stack_beside_the_other(seed: int) -> None:
     """What the moves give for each stack as the only one of a space, and nothing else."""
     before = member(seed)
-    expected = {
-        TwoStacks(**{**before.stacks, name: found.decoder}, backbone=TWO.backbone)
-        for name, space in alone.items()
-        for found in neighbours(space, Architecture(before.stacks[name], TWO.backbone))
-    }
+    encoders, decoders = (
+        [found.decoder for found in neighbours(alone[name], Architecture(bare(before.stacks[name]), TWO.backbone))]
+        for name in ("encoder", "decoder")
+    )
+    expected = {replace(before, encoder=found) for found in encoders}
+    expected |= {replace(before, decoder=reading(found, before.decoder)) for found in decoders}
+    for slot, layer in before.layers.items():
+        others = {CrossAttention(1, 1), CrossAttention(2, 1)} - {layer.cross} if layer.cross else set()
+        expected |= {before.with_layers({slot: replace(layer, cross=cross)}) for cross in others}
     found = neighbours(TWO, before)
     assert len(found) == len(set(found))
     assert set(found) == expected

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moesaic.search_spaces import Attention, Backbone, FeedForward, Layer, MoesaicError
+from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Stack
 from moesaic.supernet import Transformer
 from moesaic.supernet.model import TransformerLayer
 from tests.supernet.network_tools import (
@@ -188,12 +188,15 @@ def test_every_choice_of_a_backbone_is_distinguished(name: str) -> None:
         "head_size": 64, "activation": "geglu", "norm": "layer", "norm_place": "post", "norm_eps": 1e-5,
         "embedding_norm": True, "positions": "none", "rotary_base": 20.0, "rotary_fraction": 0.5, "max_positions": 9,
         "biases": "qkv", "head": "none", "tied": False, "qk_norm": "head", "shared_gate": True,
+        "qkv_width": 32,
     }  # fmt: skip
-    one = Backbone(positions="learned", max_positions=8) if name == "max_positions" else Backbone()
+    bases = {"max_positions": {"positions": "learned", "max_positions": 8}, "qkv_width": {"positions": "none"}}
+    one = Backbone(**bases.get(name, {}))
+    alike = Architecture(Stack(32, (Layer(Attention(2, 2), FeedForward((64,))),)))
     with torch.device("meta"):
-        supernet = Transformer(on(one, SPACE.envelope), 23)
+        supernet = Transformer(on(one, alike), 23)
     with pytest.raises(MoesaicError, match="does not fit this model: backbone"):
-        supernet.where(on(replace(one, **{name: others[name]}), SPACE.envelope))
+        supernet.where(on(replace(one, **{name: others[name]}), alike))
 
 
 def test_a_sequence_longer_than_learned_positions_is_one_message() -> None:

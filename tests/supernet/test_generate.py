@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def plain_search(
     source: Tensor,
     beam: int,
     length_penalty: float,
+    fewest: int,
     limit: int,
     barred: set[int],
 ) -> list[int]:
@@ -72,7 +73,7 @@ def plain_search(
         extended = []
         for total, prefix in running:
             for token, value in enumerate(log_p(model, architecture, source, prefix)):
-                if token == END or (token not in barred and len(prefix) <= limit):
+                if len(prefix) > fewest if token == END else token not in barred and len(prefix) <= limit:
                     extended.append((total + value, [*prefix, token]))
         extended.sort(key=lambda one: one[0], reverse=True)
         finished += [
@@ -89,19 +90,23 @@ def plain_search(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     beam=st.integers(1, 5),
     length_penalty=st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0]),
+    min_length=st.sampled_from([0, 0, 1, 3]),
     max_length=st.sampled_from([None, 1, 3, 6]),
 )
-def test_it_finds_what_the_plain_search_finds(space, seed, lengths, beam, length_penalty, max_length):
+def test_it_finds_what_the_plain_search_finds(space, seed, lengths, beam, length_penalty, min_length, max_length):
+    assume(max_length is None or min_length <= max_length)
     architecture, vocabulary = space.sample_balanced(Random(seed)), 4 + seed % 5
     model = random_model(space.envelope, vocabulary, seed)
     source, mask = random_sources(vocabulary, lengths, seed)
     found = beam_search(
         model, source, mask, start=START, end=END, beam=beam, length_penalty=length_penalty,
-        max_length=max_length, forbidden=[PAD], architecture=architecture,
+        min_length=min_length, max_length=max_length, forbidden=[PAD], architecture=architecture,
     )  # fmt: skip
     for ids, row, length in zip(found, source, lengths, strict=True):
         limit = int(1.2 * length + 10) if max_length is None else max_length
-        assert ids == plain_search(model, architecture, row[:length], beam, length_penalty, limit, {START, PAD})
+        barred = {START, PAD}
+        assert ids == plain_search(model, architecture, row[:length], beam, length_penalty, min_length, limit, barred)
+        assert min_length <= len(ids) <= limit
         assert not {START, END, PAD} & set(ids)
 
 

@@ -26,10 +26,10 @@ from moesaic.search_spaces.files import PathLike, read_json, write_json
 from moesaic.search_spaces.yaml_source import adapter
 
 TERMS = (
-    "pass",  # 1
+    "pass",  # 1; of a translation, the steps of its decoder
     "vocabulary_products",  # multiply-accumulates of the head
-    "attentions",
-    "block_elements",  # tokens x width of both parts of a layer: norms and residuals
+    "attentions",  # and cross-attentions
+    "block_elements",  # tokens x width of the parts of a layer: norms and residuals
     "projection_products",  # multiply-accumulates of q, k, v and o
     "score_products",  # queries x positions x width of the heads
     "cache_elements",  # cached keys and values read
@@ -46,31 +46,40 @@ LEVEL = 0.95
 """Confidence of the interval shown with predictions."""
 
 
-def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, extent: Extent) -> tuple[float, ...]:
-    """Terms of one layer (the first two belong to the whole model and are 0)."""
-    attention, part, tokens = layer.attention, layer.feed_forward, extent.tokens
-    q, kv = attention.heads * backbone.head_size, attention.kv_heads * backbone.head_size
+def layer_terms(
+    width: int, memory_width: int, layer: Layer, use: LayerUse, backbone: Backbone, extent: Extent
+) -> tuple[float, ...]:
+    """Terms of one layer in all its passes (the first two belong to the whole model and are 0)."""
+    attention, part, passes, tokens = layer.attention, layer.feed_forward, extent.passes, extent.all_tokens
+    q, kv = backbone.widths(attention)
     per_neuron = backbone.matrices * width
-    elements, positions = tokens * width, extent.keys
-    common = (
+    elements, positions = tokens * width, extent.mean_keys
+    common = [
         0,
         0,
-        attention.heads > 0,
+        passes * (attention.heads > 0),
         layer.blocks * elements,
         2 * elements * (q + kv),
         tokens * positions * q,
-        extent.sequences * positions * kv,
-    )
+        passes * extent.sequences * positions * kv,
+    ]
+    if layer.cross is not None:
+        across, kept = backbone.widths(layer.cross)
+        read = extent.read * layer.cross.span
+        common[2] += passes
+        common[4] += 2 * (elements * across + extent.sources * read * memory_width * kept)
+        common[5] += tokens * read * across
+        common[6] += passes * extent.sources * read * kept
     if part.router is None:
-        return (*common, part.experts, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
+        return (*common, passes * part.experts, tokens * per_neuron * part.neurons, 0, 0, 0, 0, 0, 0)
     hidden = part.router.hidden(width)
     return (
         *common,
-        (part.shared_size > 0) + (hidden > 0),
+        passes * ((part.shared_size > 0) + (hidden > 0)),
         tokens * (per_neuron * part.shared_size + hidden * (width + part.experts)),
-        1,
+        passes,
         tokens * part.experts,
-        use.live_experts,
+        passes * use.live_experts,
         elements * use.pairs,
         tokens * per_neuron * use.tiled_neurons,
         tokens * use.neurons,
@@ -80,10 +89,10 @@ def layer_terms(width: int, layer: Layer, use: LayerUse, backbone: Backbone, ext
 def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> np.ndarray:
     """[len(TERMS)]: the terms of a pass through a whole model."""
     total = np.zeros(len(TERMS))
-    total[:2] = 1, context.tokens * head_products(architecture, context)
+    total[:2] = context.extent("decoder").passes, context.tokens * head_products(architecture, context)
+    backbone, memory = architecture.backbone, architecture.memory_width
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
-        extent = context.extent(slot.stack)
-        total += layer_terms(architecture.width_at(slot), layer, use, architecture.backbone, extent)
+        total += layer_terms(architecture.width_at(slot), memory, layer, use, backbone, context.extent(slot.stack))
     return total
 
 
@@ -148,10 +157,12 @@ class LatencyPredictor:
     def predict(self, architecture: Architecture, uses: Sequence[LayerUse]) -> float:
         """Milliseconds of one forward pass."""
         context, coefficients = self.context, self.coefficients
-        total = coefficients[0] + coefficients[1] * context.tokens * head_products(architecture, context)
+        backbone, memory = architecture.backbone, architecture.memory_width
+        total = coefficients[0] * context.extent("decoder").passes
+        total += coefficients[1] * context.tokens * head_products(architecture, context)
         for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
             width, extent = architecture.width_at(slot), context.extent(slot.stack)
-            total += sum(map(mul, coefficients, layer_terms(width, layer, use, architecture.backbone, extent)))
+            total += sum(map(mul, coefficients, layer_terms(width, memory, layer, use, backbone, extent)))
         return total
 
     def interval(self, confidence: float = LEVEL) -> Interval:

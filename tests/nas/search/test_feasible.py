@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb
 from random import Random
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from moesaic.nas.context import Context, Extent
+from moesaic.nas.context import Context
 from moesaic.nas.costs.additive import Term
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy
@@ -40,21 +39,12 @@ SPACES = {"one": ONE, "two": TWO, "pruned": PRUNED}
 MEMBERS = {name: list(space) for name, space in SPACES.items()}
 
 
-@dataclass(frozen=True)
-class TwoContext(Context):
-    """The encoder reads half as many tokens as the decoder."""
-
-    def extent(self, stack: str) -> Extent:
-        whole = super().extent("decoder")
-        return whole if stack == "decoder" else Extent(whole.tokens // 2, whole.sequences, whole.keys // 2, 16)
-
-
 UNEVEN = Occupancy({(Slot("decoder", 0), 3, Router("top_k", k=2)): (1.0, 0.75, 0.25)})
 PRICERS = {
     "one": PRICER,
     "uneven": Pricer(PRICER.context, UNEVEN),
     "layers' peaks": Pricer(Context(16, 64, 8)),
-    "two": Pricer(TwoContext(64, 16, 2)),
+    "two": Pricer(Context(64, 16, 2, source_length=8)),
     "pruned": PRICER,
 }
 BUDGETS = [
@@ -82,7 +72,7 @@ def probability(space: SearchSpace, architecture: Architecture) -> float:
             assert group is not None
             multisets = comb(len(group.sizes) + group.experts - 1, group.experts)
             parts = multisets * len(group.routers) * len(group.shared_sizes)
-            found /= len(options.attentions) * len(options.groups) * parts
+            found /= len(options.attentions) * len(options.crosses) * len(options.groups) * parts
     return found
 
 
