@@ -20,7 +20,7 @@ def neighbours(space: SearchSpace, architecture: Architecture) -> list[Architect
 
     One step is: the next width or depth of a stack (a deeper stack repeats its last layer if the space allows it),
     another pair of head counts, of cross-attention also another span, the next number of experts (an added expert may
-    have any size), the next size of one expert, another router or another shared size.
+    have any size), the next size of one expert, or of all where they are equal, another router or another shared size.
     """
     found = [move for kind in _STACK_MOVES for move in kind(space, architecture)]
     for kind in (*_LAYER_MOVES, _cross_moves):
@@ -110,12 +110,12 @@ def _count_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
         nearest = {
             old: min(group.sizes, key=lambda s, old=old: abs(s - old)) for old in dict.fromkeys(part.expert_sizes)
         }
-        sizes = tuple(nearest[old] for old in part.expert_sizes[:count])
+        sizes = tuple(nearest[old] for old in part.expert_sizes[: group.chosen])
         shared = part.shared_size if part.shared_size in group.shared_sizes else group.shared_sizes[0]
         router = part.router.for_experts(count) if part.router and count else None
         routers = (router,) if router in group.routers else group.routers
-        for added in group.sizes if count > len(sizes) else (0,):
-            grown = sizes + (added,) * (count - len(sizes))
+        for added in group.sizes if group.chosen > len(sizes) else (0,):
+            grown = group.expert_sizes(sizes + (added,) * (group.chosen - len(sizes)))
             moves += [replace(layer, feed_forward=FeedForward(grown, router, shared)) for router in routers]
     return moves
 
@@ -124,11 +124,11 @@ def _size_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     part = layer.feed_forward
     group = space.group(part.experts)
     assert group is not None
-    moves = []
-    for old in dict.fromkeys(part.expert_sizes):  # experts of one size are one choice
-        i = part.expert_sizes.index(old)
+    moves, chosen = [], part.expert_sizes[: group.chosen]
+    for old in dict.fromkeys(chosen):  # experts of one size are one choice
+        i = chosen.index(old)
         for size in _next_to(group.sizes, old):
-            sizes = (*part.expert_sizes[:i], size, *part.expert_sizes[i + 1 :])
+            sizes = group.expert_sizes((*chosen[:i], size, *chosen[i + 1 :]))
             moves.append(replace(layer, feed_forward=FeedForward(sizes, part.router, part.shared_size)))
     return moves
 

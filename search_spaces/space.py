@@ -23,36 +23,50 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FeedForwardGroup:
-    """All feed-forward parts with one number of experts: any multiset of ``sizes``, a shared size, a router. With no
-    experts there is one, whatever the sizes."""
+    """All feed-forward parts with one number of experts: any multiset of ``sizes``, or where they are ``equal`` one for
+    all experts; a shared size, a router. With no experts there is one, whatever the sizes."""
 
     experts: int
     sizes: tuple[int, ...]
     shared_sizes: tuple[int, ...]
     routers: tuple[Router | None, ...]
+    equal: bool = False
+
+    @property
+    def chosen(self) -> int:
+        """How many sizes are chosen."""
+        return min(self.experts, 1) if self.equal else self.experts
+
+    def expert_sizes(self, chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of all experts, from the chosen ones."""
+        return chosen * self.experts if self.equal else chosen
+
+    @cached_property
+    def multisets(self) -> int:
+        """Number of distinct choices of sizes (stars and bars)."""
+        return comb(len(self.sizes) + self.chosen - 1, self.chosen)
 
     @cached_property
     def count(self) -> int:
-        """Number of distinct parts: multisets of sizes (stars and bars), times shared sizes, times routers."""
-        multisets = comb(len(self.sizes) + self.experts - 1, self.experts)
-        return multisets * len(self.shared_sizes) * len(self.routers)
+        """Number of distinct parts: multisets of sizes, times shared sizes, times routers."""
+        return self.multisets * len(self.shared_sizes) * len(self.routers)
 
     @property
     def raw_count(self) -> int:
         """The same with the order of experts told apart."""
-        return len(self.sizes) ** self.experts * len(self.shared_sizes) * len(self.routers)
+        return len(self.sizes) ** self.chosen * len(self.shared_sizes) * len(self.routers)
 
     def sample(self, rng: Random) -> FeedForward:
         """Uniform over the distinct parts: a multiset is drawn as the gaps of a uniform combination."""
-        bars = sorted(rng.sample(range(len(self.sizes) + self.experts - 1), self.experts))
+        bars = sorted(rng.sample(range(len(self.sizes) + self.chosen - 1), self.chosen))
         sizes = tuple(self.sizes[bar - position] for position, bar in enumerate(bars))
-        return FeedForward(sizes, rng.choice(self.routers), rng.choice(self.shared_sizes))
+        return FeedForward(self.expert_sizes(sizes), rng.choice(self.routers), rng.choice(self.shared_sizes))
 
     def __iter__(self) -> Iterator[FeedForward]:
-        for sizes in combinations_with_replacement(self.sizes, self.experts):
+        for sizes in combinations_with_replacement(self.sizes, self.chosen):
             for shared in self.shared_sizes:
                 for router in self.routers:
-                    yield FeedForward(sizes, router, shared)
+                    yield FeedForward(self.expert_sizes(sizes), router, shared)
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,8 @@ class LayerSpace:
             return "feed_forward.expert_sizes", f"{part.experts} experts", [g.experts for g in self.groups]
         if wrong := [size for size in part.expert_sizes if size not in group.sizes]:
             return "feed_forward.expert_sizes", wrong[0], list(group.sizes)
+        if group.equal and len(set(part.expert_sizes)) > 1:
+            return "feed_forward.expert_sizes", list(part.expert_sizes), "experts of one size"
         if part.shared_size not in group.shared_sizes:
             return "feed_forward.shared_size", part.shared_size, list(group.shared_sizes)
         if part.router not in group.routers:

@@ -79,12 +79,13 @@ class CrossSpec(HeadsSpec):
 
 
 class LayerSpec(HeadsSpec):
-    """Choices of a layer. ``dense_sizes`` are the neurons of a one-expert layer, ``expert_sizes`` of each expert;
-    ``cross`` is for a decoder beside an encoder."""
+    """Choices of a layer. ``dense_sizes`` are the neurons of a one-expert layer, ``expert_sizes`` of each expert, or
+    with ``equal_sizes`` of all experts; ``cross`` is for a decoder beside an encoder."""
 
     cross: CrossSpec | None = None
     experts: list[Positive]
     expert_sizes: list[Positive] = []
+    equal_sizes: bool = False
     dense_sizes: list[Positive] = []
     shared_sizes: list[Annotated[int, Field(ge=0)]] = [0]
     routers: list[RouterSpec] = []
@@ -117,7 +118,9 @@ class LayerSpec(HeadsSpec):
             sizes = self.dense_sizes if experts == 1 else self.expert_sizes
             shared = [0] if experts == 1 else self.shared_sizes
             routers = distinct_routers(self._routers(), experts)
-            groups.append(FeedForwardGroup(experts, tuple(sorted(set(sizes))), tuple(sorted(set(shared))), routers))
+            equal = self.equal_sizes and experts > 1
+            sizes, shared = (tuple(sorted(set(values))) for values in (sizes, shared))
+            groups.append(FeedForwardGroup(experts, sizes, shared, routers, equal))
         attentions = tuple(Attention(h, kv) for h, kv in self.pairs())
         return LayerSpace(attentions, tuple(groups), crosses=self.cross.crosses() if self.cross else (None,))
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moesaic.nas.config.sections import Config, LatencyConfig, LimitConfig, RetrainFile, TrainConfig
+from moesaic.nas.config.sections import (
+    ROWS,
+    Config,
+    DataConfig,
+    LatencyConfig,
+    LimitConfig,
+    RetrainFile,
+    TrainConfig,
+)
 from moesaic.nas.units import DIMENSIONS, parse_limit
 from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
@@ -53,7 +61,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     source = _read(path, overrides)
     config = validate(Config, source)
-    _check_workers(config.train, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
+    _check_workers(config.train, config.data, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
     budgets = {("budgets", name): lines for name, lines in config.budgets.items()}
     for keys, lines in {("budget",): config.budget, **budgets}.items():
         for name, line in lines.items():
@@ -66,6 +74,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
     _check_pass(config.latency, space, source)
+    check_translates(config.data, space.encoder is not None, source.where(("data", "kind")))
     _check_encoder(config, space, source)
     return Loaded(config, space, source, tuple(overrides), checkpoint)
 
@@ -74,8 +83,28 @@ def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = (
     """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
     source = _read(path, overrides)
     file = validate(RetrainFile, source)
-    _check_workers(file.train, file.retrain.batch_size, source)
+    _check_workers(file.train, file.data, file.retrain.batch_size, source)
     return file
+
+
+def check_translates(data: DataConfig, encodes: bool, where: str) -> None:
+    """Raises MoesaicError unless models that have an encoder, and no others, get pairs of sentences."""
+    if (data.kind == "parallel") == encodes:
+        return
+    if encodes:
+        raise MoesaicError(
+            "a model with an encoder and a decoder translates, and learns from parallel text",
+            where=where,
+            found=f"kind: {data.kind}",
+            allowed="data: {kind: parallel, files: {train: [FILE.en, FILE.de]}}",
+            nearest="kind: parallel",
+        )
+    raise MoesaicError(
+        "parallel text is for a model that translates, with an encoder beside the decoder",
+        where=where,
+        found="no encoder",
+        allowed="a space with the key encoder",
+    )
 
 
 def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> YamlSource:
@@ -112,14 +141,17 @@ def _space(data: Any, checkpoint: Checkpoint | None, source: YamlSource) -> Sear
     return validate(TrainedSpec, source.at("space", data=whole)).build(checkpoint.architecture)
 
 
-def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
-    """Raises MoesaicError unless the ``rows`` rows of a batch split evenly among the workers."""
+def _check_workers(train: TrainConfig, data: DataConfig, batch_size: int, source: YamlSource) -> None:
+    """Raises MoesaicError unless the rows of a batch split evenly among the workers."""
+    rows, name = batch_size, "batch_size"
+    if data.kind == "parallel":
+        rows, name = gcd(batch_size, ROWS), f"batch_size and of {ROWS}"
     if rows % train.workers:
         raise MoesaicError(
             "workers must divide the batch size",
             where=source.where(("train", "workers")),
             found=train.workers,
-            allowed=f"a divisor of batch_size: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
+            allowed=f"a divisor of {name}: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
             nearest=max(n for n in range(1, min(train.workers, rows) + 1) if rows % n == 0),
         )
 

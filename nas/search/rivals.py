@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
 from moesaic.nas.costs.price import Costs
 from moesaic.nas.executors import Executor, evaluate_all
 from moesaic.nas.search.budget import Budget
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Layer, Router, SearchSpace
+from moesaic.search_spaces import Architecture, Attention, CrossAttention, FeedForward, Layer, Router, SearchSpace
 from moesaic.search_spaces.architecture import ArchitectureField
 from moesaic.search_spaces.space import FeedForwardGroup, LayerSpace
 
@@ -62,7 +62,8 @@ def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
     """Every architecture whose layers are all alike: experts of one size under one router, or one dense layer.
 
     Sizes, counts, heads and routers are those of the space. Top-2 is included even where the space does not offer it,
-    because it is the usual choice.
+    because it is the usual choice. The stacks' layers differ in cross-attention alone, and that of all layers reads as
+    many encoder layers.
     """
     layouts: dict[Architecture, None] = {}
     choices = [list(product(stack.widths, stack.depths)) for stack in space.stacks.values()]
@@ -70,8 +71,13 @@ def uniform_layouts(space: SearchSpace, sparse: bool) -> list[Architecture]:
         shape = dict(zip(space.stacks, shapes, strict=True))
         spaces = [layer for name, (_, depth) in shape.items() for layer in space.stacks[name].layers[:depth]]
         for layer in _common_layers(spaces, sparse):
-            stacks = {name: space.stacks[name].build(width, (layer,) * depth) for name, (width, depth) in shape.items()}
-            layouts[space.build(stacks)] = None
+            for cross in _common_crosses(spaces, layer.attention):
+                stacks = {}
+                for name, (width, depth) in shape.items():
+                    reads = space.stacks[name].layers[0].crosses != (None,)
+                    alike = replace(layer, cross=cross) if reads else layer
+                    stacks[name] = space.stacks[name].build(width, (alike,) * depth)
+                layouts[space.build(stacks)] = None
     return list(layouts)
 
 
@@ -82,8 +88,16 @@ def habit(group: FeedForwardGroup) -> Router | None:
     return first if first is None or first.predicts_mass else Router("top_k", k=2, weights=first.weights)
 
 
+def _common_crosses(spaces: list[LayerSpace], attention: Attention) -> list[CrossAttention | None]:
+    """Cross-attention that all decoder layers of ``spaces`` may have; with the heads of ``attention`` if possible."""
+    first, *others = [space.crosses for space in spaces if space.crosses != (None,)] or [(None,)]
+    common = [cross for cross in first if all(cross in crosses for crosses in others)]
+    heads = attention.heads, attention.kv_heads
+    return [cross for cross in common if cross and (cross.heads, cross.kv_heads) == heads] or common
+
+
 def _common_layers(spaces: list[LayerSpace], sparse: bool) -> list[Layer]:
-    """Layers that all of ``spaces`` contain, ignoring the router."""
+    """Layers that all of ``spaces`` contain, ignoring router and cross-attention."""
     attentions: list[Attention] = [a for a in spaces[0].attentions if all(a in s.attentions for s in spaces)]
     layers = []
     for group in spaces[0].groups:

@@ -27,7 +27,7 @@ from random import Random
 import numpy as np
 from scipy.optimize import minimize
 
-from moesaic.nas.costs.additive import AdditiveCosts, LayerCosts
+from moesaic.nas.costs.additive import AdditiveCosts, Choice, LayerCosts
 from moesaic.search_spaces import Architecture, FeedForward, Layer, Slot, Stack
 
 Shape = tuple[tuple[int, int], ...]
@@ -80,7 +80,7 @@ class TiltedLaw:
         self._families: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = defaultdict(list)
         for number, layer in enumerate(self._layers):
             for at, choice in enumerate(layer.choices):
-                self._families[choice.group.experts, choice.group.sizes].append((number, at))
+                self._families[choice.group.chosen, choice.group.sizes].append((number, at))
         self.tilt = self._best_tilt()
         laws = self._laws(self.tilt)
         self._shape_weights = _cumulative(self._log_shapes(self.tilt, laws))
@@ -116,9 +116,10 @@ class TiltedLaw:
             last = bisect_right(sums, rng.random() * sums[last], 0, last % len(sums))
             sizes.append(choice.group.sizes[last])
             if last == 0:  # the others are as small
-                sizes += [choice.group.sizes[0]] * (choice.group.experts - len(sizes))
+                sizes += [choice.group.sizes[0]] * (choice.group.chosen - len(sizes))
                 break
-        part = FeedForward(tuple(sizes), choice.router, choice.group.shared_sizes[shared])
+        sizes = choice.group.expert_sizes(tuple(sizes))
+        part = FeedForward(sizes, choice.router, choice.group.shared_sizes[shared])
         cost = costs.attentions[attention] + costs.crosses[cross] + choice.constants[shared]
         cost += np.array(sizes) @ choice.slopes
         return Layer(space.attentions[attention], part, space.crosses[cross]), cost
@@ -126,7 +127,7 @@ class TiltedLaw:
     def _chain_of(self, number: int, at: int) -> list[list[float]]:
         """[experts][sizes] the sums of ``chains`` for one choice, accumulated over sizes."""
         choice = self._layers[number].choices[at]
-        return chains((choice.slopes @ self.tilt)[:, None], choice.group.sizes)[:, 0].cumsum(-1).tolist()
+        return chains(_slopes(choice, self.tilt)[:, None], choice.group.sizes)[:, 0].cumsum(-1).tolist()
 
     def _best_tilt(self) -> np.ndarray:
         """[terms] the t that minimises log(M(t) exp(t . limits)), a convex function."""
@@ -162,11 +163,11 @@ class TiltedLaw:
     def _laws(self, tilt: np.ndarray) -> list[_Law]:
         """One per distinct layer; chains of equal sizes and length are summed together."""
         logs = {}
-        for (experts, sizes), rows in self._families.items():
-            slopes = np.stack([self._layers[number].choices[at].slopes @ tilt for number, at in rows], 1)
-            sums = chains(slopes, sizes)[0].sum(-1) if experts else np.ones(len(rows))
+        for (chosen, sizes), rows in self._families.items():
+            slopes = np.stack([_slopes(self._layers[number].choices[at], tilt) for number, at in rows], 1)
+            sums = chains(slopes, sizes)[0].sum(-1) if chosen else np.ones(len(rows))
             totals = np.log(sums) - slopes.sum(0) * sizes[0]
-            multisets = math.log(math.comb(len(sizes) + experts - 1, experts))
+            multisets = math.log(math.comb(len(sizes) + chosen - 1, chosen))
             logs |= zip(rows, totals - multisets, strict=True)
         laws = []
         for number, costs in enumerate(self._layers):
@@ -182,6 +183,12 @@ class TiltedLaw:
 
 def _widths(shape: Shape) -> tuple[int, ...]:
     return tuple(width for width, _ in shape)
+
+
+def _slopes(choice: Choice, tilt: np.ndarray) -> np.ndarray:
+    """[chosen sizes] what the tilt takes off per neuron of each: one size that all experts have counts in all."""
+    slopes = choice.slopes @ tilt
+    return slopes.sum(keepdims=True) if choice.group.equal else slopes
 
 
 def _parts(costs: LayerCosts) -> list[tuple[int, int]]:

@@ -199,7 +199,7 @@ def _export(part: BudgetRun, directory: Path, searched: RetrainedModel, folder: 
         inherited=before,
         slice_max_logit_difference=None,
     )
-    export_model(directory, load_exported(folder), run.config, run.task, figures, run.task.held_out("test", 4).tokens)
+    export_model(directory, load_exported(folder), run.config, run.task, figures, run.task.held_out("test", 4))
 
 
 def _identity(directory: StageDirectory, architecture: Architecture, seed: int) -> str:

@@ -18,14 +18,13 @@ from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, OccupancyRow
-from moesaic.nas.data import load_corpus
 from moesaic.nas.data.cache import expanded
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.data.tokenizer import Vocabulary, read_tokenizer
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
-from moesaic.nas.tasks import Metric, Task, task_for
+from moesaic.nas.tasks import Metric, Task, load_task
 from moesaic.nas.tasks.questions import ACCURACY, Questions
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
@@ -104,16 +103,15 @@ class Run:
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
         source = self.loaded.checkpoint
-        corpus = load_corpus(
+        return load_task(
             self.config.data,
+            self.space.backbone.head,
             where,
             lambda text: self.reporter.say(f"data: {text}"),
-            tokenizer=source and source.tokenizer,
-            own=self.own_files,
-            vocab_size=source and source.vocab_size,
+            None if source is None else Vocabulary(source.tokenizer, source.vocab_size),
+            source,
+            self.own_files,
         )
-        tokenizer = corpus.tokenizer_path if source is None else source.tokenizer
-        return task_for(self.space.backbone.head, corpus, source, str(tokenizer))
 
     @cached_property
     def questions(self) -> Questions | None:
@@ -123,11 +121,12 @@ class Run:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Those of the task, and the accuracy where there are questions."""
-        return self.task.metrics + (() if self.questions is None else (ACCURACY,))
+        own = self.task.metrics + self.task.generation_metrics
+        return own + (() if self.questions is None else (ACCURACY,))
 
     def scores(self, split: Split, model: Transformer, evaluation: Evaluation) -> Scores:
         """Of ``model``, from its ``evaluation`` on a split: ``metrics``."""
-        scores = Scores.of(self.task, split, evaluation)
+        scores = Scores.of(self.task, split, model, evaluation)
         if self.questions is None:
             return scores
         found = self.questions.accuracy(model, read_tokenizer(self.task.tokenizer))
@@ -196,7 +195,7 @@ class Run:
         """The trained supernet on the device, in evaluation mode."""
         path = self.folder("supernet").path / SUPERNET
         tensors, _ = load_tensors(path)
-        model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing)
+        model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing, self.task.source_vocab_size)
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
 

@@ -7,6 +7,7 @@ import pytest
 from moesaic.search_spaces import MoesaicError, load_space, preset_names, preset_source
 from moesaic.search_spaces.yaml_source import YamlSource, parse_yaml, read_yaml
 
+PRESETS = ["automoe_wmt", "hat_iwslt", "hat_wmt", "medium", "moesaic_wmt", "small", "tiny", "translation", "xmoe"]
 TEXT = """\
 width: [32, 48]
 depth: [1, 2]
@@ -25,7 +26,7 @@ layers:
 
 
 def test_presets_exist_and_load() -> None:
-    assert preset_names() == ["medium", "small", "tiny", "xmoe"]
+    assert preset_names() == PRESETS
     for name in preset_names():
         space = load_space(YamlSource("test", name))
         assert space.name == name
@@ -100,7 +101,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest_and_all() -> None:
     assert (error.where, error.nearest, error.allowed) == (
         "space.yaml:2: preset",
         "small",
-        "medium, small, tiny, xmoe",
+        ", ".join(PRESETS),
     )
     with pytest.raises(MoesaicError):
         preset_source("../presets/small")

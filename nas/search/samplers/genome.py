@@ -30,6 +30,8 @@ class Genome:
             genes[f"{name}.depth"] = _ordered(stack.depths)
         for slot, layer in self.space.layers.items():
             genes[f"{slot}.attention"] = _category(layer.attentions)
+            if len(layer.crosses) > 1:
+                genes[f"{slot}.cross"] = _category(layer.crosses)
             genes[f"{slot}.experts"] = _ordered(layer.groups)
             genes[f"{slot}.router"] = _category(_routers(layer))
             for name, values in _sizes(layer).items():
@@ -59,12 +61,16 @@ class Genome:
                 "attention": space.attentions.index(layer.attention),
                 "experts": [group.experts for group in space.groups].index(part.experts),
             }
+            if len(space.crosses) > 1:
+                values["cross"] = space.crosses.index(layer.cross)
             if part.experts == 1:
                 values["dense_size"] = sizes["dense_size"].index(part.expert_sizes[0])
             elif part.router is not None:
                 values["router"] = _routers(space).index(part.router)
                 values["shared_size"] = sizes["shared_size"].index(part.shared_size)
-                values |= {f"size{j}": sizes[f"size{j}"].index(size) for j, size in enumerate(part.expert_sizes)}
+                group = space.groups[values["experts"]]
+                chosen = part.expert_sizes[: group.chosen]
+                values |= {f"size{j}": sizes[f"size{j}"].index(size) for j, size in enumerate(chosen)}
             genes |= {f"{slot}.{name}": value for name, value in values.items()}
         return genes
 
@@ -72,6 +78,7 @@ class Genome:
         space = self.space.layers[slot]
         at = {name: genes[f"{slot}.{name}"] for name in ("attention", "experts", "router", *_sizes(space))}
         attention: Attention = space.attentions[at["attention"]]
+        cross = space.crosses[genes.get(f"{slot}.cross", 0)]
         group = space.groups[at["experts"]]
         values = _sizes(space)
 
@@ -81,12 +88,13 @@ class Genome:
             return value if value in offered else offered[at[gene] % len(offered)]
 
         if group.experts < 2:
-            return Layer(attention, FeedForward(tuple(size("dense_size", group.sizes) for _ in range(group.experts))))
+            sizes = tuple(size("dense_size", group.sizes) for _ in range(group.experts))
+            return Layer(attention, FeedForward(sizes), cross)
         router = _routers(space)[at["router"]].for_experts(group.experts)
         if router not in group.routers:
             router = group.routers[at["router"] % len(group.routers)]
-        sizes = tuple(size(f"size{j}", group.sizes) for j in range(group.experts))
-        return Layer(attention, FeedForward(sizes, router, size("shared_size", group.shared_sizes)))
+        sizes = group.expert_sizes(tuple(size(f"size{j}", group.sizes) for j in range(group.chosen)))
+        return Layer(attention, FeedForward(sizes, router, size("shared_size", group.shared_sizes)), cross)
 
 
 def _routers(space: LayerSpace) -> list[Router]:
@@ -103,7 +111,7 @@ def _sizes(space: LayerSpace) -> dict[str, tuple[int, ...]]:
             genes["dense_size"] = set(group.sizes)
         elif group.experts:
             genes.setdefault("shared_size", set()).update(group.shared_sizes)
-            for j in range(group.experts):
+            for j in range(group.chosen):
                 genes.setdefault(f"size{j}", set()).update(group.sizes)
     return {name: tuple(sorted(values)) for name, values in genes.items()}
 

@@ -1,7 +1,7 @@
 """Puzzle (arXiv 2411.19146): score each part of a layer once, then find the best combination by integer programming.
 
-A part is a layer's attention or its feed-forward. Its score is the change in loss when it alone replaces its
-counterpart in a parent. A model's loss is modelled as that of the parent at its width and depth plus the scores of
+A part is a layer's attention, cross-attention or feed-forward. Its score is the change in loss when it alone replaces
+its counterpart in a parent. A model's loss is modelled as that of the parent at its width and depth plus the scores of
 its parts, and its costs as such sums too. ``scipy.optimize.milp`` then finds the optimum under any limits, so a new
 budget needs no new evaluation. Scores are ordinary trials in the log; ``additivity`` says how far the sums were from
 the losses evaluated afterwards.
@@ -32,7 +32,6 @@ from moesaic.nas.search.proposal import UNSEEN_TRIES, Proposal, SearchState
 from moesaic.nas.search.rivals import uniform_layouts
 from moesaic.nas.search.samplers.independent import RandomSampler
 from moesaic.nas.search.samplers.scores import (
-    KINDS,
     Part,
     Place,
     Scores,
@@ -43,7 +42,7 @@ from moesaic.nas.search.samplers.scores import (
     with_part,
 )
 from moesaic.nas.search.trials import Trial
-from moesaic.search_spaces import Architecture, Layer, Slot
+from moesaic.search_spaces import Architecture, Slot
 
 _CORRECTIONS = 30
 """Attempts before giving up, where solutions turn out over budget because a cost is not a sum over parts."""
@@ -76,8 +75,9 @@ class Program:
         self.choices = [
             (width, place, part)
             for (name, width), depth in deepest.items()
-            for place in places_of(Slot(name, index) for index in range(depth))
-            for part in scores.deltas[place]
+            for place, parts in scores.deltas.items()
+            if place[0].stack == name and place[0].index < depth
+            for part in parts
         ]
         self.index = {key: i for i, key in enumerate([*self.shapes, *self.choices])}
         self.losses = np.array(
@@ -187,12 +187,11 @@ class Program:
 
     def _architecture(self, x: np.ndarray) -> Architecture:
         host = shaped(self.scores.parent, self.shapes[int(x[: len(self.shapes)].argmax())])
-        chosen: dict[Place, Any] = {
-            place: part
-            for (_, place, part), value in zip(self.choices, x[len(self.shapes) :], strict=True)
-            if value > 0.5
-        }
-        return host.with_layers({slot: Layer(**{kind: chosen[slot, kind] for kind in KINDS}) for slot in host.layers})
+        layers: dict[Slot, dict[str, Any]] = {}
+        for (_, (slot, kind), part), value in zip(self.choices, x[len(self.shapes) :], strict=True):
+            if value > 0.5:
+                layers.setdefault(slot, {})[kind] = part
+        return host.with_layers({slot: replace(host.layers[slot], **parts) for slot, parts in layers.items()})
 
 
 @dataclass
@@ -284,6 +283,7 @@ class PuzzleSampler:
         library: dict[Place, list[Part]] = {}
         for slot, layer in self.feasible.space.layers.items():
             library[slot, "attention"] = list(layer.attentions)
+            library[slot, "cross"] = [cross for cross in layer.crosses if cross]
             if sum(group.count for group in layer.groups) <= self.parts:
                 library[slot, "feed_forward"] = [part for group in layer.groups for part in group]
                 continue

@@ -5,30 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.stats import kendalltau
 
 from moesaic.nas.search.trials import Trial
-from moesaic.search_spaces import Architecture, Attention, FeedForward, Slot
+from moesaic.search_spaces import Architecture, Attention, CrossAttention, FeedForward, Layer, Slot
 
-Kind = Literal["attention", "feed_forward"]
-Part = Attention | FeedForward
+Kind = Literal["attention", "cross", "feed_forward"]
+Part = Attention | CrossAttention | FeedForward
 Place = tuple[Slot, Kind]
 """A layer's address and one of its parts."""
 Shape = tuple[tuple[int, int], ...]
 """Width and depth of each stack."""
-KINDS: tuple[Kind, ...] = ("attention", "feed_forward")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def places_of(slots: Iterable[Slot]) -> list[Place]:
-    return list(product(slots, KINDS))
+def places_of(layers: Mapping[Slot, Layer]) -> list[Place]:
+    """Of all parts of ``layers``: only some have cross-attention."""
+    return [(slot, kind) for slot, layer in layers.items() for kind in KINDS if getattr(layer, kind) is not None]
 
 
 def kind_of(part: Part) -> Kind:
-    return "attention" if isinstance(part, Attention) else "feed_forward"
+    kinds: dict[type, Kind] = {Attention: "attention", CrossAttention: "cross", FeedForward: "feed_forward"}
+    return kinds[type(part)]
 
 
 def part_of(architecture: Architecture, place: Place) -> Part:

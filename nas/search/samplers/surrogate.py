@@ -17,8 +17,8 @@ from threadpoolctl import ThreadpoolController
 from moesaic.nas.costs.price import Costs, Pricer
 from moesaic.search_spaces import Architecture, Layer, Slot
 
-_ABSENT = [0.0] * 10
-"""Columns of a layer that an architecture does not have."""
+_COLUMNS, _CROSS_COLUMNS = 10, 3
+"""Columns of a layer, and more of one with cross-attention."""
 _LENGTH, _NOISE = 2.0, 0.01
 """Length scale per root of the number of columns, and noise variance, both for standardised values.
 Chosen by marginal likelihood on the tables of experiments/search_bench."""
@@ -30,8 +30,8 @@ _BLAS = ThreadpoolController()
 def surrogate_features(
     pricer: Pricer, architecture: Architecture, costs: Costs, slots: Collection[Slot]
 ) -> list[float]:
-    """[2 + 2 * stacks + 10 * slots] columns: expected costs, each stack's shape, then each layer's columns, zeros at
-    ``slots`` where there is none."""
+    """[2 + 2 * stacks + 10 * slots + 3 * slots with cross-attention] columns: expected costs, each stack's shape, then
+    each layer's columns, zeros at ``slots`` where there is none."""
     row = [math.log(costs["flops"]), math.log(costs["parameters"])]
     for stack in architecture.stacks.values():
         row += [math.log(stack.width), float(len(stack.layers))]
@@ -41,7 +41,8 @@ def surrogate_features(
             layer = architecture.layers[slot]
             row += _layer_features(layer, uses[slot].neurons + layer.feed_forward.shared_size)
         else:
-            row += _ABSENT
+            reads = architecture.stacks[slot.stack].layers[0].cross is not None
+            row += [0.0] * (_COLUMNS + reads * _CROSS_COLUMNS)
     return row
 
 
@@ -58,6 +59,7 @@ def _layer_features(layer: Layer, active_neurons: float) -> list[float]:
         (router.threshold or 0.0) if router else 0.0,
         float(attention.heads),
         float(attention.kv_heads),
+        *([] if layer.cross is None else map(float, (layer.cross.heads, layer.cross.kv_heads, layer.cross.span))),
     ]
 
 
