@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,11 @@ class Batch:
         starts = range(0, self.tokens.shape[1], length)
         alone = replace(self, source=None, source_mask=None)
         return [alone._each(lambda tensor, start=start: tensor[:, start : start + length]) for start in starts]
+
+    @property
+    def beside(self) -> dict[str, Tensor | None]:
+        """What a model reads beside the tokens, by the name of its argument."""
+        return {"mask": self.mask, "source": self.source, "source_mask": self.source_mask}
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device))
@@ -97,6 +103,15 @@ class Inputs:
     mask: Tensor | None = None
     cache: LayerCache | None = None
     memory: Memory | None = None
+
+
+def padded(sequences: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    """Sequences of ids as one tensor [B, S], with ``fill`` after the shorter ones, and its mask [B, S]."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.full(mask.shape, fill)
+    tokens[mask] = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]))
+    return tokens, mask
 
 
 def _counts(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -60,9 +60,7 @@ def evaluate(
     pairs: list[Tensor | None] = [None] * len(architecture.layers)
     for first in range(0, len(batch), rows):
         part = batch[first : first + rows].trimmed().to(model.device)
-        states, routings = model.states(
-            part.tokens, architecture, mask=part.mask, source=part.source, source_mask=part.source_mask
-        )
+        states, routings = model.states(part.tokens, architecture, **part.beside)
         length = max(1, _LOGITS // (len(part) * model.vocab_size))
         pieces = zip(states.split(length, dim=1), part.split(length), strict=True)
         nats = torch.cat([LOSSES[loss](Output(model.logits(x), routings), piece) for x, piece in pieces], dim=1)

@@ -152,9 +152,7 @@ def _train_step(
     losses, balances = [], []
     for architecture in slices:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-            output = model.run(
-                batch.tokens, architecture, mask=batch.mask, source=batch.source, source_mask=batch.source_mask
-            )
+            output = model.run(batch.tokens, architecture, **batch.beside)
         loss = batch.mean(LOSSES[data.loss](output, batch)) * share
         balance = output.balance_loss()
         ((loss + settings.balance_weight * balance) / len(slices)).backward()

@@ -1,8 +1,9 @@
 """The configuration of a run: what a user may write, its defaults, and reading it with overrides."""
 
-from moesaic.nas.config.load import Loaded, load_config, load_retrain_file
+from moesaic.nas.config.load import Loaded, check_translates, load_config, load_retrain_file
 from moesaic.nas.config.sections import (
     FEWEST_MEMBERS,
+    ROWS,
     Config,
     DataConfig,
     DeviceConfig,
@@ -22,6 +23,7 @@ from moesaic.nas.config.sections import (
 
 __all__ = [
     "FEWEST_MEMBERS",
+    "ROWS",
     "Config",
     "DataConfig",
     "DeviceConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "SupernetConfig",
     "TrainConfig",
     "TrainingConfig",
+    "check_translates",
     "load_config",
     "load_retrain_file",
 ]

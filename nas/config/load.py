@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moesaic.nas.config.sections import Config, LimitConfig, RetrainFile, TrainConfig
+from moesaic.nas.config.sections import (
+    ROWS,
+    Config,
+    DataConfig,
+    LatencyConfig,
+    LimitConfig,
+    RetrainFile,
+    TrainConfig,
+)
 from moesaic.nas.units import DIMENSIONS, parse_limit
 from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
@@ -53,7 +61,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     source = _read(path, overrides)
     config = validate(Config, source)
-    _check_workers(config.train, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
+    _check_workers(config.train, config.data, gcd(config.supernet.batch_size, config.retrain.batch_size), source)
     budgets = {("budgets", name): lines for name, lines in config.budgets.items()}
     for keys, lines in {("budget",): config.budget, **budgets}.items():
         for name, line in lines.items():
@@ -65,6 +73,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         checkpoint = open_checkpoint(config.model.from_)
     space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
+    _check_pass(config.latency, space, source)
+    check_translates(config.data, space.encoder is not None, source.where(("data", "kind")))
     _check_encoder(config, space, source)
     return Loaded(config, space, source, tuple(overrides), checkpoint)
 
@@ -73,8 +83,28 @@ def load_retrain_file(path: str | os.PathLike[str], overrides: Sequence[str] = (
     """Read an export's ``retrain.yaml``. Raises MoesaicError as ``load_config``."""
     source = _read(path, overrides)
     file = validate(RetrainFile, source)
-    _check_workers(file.train, file.retrain.batch_size, source)
+    _check_workers(file.train, file.data, file.retrain.batch_size, source)
     return file
+
+
+def check_translates(data: DataConfig, encodes: bool, where: str) -> None:
+    """Raises MoesaicError unless models that have an encoder, and no others, get pairs of sentences."""
+    if (data.kind == "parallel") == encodes:
+        return
+    if encodes:
+        raise MoesaicError(
+            "a model with an encoder and a decoder translates, and learns from parallel text",
+            where=where,
+            found=f"kind: {data.kind}",
+            allowed="data: {kind: parallel, files: {train: [FILE.en, FILE.de]}}",
+            nearest="kind: parallel",
+        )
+    raise MoesaicError(
+        "parallel text is for a model that translates, with an encoder beside the decoder",
+        where=where,
+        found="no encoder",
+        allowed="a space with the key encoder",
+    )
 
 
 def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> YamlSource:
@@ -111,14 +141,17 @@ def _space(data: Any, checkpoint: Checkpoint | None, source: YamlSource) -> Sear
     return validate(TrainedSpec, source.at("space", data=whole)).build(checkpoint.architecture)
 
 
-def _check_workers(train: TrainConfig, rows: int, source: YamlSource) -> None:
-    """Raises MoesaicError unless the ``rows`` rows of a batch split evenly among the workers."""
+def _check_workers(train: TrainConfig, data: DataConfig, batch_size: int, source: YamlSource) -> None:
+    """Raises MoesaicError unless the rows of a batch split evenly among the workers."""
+    rows, name = batch_size, "batch_size"
+    if data.kind == "parallel":
+        rows, name = gcd(batch_size, ROWS), f"batch_size and of {ROWS}"
     if rows % train.workers:
         raise MoesaicError(
             "workers must divide the batch size",
             where=source.where(("train", "workers")),
             found=train.workers,
-            allowed=f"a divisor of batch_size: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
+            allowed=f"a divisor of {name}: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}",
             nearest=max(n for n in range(1, min(train.workers, rows) + 1) if rows % n == 0),
         )
 
@@ -136,17 +169,53 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
         )
 
 
-def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
-    """Raises MoesaicError where an encoder is to decode, to answer questions, or to be trained from nothing: spaces are
-    of decoders."""
-    if config.latency.phase == "decode" and not space.largest.output.causal:
+def _check_pass(latency: LatencyConfig, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where models of the space do not compute such a pass."""
+    whole = ("latency", "phase")
+    if latency.phase == "decode" and not space.largest.output.causal:
         raise MoesaicError(
             "an encoder sees all tokens at once and does not decode",
-            where=source.where(("latency", "phase")),
+            where=source.where(whole),
             found="decode",
             allowed="phase: prefill",
             nearest="prefill",
         )
+    if space.encoder is None:
+        for name in ("source_length", "beam"):
+            if name in latency.model_fields_set and getattr(latency, name) != LatencyConfig.model_fields[name].default:
+                raise MoesaicError(
+                    f"{name} is of models that translate, and the space has no encoder",
+                    where=source.where(("latency", name)),
+                    found=getattr(latency, name),
+                    allowed="a space with an encoder, or without the key",
+                )
+    wrong = "translate" if space.encoder is None else "decode"
+    if latency.phase == wrong:
+        problem = (
+            "a model without an encoder does not translate"
+            if space.encoder is None
+            else ("a step of a model with an encoder is part of a translation")
+        )
+        allowed = ["prefill", "decode"] if space.encoder is None else ["prefill", "translate"]
+        raise MoesaicError(
+            problem,
+            where=source.where(whole),
+            found=wrong,
+            allowed=" or ".join(f"phase: {name}" for name in allowed),
+            nearest=allowed[-1],
+        )
+    if latency.sequence_length == 1 and space.encoder is not None and latency.phase != "prefill":
+        raise MoesaicError(
+            "a translation has a word and an end",
+            where=source.where(("latency", "sequence_length")),
+            found=1,
+            allowed=">= 2",
+            nearest=2,
+        )
+
+
+def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where an encoder alone is to answer questions, or to be trained from nothing."""
     if config.questions is not None and space.backbone.head != "linear":
         raise MoesaicError(
             "an encoder predicts no next token and answers no questions",

@@ -41,20 +41,33 @@ class SplitFiles(_Section):
     test: Paths = []
 
 
+_PAIR = "[FILE.en, FILE.de]"
+
+
+def is_tsv(path: str) -> bool:
+    """Whether each line of this file holds a sentence, a tab and its translation."""
+    return path.lower().removesuffix(".gz").endswith(".tsv")
+
+
 class DataConfig(_Section):
     """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
     each of ``train``, ``validation`` and ``test``. Files are text, or records with the text in ``field``: JSON lines
     (.jsonl), Parquet, or the Arrow files that Hugging Face's ``datasets`` saves; .gz of text and of JSON lines.
 
     ``tokenizer``, a ``tokenizer.json`` or its folder, is used instead of a BPE trained to ``vocab_size`` tokens.
+
+    ``parallel`` are sentences with translations. Their ``files`` are two whose lines correspond, source and target, or
+    one TSV; the same for a split. Both languages have one BPE (``vocabulary: shared``) or one each (``separate``).
+    ``sequence_length`` is the most tokens of a sentence, its end included.
     """
 
-    kind: Literal["stdlib", "text"] = "stdlib"
+    kind: Literal["stdlib", "text", "parallel"] = "stdlib"
     files: Annotated[
         Annotated[Paths, Tag("all")] | Annotated[SplitFiles, Tag("splits")],
         Discriminator(lambda value: "splits" if isinstance(value, dict | SplitFiles) else "all"),
     ] = []
     field: str = "text"
+    vocabulary: Literal["shared", "separate"] = "shared"
     tokenizer: str | None = None
     vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
     sequence_length: Annotated[int, Field(ge=8)] = 128
@@ -69,11 +82,36 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _files_for_text(self) -> DataConfig:
-        if self.kind == "text" and not self.files:
-            raise MoesaicError("data of kind text needs files", allowed="files: a path, a folder, a glob, a list")
+        if self.kind != "stdlib" and not self.files:
+            form = f"{_PAIR}, or [FILE.tsv]" if self.kind == "parallel" else "a path, a folder, a glob, a list"
+            raise MoesaicError(f"data of kind {self.kind} needs files", allowed=f"files: {form}")
         if self.kind == "stdlib" and self.files:
             raise MoesaicError("data of kind stdlib takes no files", nearest="kind: text")
         return self
+
+    @model_validator(mode="after")
+    def _pairs_of_files(self) -> DataConfig:
+        if self.kind != "parallel":
+            if self.vocabulary != "shared":
+                raise MoesaicError("one language has one vocabulary", found="vocabulary: separate", nearest="shared")
+            return self
+        for name, paths in self.split_files.items():
+            if len(paths) > 2 or (len(paths) == 1 and not is_tsv(paths[0])):
+                raise MoesaicError(
+                    f"the {name} split is not two files whose lines correspond, and not one TSV",
+                    found=", ".join(paths),
+                    allowed=f"{_PAIR}, or [FILE.tsv]",
+                )
+        if self.tokenizer is not None and self.vocabulary == "separate":
+            raise MoesaicError("a given tokenizer is that of both languages", nearest="vocabulary: shared")
+        return self
+
+    @property
+    def split_files(self) -> dict[str, list[str]]:
+        """The files of each split of parallel text. Where splits have none of their own, they are of the training's."""
+        if isinstance(self.files, list):
+            return {"train": self.files, "validation": [], "test": []}
+        return {name: getattr(self.files, name) for name in SplitFiles.model_fields}
 
 
 class LimitConfig(_Section):
@@ -94,6 +132,10 @@ class DeviceConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Count | None = None
+
+
+ROWS = 8
+"""Rows of a batch of sentences, which differ in length, are a multiple of what this and the batch size share."""
 
 
 class TrainingConfig(_Section):
@@ -156,13 +198,17 @@ class LatencyConfig(_Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
-    that many positions in a key/value cache. The default length is that of the data. Where whole models would take
-    longer than ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
+    that many positions in a key/value cache. ``translate``, for models with an encoder, reads ``source_length`` tokens
+    and writes ``sequence_length`` tokens, the end among them, with a ``beam``. Without a ``phase`` it is ``translate``
+    for them, else ``prefill``. The default lengths are that of the data. Where whole models would take longer than
+    ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
     """
 
-    phase: Phase = "prefill"
+    phase: Phase | None = None
     batch_size: Count = 8
     sequence_length: Count | None = None
+    source_length: Count | None = None
+    beam: Count = 4
     models: Annotated[int, Field(ge=8)] = 80
     repeats: Annotated[int, Field(ge=3)] = 5
     time_limit: Positive = 180.0
@@ -357,6 +403,20 @@ class Config(_Section):
                 allowed="a URL without one; PostgreSQL reads PGPASSWORD and ~/.pgpass",
             )
         return url
+
+    @model_validator(mode="after")
+    def _translation_starts_from_nothing(self) -> Config:
+        if self.data.kind == "parallel" and self.model is not None:
+            raise MoesaicError(
+                "a run that starts from a trained model learns from text: none that translates can be read",
+                found="data: {kind: parallel}",
+                allowed="no model, or data: {kind: text}",
+            )
+        if self.data.kind == "parallel" and self.questions is not None:
+            raise MoesaicError(
+                "a model that translates answers no questions", found="data: {kind: parallel}", allowed="no questions"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_of_the_model(self) -> Config:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from moesaic.nas.config import DataConfig
-from moesaic.nas.data.cache import cache_directory, make_folder
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.data.files import SPLITS, Split, TextFile, find_files
 from moesaic.nas.data.records import has_records
 from moesaic.nas.data.splits import Piece, divide, division_hash
-from moesaic.nas.data.streams import TOKENIZER, StreamFacts, checked, stream_path, write_streams
-from moesaic.nas.data.tokenizer import read_tokenizer, tokenizer_file, train_tokenizer
+from moesaic.nas.data.streams import TOKENIZER, StreamFacts, cached, checked, stream_path, write_streams
+from moesaic.nas.data.tokenizer import check_vocabulary, read_tokenizer, tokenizer_file, train_tokenizer
 from moesaic.search_spaces import MoesaicError
 
 _FORMAT = "2"
@@ -99,23 +99,15 @@ def load_corpus(
         vocabulary = hashlib.sha256(read_tokenizer(tokenizer).to_str().encode()).hexdigest()[:16]
     text = division_hash(found.files) + _field_mark(config, found.files)
     directory = cache_directory() / "corpora" / f"{text}-{vocabulary}-{_FORMAT}"
-    try:
-        facts = checked(directory)
-    except MoesaicError as error:
-        if directory.exists():
-            on_stage(f"the cached corpus is damaged and is made again: {error.where}: {error.problem}")
-        pieces = divide(found.files)
-        make_folder(directory, lambda folder: _build(config, pieces, folder, where, on_stage, tokenizer), _sound)
-        facts = checked(directory)
+    facts = cached(
+        directory,
+        StreamFacts,
+        lambda folder: _build(config, divide(found.files), folder, where, on_stage, tokenizer),
+        on_stage,
+    )
     corpus = _opened(directory, facts, config.sequence_length, where)
     if vocab_size is not None:
-        if corpus.vocab_size > vocab_size:
-            raise MoesaicError(
-                "the tokenizer is of another vocabulary",
-                where=str(tokenizer),
-                found=f"ids up to {corpus.vocab_size - 1}",
-                allowed=f"ids below the model's {vocab_size}",
-            )
+        check_vocabulary(corpus.vocab_size, vocab_size, str(tokenizer))
         corpus = replace(corpus, vocab_size=vocab_size)
     for split in SPLITS[1:]:
         if len(corpus.splits[split].tokens) < 2 * (config.sequence_length + 1):
@@ -138,7 +130,7 @@ def open_corpus(directory: Path, sequence_length: int, where: str, vocab_size: i
     ------
     MoesaicError : a file is missing, cut or changed; a split is shorter than the context.
     """
-    corpus = _opened(directory, checked(directory), sequence_length, where)
+    corpus = _opened(directory, checked(directory, StreamFacts), sequence_length, where)
     return corpus if vocab_size is None else replace(corpus, vocab_size=vocab_size)
 
 
@@ -156,14 +148,6 @@ def _opened(directory: Path, facts: StreamFacts, sequence_length: int, where: st
         tokens = np.memmap(stream_path(directory, name), dtype=facts.dtype, mode="r")
         splits[name] = TokenSplit(tokens, stream.text_bytes)
     return Corpus(directory.name, directory / TOKENIZER, facts.vocab_size, sequence_length, splits)
-
-
-def _sound(directory: Path) -> bool:
-    try:
-        checked(directory)
-    except MoesaicError:
-        return False
-    return True
 
 
 def _build(

@@ -90,7 +90,7 @@ def find_files(config: DataConfig, where: str, own: Iterable[Path] = ()) -> Foun
         for pattern in patterns:
             matches = search.find(pattern)
             if not matches and not os.path.isdir(pattern):
-                raise _missing(pattern, where)
+                raise missing(pattern, where)
             for path, name in matches.items():
                 key = os.path.realpath(path), split
                 if key not in found and (file := _read(path, split, search, where, config.field)):
@@ -224,7 +224,8 @@ def _each_once(files: list[TextFile], search: FileSearch) -> list[TextFile]:
     return sorted(kept.values(), key=lambda file: file.digest)
 
 
-def _missing(path: Path, where: str) -> MoesaicError:
+def missing(path: Path, where: str) -> MoesaicError:
+    """The error of a ``path`` that is no file, with the nearest name beside it."""
     if os.path.lexists(path):
         return MoesaicError(
             "is no file and no folder", where=where, found=shown(path), allowed="a text file or a folder"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moesaic.nas.data.files import SPLITS, Split, TextFile
 from moesaic.nas.data.records import has_records
 
-_SHARE = 0.05
+SHARE = 0.05
 """Share of the text that validation and test each take from training text, where no files are given for them."""
 _LEAST = 0.01
 """They get files until they have this share, wherever the hashes fall."""
@@ -49,9 +49,9 @@ def divide(files: Sequence[TextFile]) -> dict[Split, list[Piece]]:
     missing: list[Split] = [split for split in SPLITS[1:] if not found[split]]
     training = [file for file in files if file.split in (None, "train")]
     total = sum(file.size for file in training)
-    large = [file for file in training if missing and file.size > _SHARE * total]
+    large = [file for file in training if missing and file.size > SHARE * total]
     whole = set(training).difference(large)
-    starts = [1 - _SHARE * len(missing[index:]) for index in range(len(missing))]
+    starts = [1 - SHARE * len(missing[index:]) for index in range(len(missing))]
     ends = [*starts, 1.0]
     for index, split in enumerate(missing):
         found[split] = [Piece(file, starts[index], ends[index + 1]) for file in large]
@@ -65,10 +65,10 @@ def divide(files: Sequence[TextFile]) -> dict[Split, list[Piece]]:
 
 
 def _nearest(files: Iterable[TextFile], distance: Callable[[TextFile], float], least: float) -> list[TextFile]:
-    """Files within a distance of ``_SHARE``, and further ones until they have ``least`` bytes."""
+    """Files within a distance of ``SHARE``, and further ones until they have ``least`` bytes."""
     taken: list[TextFile] = []
     for file in sorted(files, key=lambda file: (distance(file), file.digest)):
-        if distance(file) >= _SHARE and least <= 0:
+        if distance(file) >= SHARE and least <= 0:
             break
         taken.append(file)
         least -= file.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,17 @@ _MOST_CHARACTERS = 64 << 20
 """The tokenizer is trained on at most this much text; more takes hours and hardly changes the merges."""
 _LONGEST_WORD = 256
 """Longer words are cut, since the time for a word grows with the square of its length. No usual word is longer."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """That of a model that there is: its ``tokenizer``, and how many ids it has, some of them perhaps unused; and the
+    same for the source's language, where a model that translates has another vocabulary for it."""
+
+    tokenizer: Path
+    size: int
+    source_tokenizer: Path | None = None
+    source_size: int | None = None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -62,6 +74,17 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """The number of ids: one more than the largest, since some vocabularies have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def check_vocabulary(size: int, model_size: int, where: str) -> None:
+    """Raises MoesaicError where a tokenizer of ``size`` ids, that of ``where``, has ids that the model has not."""
+    if size > model_size:
+        raise MoesaicError(
+            "the tokenizer is of another vocabulary",
+            where=where,
+            found=f"ids up to {size - 1}",
+            allowed=f"ids below the model's {model_size}",
+        )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -21,7 +21,9 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
         for name in figures.measured
     ]
     outputs = "states" if architecture.backbone.head == "none" else "logits"
-    scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in task.metrics)
+    metrics = task.metrics + task.generation_metrics
+    scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in metrics)
+    scores += f" ({figures.signature})" if figures.signature else ""
     return "\n".join(
         [
             f"# {figures.name}: a sparse Transformer designed by Moesaic {__version__}",

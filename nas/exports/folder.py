@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from moesaic.nas import __version__
 from moesaic.nas.config import Config
 from moesaic.nas.data.files import absolute_files
+from moesaic.nas.data.parallel import SOURCE_TOKENIZER
+from moesaic.nas.data.streams import TOKENIZER
+from moesaic.nas.data.tokenizer import Vocabulary
 from moesaic.nas.exports.card import model_card
 from moesaic.nas.exports.figures import ExportFigures
 from moesaic.nas.tasks import Task
@@ -32,7 +34,7 @@ from moesaic.search_spaces.files import (
     write_text,
     write_value,
 )
-from moesaic.supernet import Transformer
+from moesaic.supernet import Batch, Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
@@ -48,14 +50,16 @@ class ModelFacts:
     sequence_length: int
     fingerprint: str
     architecture: ArchitectureField
+    source_vocab_size: int | None = None
+    """That of the encoder, where it has a vocabulary of its own."""
 
 
 def export_model(
-    directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, tokens: Tensor
+    directory: Path, model: Transformer, config: Config, task: Task, figures: ExportFigures, batch: Batch
 ) -> ExportFigures:
     """Write ``model`` to ``directory`` (replaced as a whole, or not at all), and check it by reading it back.
 
-    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``tokens`` [B, S]. Other files
+    ``figures`` go into ``figures.json`` and the model card. Logits are compared on ``batch``. Other files
     in the folder stay. Returns the figures with that comparison.
 
     Raises
@@ -78,7 +82,8 @@ def export_model(
         write_retrain_file(temporary, config, task)
         reloaded = load_exported(temporary)
         with torch.inference_mode():
-            difference = (reloaded(tokens) - model.cpu()(tokens)).abs().max().item()
+            logits = (one(batch.tokens, **batch.beside) for one in (reloaded, model.cpu()))
+            difference = (next(logits) - next(logits)).abs().max().item()
         figures = replace(figures, reload_max_logit_difference=difference)
         write_value(temporary / "figures.json", figures)
         write_text(temporary / "README.md", model_card(architecture, figures, task))
@@ -92,14 +97,28 @@ def export_model(
 
 def write_facts(directory: Path, model: Transformer, task: Task) -> None:
     """Write what ``load_exported`` and a user of ``model`` need beside its weights: ``config.json``,
-    ``architecture.yaml`` and ``tokenizer.json``."""
+    ``architecture.yaml`` and ``tokenizer.json``; and ``source_tokenizer.json`` of a vocabulary of the source alone."""
     architecture = model.architecture
     facts = ModelFacts(
-        MODEL_TYPE, __version__, model.vocab_size, task.sequence_length, architecture.fingerprint, architecture
+        MODEL_TYPE,
+        __version__,
+        model.vocab_size,
+        task.sequence_length,
+        architecture.fingerprint,
+        architecture,
+        model.source_vocab_size,
     )
     write_value(directory / "config.json", facts)
     write_text(directory / "architecture.yaml", architecture.to_yaml())
-    write_atomically(directory / "tokenizer.json", lambda path: shutil.copyfile(task.tokenizer, path))
+    for name, tokenizer in ((TOKENIZER, task.tokenizer), (SOURCE_TOKENIZER, task.source_tokenizer)):
+        if tokenizer is not None:
+            write_atomically(directory / name, lambda path, tokenizer=tokenizer: shutil.copyfile(tokenizer, path))
+
+
+def vocabulary_of(directory: Path, model: Transformer) -> Vocabulary:
+    """That of ``model``, which is exported in ``directory``."""
+    source = None if model.source_vocab_size is None else directory / SOURCE_TOKENIZER
+    return Vocabulary(directory / TOKENIZER, model.vocab_size, source, model.source_vocab_size)
 
 
 def load_exported(directory: PathLike) -> Transformer:
@@ -125,9 +144,11 @@ def load_exported(directory: PathLike) -> Transformer:
         )
     Architecture.from_dict(plain.get("architecture"), str(path))  # raises with the key that is wrong
     facts = read_value(path, ModelFacts)
-    if facts.vocab_size < 1:
-        raise MoesaicError("vocab_size is not a count", where=str(path), found=facts.vocab_size)
-    model = Transformer(facts.architecture, facts.vocab_size)
+    for name in ("vocab_size", "source_vocab_size"):
+        size = getattr(facts, name)
+        if size is not None and size < 1:
+            raise MoesaicError(f"{name} is not a count", where=str(path), found=size)
+    model = Transformer(facts.architecture, facts.vocab_size, source_vocab_size=facts.source_vocab_size)
     tensors, _ = load_tensors(directory / "model.safetensors")
     load_weights(model, tensors, str(directory / "model.safetensors"))
     return model.eval()

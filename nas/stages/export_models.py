@@ -146,18 +146,19 @@ def _measure(part: BudgetRun, trial: Trial) -> Candidate:
     model = run.supernet.extract(trial.architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(trial.architecture)
-    measured = part.measure(model, evaluation.loads, judge.batch.tokens)
+    measured = part.measure(model, evaluation.loads, judge.batch)
     return Candidate(trial, model, evaluation, measured, part.measured_lines(trial.architecture, measured.costs))
 
 
 def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tuple[Refused, ...]) -> ExportFigures:
     run, trial, model = part.run, candidate.trial, candidate.model
-    tokens = run.task.held_out("test", 4).tokens
-    here = tokens.to(run.device.torch_device)
+    batch = run.task.held_out("test", 4)
+    here = batch.to(run.device.torch_device)
     with torch.inference_mode():
-        difference = (run.supernet(here, trial.architecture) - model(here)).abs().max().item()
+        logits = (one(here.tokens, trial.architecture, **here.beside) for one in (run.supernet, model))
+        difference = (next(logits) - next(logits)).abs().max().item()
     figures = ExportFigures(
-        **vars(Scores.of(run.task, "test", candidate.evaluation)),
+        **vars(Scores.of(run.task, "test", model, candidate.evaluation)),
         name=directory.name,
         trial=trial.number,
         fingerprint=trial.architecture.fingerprint,
@@ -172,4 +173,4 @@ def _export(part: BudgetRun, directory: Path, candidate: Candidate, refused: tup
         context=run.context,
         slice_max_logit_difference=difference,
     )
-    return export_model(directory, model.cpu(), run.config, run.task, figures, tokens)
+    return export_model(directory, model.cpu(), run.config, run.task, figures, batch)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.nas.config import load_retrain_file
-from moesaic.nas.data import load_corpus
+from moesaic.nas.config import check_translates, load_retrain_file
 from moesaic.nas.device import choose_device
-from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.exports.folder import load_exported, vocabulary_of
 from moesaic.nas.stages.directory import LOCK, RunDirectory, check_place, fingerprint
 from moesaic.nas.stages.retrain_models import seed_directory
-from moesaic.nas.tasks import Metric, task_for
+from moesaic.nas.tasks import Metric, load_task
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import single_recipe
 from moesaic.nas.training.trainer import Trainer
@@ -42,16 +41,18 @@ def retrain_export(
     model = load_exported(directory)
     file = load_retrain_file(directory / "retrain.yaml", overrides)
     device = choose_device(file.device)
-    corpus = load_corpus(
-        file.data,
-        str(directory / "retrain.yaml"),
-        lambda text: reporter.say(f"data: {text}"),
-        tokenizer=directory / "tokenizer.json",
-        own=[directory],
-        vocab_size=model.vocab_size,
-    )
     source = None if file.source is None else open_checkpoint(file.source)
-    task = task_for(model.architecture.backbone.head, corpus, source, str(directory / "tokenizer.json"))
+    where = str(directory / "retrain.yaml")
+    check_translates(file.data, model.architecture.encoder is not None, where)
+    task = load_task(
+        file.data,
+        model.architecture.backbone.head,
+        where,
+        lambda text: reporter.say(f"data: {text}"),
+        vocabulary_of(directory, model),
+        source,
+        [directory],
+    )
     trainer = Trainer(task, device, file.train, reporter.say, should_stop)
     weights = slice_of(model) if file.retrain.init == "inherited" else None
     unimportant = {"name": True, "seed": True, "train": True, "source": True, "retrain": {"seeds"}}
@@ -75,7 +76,7 @@ def retrain_export(
                 weights,
             )
             judge = Judge(trained, task.held_out("test", file.retrain.evaluation_windows), device.bfloat16, task.loss)
-            scores = Scores.of(task, "test", judge(model.architecture))
+            scores = Scores.of(task, "test", trained, judge(model.architecture))
             runs.append(SeedRun(**vars(scores), seed=seed, fingerprint=model.architecture.fingerprint))
         result = RetrainedExport(
             **vars(MeanScores.over(runs)),
@@ -87,4 +88,4 @@ def retrain_export(
             seed=file.seed,
         )
         write_value(target.path / "result.json", result)
-    return result, task.metrics
+    return result, task.metrics + task.generation_metrics

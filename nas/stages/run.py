@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
@@ -20,14 +18,13 @@ from moesaic.nas.costs.latency.predictor import LatencyPredictor
 from moesaic.nas.costs.measure import MeasuredCosts, measure_costs
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.costs.use import Occupancy, OccupancyRow
-from moesaic.nas.data import load_corpus
 from moesaic.nas.data.cache import expanded
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.data.tokenizer import Vocabulary, read_tokenizer
 from moesaic.nas.device import Device, choose_device
 from moesaic.nas.search.budget import Budget, resolve_budget
 from moesaic.nas.stages.directory import RunDirectory, StageDirectory
 from moesaic.nas.stages.stage import BY_NAME, STAGES, Stage
-from moesaic.nas.tasks import Metric, Task, task_for
+from moesaic.nas.tasks import Metric, Task, load_task
 from moesaic.nas.tasks.questions import ACCURACY, Questions
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.terminal.progress import Reporter
@@ -37,7 +34,7 @@ from moesaic.nas.trust.scores import Scores
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
-from moesaic.supernet import Evaluation, Judge, LayerLoad, Transformer, Weights, slice_of
+from moesaic.supernet import Batch, Evaluation, Judge, LayerLoad, Transformer, Weights, slice_of
 from moesaic.supernet.checkpoint import load_tensors, load_weights
 from moesaic.supernet.sharing import Sharing
 from moesaic.supernet.sparsify.repair import repaired
@@ -106,16 +103,15 @@ class Run:
     def task(self) -> Task:
         where = self.loaded.source.where(("data", "files") if self.config.data.files else ("data",))
         source = self.loaded.checkpoint
-        corpus = load_corpus(
+        return load_task(
             self.config.data,
+            self.space.backbone.head,
             where,
             lambda text: self.reporter.say(f"data: {text}"),
-            tokenizer=source and source.tokenizer,
-            own=self.own_files,
-            vocab_size=source and source.vocab_size,
+            None if source is None else Vocabulary(source.tokenizer, source.vocab_size),
+            source,
+            self.own_files,
         )
-        tokenizer = corpus.tokenizer_path if source is None else source.tokenizer
-        return task_for(self.space.backbone.head, corpus, source, str(tokenizer))
 
     @cached_property
     def questions(self) -> Questions | None:
@@ -125,11 +121,12 @@ class Run:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Those of the task, and the accuracy where there are questions."""
-        return self.task.metrics + (() if self.questions is None else (ACCURACY,))
+        own = self.task.metrics + self.task.generation_metrics
+        return own + (() if self.questions is None else (ACCURACY,))
 
     def scores(self, split: Split, model: Transformer, evaluation: Evaluation) -> Scores:
         """Of ``model``, from its ``evaluation`` on a split: ``metrics``."""
-        scores = Scores.of(self.task, split, evaluation)
+        scores = Scores.of(self.task, split, model, evaluation)
         if self.questions is None:
             return scores
         found = self.questions.accuracy(model, read_tokenizer(self.task.tokenizer))
@@ -142,14 +139,18 @@ class Run:
     @cached_property
     def context(self) -> Context:
         """The pass whose costs count, as ``latency`` describes it."""
-        latency = self.config.latency
+        latency, translates = self.config.latency, self.space.encoder is not None
+        phase = latency.phase or ("translate" if translates else "prefill")
         return Context(
             self.task.vocab_size,
             latency.sequence_length or self.task.sequence_length,
             latency.batch_size,
             self.device.bytes_per_value,
-            latency.phase,
+            phase,
             implementation_on(self.device.torch_device),
+            (latency.source_length or self.task.sequence_length) if translates else 0,
+            latency.beam if phase == "translate" else 1,
+            self.task.source_vocab_size,
         )
 
     @property
@@ -194,7 +195,7 @@ class Run:
         """The trained supernet on the device, in evaluation mode."""
         path = self.folder("supernet").path / SUPERNET
         tensors, _ = load_tensors(path)
-        model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing)
+        model = Transformer(self.space.envelope, self.task.vocab_size, self.sharing, self.task.source_vocab_size)
         load_weights(model, tensors, str(path))
         return model.to(self.device.torch_device).eval()
 
@@ -281,12 +282,12 @@ class BudgetRun:
     def forget_folders(self) -> None:
         self.run.forget_folders()
 
-    def measure(self, model: Transformer, loads: Sequence[LayerLoad | None], tokens: Tensor) -> MeasuredCosts:
+    def measure(self, model: Transformer, loads: Sequence[LayerLoad | None], batch: Batch) -> MeasuredCosts:
         """Costs of ``model`` on this device, under the ``loads`` of an evaluation; a latency over the budget is
         measured again."""
         limits = {line.cost: line.limit for line in self.budget.lines}
         limit_ms = most_tolerated(limits.get("latency", math.inf))
-        return measure_costs(model, loads, tokens, self.run.pricer, self.run.device, limit_ms)
+        return measure_costs(model, loads, batch, self.run.pricer, self.run.device, limit_ms)
 
     def measured_lines(self, architecture: Architecture, measured: dict[str, float]) -> tuple[MeasuredLine, ...]:
         """Every budget line of a model with these measured costs."""

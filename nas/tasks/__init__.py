@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from moesaic.nas.data import Corpus
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.config import DataConfig
+from moesaic.nas.data import Corpus, load_corpus, load_parallel
+from moesaic.nas.data.tokenizer import Vocabulary, read_tokenizer
 from moesaic.nas.tasks.language import LanguageModelling
 from moesaic.nas.tasks.masked import MASKS, MaskedTokens
 from moesaic.nas.tasks.states import SameStates
 from moesaic.nas.tasks.task import Metric, Task
 from moesaic.nas.tasks.text import Frame, special_id
+from moesaic.nas.tasks.translation import Translation
 from moesaic.search_spaces import MoesaicError
 from moesaic.supernet.convert import Checkpoint
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (LanguageModelling, MaskedTokens, SameStates)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (LanguageModelling, MaskedTokens, SameStates, Translation)}
 """Task classes by the name in ``Task.plain``."""
 
 
@@ -24,8 +27,32 @@ def task_of(plain: Mapping[str, Any]) -> Task:
     return TASKS[plain["task"]].of(plain)
 
 
+def load_task(
+    data: DataConfig,
+    head: str,
+    where: str,
+    say: Callable[[str], None] = lambda text: None,
+    vocabulary: Vocabulary | None = None,
+    source: Checkpoint | None = None,
+    own: Iterable[Path] = (),
+) -> Task:
+    """The task that models with this ``head`` (that of their backbone) are for, on the corpus of ``data``.
+
+    ``vocabulary`` is that of a model to go on with. ``own`` files are no part of a corpus; ``where`` names ``data``.
+
+    Raises
+    ------
+    MoesaicError : as ``load_corpus``, ``load_parallel`` and ``task_for``.
+    """
+    if data.kind == "parallel":
+        return Translation(load_parallel(data, where, say, vocabulary))
+    given, size = (None, None) if vocabulary is None else (vocabulary.tokenizer, vocabulary.size)
+    corpus = load_corpus(data, where, say, given, own, size)
+    return task_for(head, corpus, source, str(given or corpus.tokenizer_path))
+
+
 def task_for(head: str, corpus: Corpus, source: Checkpoint | None, where: str) -> Task:
-    """The task that models with this ``head`` (that of their backbone) are for, on ``corpus``.
+    """The task on a text that models with this ``head`` are for.
 
     Raises
     ------
@@ -49,4 +76,15 @@ def task_for(head: str, corpus: Corpus, source: Checkpoint | None, where: str) -
     return SameStates(corpus, source)
 
 
-__all__ = ["TASKS", "LanguageModelling", "MaskedTokens", "Metric", "SameStates", "Task", "task_for", "task_of"]
+__all__ = [
+    "TASKS",
+    "LanguageModelling",
+    "MaskedTokens",
+    "Metric",
+    "SameStates",
+    "Task",
+    "Translation",
+    "load_task",
+    "task_for",
+    "task_of",
+]

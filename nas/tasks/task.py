@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from moesaic.nas.data.files import Split
-from moesaic.supernet import Batch
+from moesaic.supernet import Batch, Transformer
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,22 @@ class Task(Protocol):
         ...
 
     @property
+    def generation_metrics(self) -> tuple[Metric, ...]:
+        """Those of what a model generates, which the loss does not tell."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the data, their splits and their encoding."""
         ...
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def source_vocab_size(self) -> int | None:
+        """That of what an encoder reads, where it has a vocabulary of its own."""
+        ...
 
     @property
     def sequence_length(self) -> int: ...
@@ -63,8 +73,14 @@ class Task(Protocol):
         """``tokenizer.json`` of the vocabulary."""
         ...
 
+    @property
+    def source_tokenizer(self) -> Path | None:
+        """That of the vocabulary of ``source_vocab_size``."""
+        ...
+
     def batch(self, size: int, seed: int, step: int) -> Batch:
-        """``size`` sequences of the training split."""
+        """``size`` sequences of the training split; where their lengths differ, about as many tokens as ``size`` have
+        on average."""
         ...
 
     def held_out(self, split: Split, count: int) -> Batch:
@@ -73,6 +89,11 @@ class Task(Protocol):
 
     def measure(self, split: Split, loss: float) -> dict[str, float]:
         """Each of ``metrics`` by name, for a mean ``loss`` on a split."""
+        ...
+
+    def score_generation(self, model: Transformer, split: Split, count: int) -> tuple[dict[str, float], str]:
+        """Each of ``generation_metrics`` by name, for what ``model`` makes of ``held_out(split, count)``; and how it
+        was made and scored."""
         ...
 
     def plain(self) -> dict[str, Any]:

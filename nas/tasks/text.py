@@ -14,7 +14,9 @@ from torch import Tensor
 
 from moesaic.nas.data import Corpus, open_corpus
 from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.tasks.task import Metric, Split
 from moesaic.search_spaces import MoesaicError
+from moesaic.supernet import Transformer
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class TextTask:
     corpus: Corpus
 
     name: ClassVar[str]
+    source_vocab_size: ClassVar[None] = None
+    source_tokenizer: ClassVar[None] = None
+    generation_metrics: ClassVar[tuple[Metric, ...]] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -39,11 +44,7 @@ class TextTask:
 
     @property
     def tokenizer(self) -> Path:
-        path = self.corpus.tokenizer_path
-        if not path.is_file():
-            problem = "is gone: the cache was cleared while it was in use"
-            raise MoesaicError(problem, where=str(path), allowed="the same command again, which rebuilds it")
-        return path
+        return standing(self.corpus.tokenizer_path)
 
     @cached_property
     def frame(self) -> Frame:
@@ -54,6 +55,9 @@ class TextTask:
         """[B, S] sequences for an encoder, from the first tokens of ``windows`` [B, S + 1]."""
         return self.frame.around(windows[:, :-3])
 
+    def score_generation(self, model: Transformer, split: Split, count: int) -> tuple[dict[str, float], str]:
+        return {}, ""
+
     def plain(self) -> dict[str, Any]:
         folder = str(self.corpus.tokenizer_path.parent.absolute())
         length, size = self.sequence_length, self.vocab_size
@@ -62,6 +66,14 @@ class TextTask:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
         return cls(corpus_of(plain))
+
+
+def standing(path: Path) -> Path:
+    """``path``, a file of the cache. Raises MoesaicError where it is gone."""
+    if not path.is_file():
+        problem = "is gone: the cache was cleared while it was in use"
+        raise MoesaicError(problem, where=str(path), allowed="the same command again, which rebuilds it")
+    return path
 
 
 def corpus_of(plain: Mapping[str, Any]) -> Corpus:

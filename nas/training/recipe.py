@@ -29,17 +29,17 @@ class Teacher:
     envelope: ArchitectureField
     architecture: ArchitectureField
 
-    def of(self, vocab_size: int) -> Callable[[Batch], Tensor]:
+    def of(self, task: Task) -> Callable[[Batch], Tensor]:
         """Its logits of a batch, on the batch's device. Raises MoesaicError where the file cannot be read."""
         tensors, _ = load_tensors(Path(self.path))
         with torch.device("meta"):
-            model = Transformer(self.envelope, vocab_size)
+            model = Transformer(self.envelope, task.vocab_size, source_vocab_size=task.source_vocab_size)
         model.load_state_dict(tensors, assign=True)
         model.eval()
 
         def logits(batch: Batch) -> Tensor:
             with torch.no_grad():
-                return model.to(batch.tokens.device)(batch.tokens, self.architecture, batch.mask)
+                return model.to(batch.tokens.device)(batch.tokens, self.architecture, **batch.beside)
 
         return logits
 
@@ -64,12 +64,12 @@ class Recipe:
 
     def weights(self, task: Task) -> Weights:
         """Random initial weights, a function of the seed."""
-        return scratch(task.vocab_size, self.seed, self.sharing)
+        return scratch(task.vocab_size, self.seed, self.sharing, task.source_vocab_size)
 
     def data(self, task: Task) -> TrainData:
         """Batches of ``task``, and the slices of each step."""
         slices = self._sampler().slices if self.space is not None else lambda step: [self.architecture]
-        teacher = self.teacher and self.teacher.of(task.vocab_size)
+        teacher = self.teacher and self.teacher.of(task)
         loss = task.imitation if teacher and task.imitation else task.loss
         return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, loss, teacher)
 

@@ -90,7 +90,7 @@ class Trainer:
         path = directory / WEIGHTS
         tensors, metadata = load_tensors(path) if path.exists() else ({}, {})
         if metadata.get("identity") == identity:
-            model = Transformer(recipe.architecture, self.task.vocab_size, recipe.sharing)
+            model = Transformer(recipe.architecture, self.task.vocab_size, recipe.sharing, self.task.source_vocab_size)
             load_weights(model, tensors, str(path))
             return model.to(self.device.torch_device).eval()
         model = self.train(recipe, directory, identity, on_step, weights)

@@ -12,26 +12,30 @@ from scipy import stats
 from moesaic.nas.tasks import Task
 from moesaic.nas.tasks.task import Split
 from moesaic.nas.trust.ranking import mean_interval
-from moesaic.supernet import Evaluation
+from moesaic.supernet import Evaluation, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """A model on one split: ``loss`` in nats per token with its ``standard_error`` over sequences, and the metrics of
-    its task by name."""
+    its task by name. ``signature`` says how those of generated text were computed."""
 
     loss: float
     standard_error: float
     metrics: dict[str, float]
     tokens: int
+    signature: str = ""
 
     @staticmethod
-    def of(task: Task, split: Split, evaluation: Evaluation) -> Scores:
+    def of(task: Task, split: Split, model: Transformer, evaluation: Evaluation) -> Scores:
+        """Of ``model``, from its ``evaluation`` on held-out sequences of a split, and what it generates for these."""
+        generated, signature = task.score_generation(model, split, len(evaluation.sequence_losses))
         return Scores(
             loss=evaluation.loss,
             standard_error=evaluation.standard_error,
-            metrics=task.measure(split, evaluation.loss),
+            metrics=task.measure(split, evaluation.loss) | generated,
             tokens=evaluation.tokens,
+            signature=signature,
         )
 
 
@@ -62,6 +66,7 @@ class MeanScores(Scores):
             standard_error=float(np.mean([run.standard_error for run in runs])),
             metrics={name: float(np.mean([run.metrics[name] for run in runs])) for name in runs[0].metrics},
             tokens=runs[0].tokens,
+            signature=runs[0].signature,
             interval=mean_interval(losses) if len(runs) > 1 else None,
             runs=tuple(runs),
         )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moesaic.nas.tasks import Task, task_of
-from moesaic.search_spaces import Backbone
-from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, scratch, train
+from moesaic.search_spaces import Architecture, Backbone
+from moesaic.supernet import Batch, Judge, TrainData, TrainSettings, Transformer, scratch, train
 from moesaic.supernet.losses import LOSSES
 from tests.nas.search_tools import tiny_space
 
@@ -24,17 +24,27 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 class TaskContract:
-    """Tests take the fixture ``task``. A suite may change the ``backbone`` of the models that learn it."""
+    """Tests take the fixture ``task``. A suite may change the ``backbone`` of the models that learn it, or the whole
+    ``architecture``; ``by_tokens`` where a batch has about as many tokens as its size says, and not as many rows."""
 
     backbone = Backbone(32)
     causal = True
+    by_tokens = False
+
+    def architecture(self) -> Architecture:
+        largest = tiny_space().largest
+        return replace(largest, decoder=replace(largest.decoder, causal=self.causal), backbone=self.backbone)
+
+    def model(self, task: Task) -> Transformer:
+        return scratch(task.vocab_size, 0, source_vocab_size=task.source_vocab_size)(self.architecture())
 
     def test_a_batch_is_a_function_of_seed_and_step(self, task: Task) -> None:
         batch = task.batch(4, seed=1, step=2)
         assert same(batch, task.batch(4, seed=1, step=2))
         assert not same(batch, task.batch(4, seed=1, step=3))
         assert not same(batch, task.batch(4, seed=2, step=2))
-        assert len(batch) == len(batch.targets) == 4
+        assert len(batch) == len(batch.targets)
+        assert len(batch) == 4 or self.by_tokens
 
     def test_ids_are_of_the_vocabulary_and_no_sequence_is_too_long(self, task: Task) -> None:
         for batch in (task.batch(4, 0, 0), task.held_out("validation", 4), task.held_out("test", 4)):
@@ -56,10 +66,10 @@ class TaskContract:
         assert len(set(sequences)) == len(sequences)
 
     def test_every_metric_is_measured_and_follows_the_loss(self, task: Task) -> None:
-        names = [metric.name for metric in task.metrics]
+        names = [metric.name for metric in task.metrics + task.generation_metrics]
         assert len(set(names)) == len(names)
         better, worse = task.measure("test", 1.0), task.measure("test", 2.0)
-        assert set(better) == set(worse) == set(names)
+        assert set(better) == set(worse) == {metric.name for metric in task.metrics}
         for metric in task.metrics:
             assert (better[metric.name] > worse[metric.name]) == metric.higher_is_better
             assert metric.format(better[metric.name])
@@ -69,21 +79,23 @@ class TaskContract:
         other = task_of(json.loads(json.dumps(task.plain())))
         assert type(other) is type(task)
         assert other.fingerprint == task.fingerprint
-        assert (other.vocab_size, other.sequence_length, other.loss) == (
-            task.vocab_size,
-            task.sequence_length,
-            task.loss,
-        )
+        for name in ("vocab_size", "source_vocab_size", "sequence_length", "loss"):
+            assert getattr(other, name) == getattr(task, name)
         assert same(other.batch(3, 1, 7), task.batch(3, 1, 7))
         assert same(other.held_out("test", 3), task.held_out("test", 3))
         assert other.measure("test", 1.5) == task.measure("test", 1.5)
         assert other.tokenizer.read_bytes() == task.tokenizer.read_bytes()
+        assert (task.source_tokenizer is None) == (task.source_vocab_size is None)
+
+    def test_what_a_model_generates_is_scored_and_it_is_said_how(self, task: Task) -> None:
+        scores, signature = task.score_generation(self.model(task).eval(), "test", 3)
+        assert set(scores) == {metric.name for metric in task.generation_metrics}
+        assert all(metric.format(scores[metric.name]) for metric in task.generation_metrics)
+        assert bool(signature) == bool(scores)
 
     def test_a_model_learns_it(self, task: Task, tmp_path) -> None:
-        architecture = tiny_space().largest
-        stack = replace(architecture.decoder, causal=self.causal)
-        architecture = replace(architecture, decoder=stack, backbone=self.backbone)
-        model = scratch(task.vocab_size, seed=0)(architecture)
+        model = self.model(task)
+        architecture = model.architecture
         judge = Judge(model, task.held_out("validation", 8), loss=task.loss)
         assert task.loss in LOSSES
         assert task.imitation is None or task.imitation in LOSSES

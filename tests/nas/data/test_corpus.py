@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moesaic.nas.data import load_corpus, open_corpus
 from moesaic.nas.data.cache import cache_directory, make_folder
-from moesaic.nas.data.streams import checked
+from moesaic.nas.data.streams import StreamFacts, checked
 from moesaic.nas.data.tokenizer import END_OF_TEXT
 from moesaic.search_spaces import MoesaicError
 from tests.nas.data.data_tools import config, lines, texts_of, write
@@ -231,5 +231,5 @@ def test_the_cache_may_have_a_name_in_any_bytes(tmp_path, corpus_folder, monkeyp
 
 def test_checksums_are_of_the_files(corpus_folder, cache):
     folder = load_corpus(config(corpus_folder), "test").tokenizer_path.parent
-    assert set(checked(folder).files) == {path.name for path in folder.iterdir()} - {"corpus.json"}
+    assert set(checked(folder, StreamFacts).files) == {path.name for path in folder.iterdir()} - {"corpus.json"}
     assert json.loads((folder / "corpus.json").read_text())["files"]["train.tokens"]["size"] > 0
