@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moesaic.nas.config.sections import ROWS, Config, DataConfig, LimitConfig, RetrainFile, TrainConfig
+from moesaic.nas.config.sections import (
+    ROWS,
+    Config,
+    DataConfig,
+    LatencyConfig,
+    LimitConfig,
+    RetrainFile,
+    TrainConfig,
+)
 from moesaic.nas.units import DIMENSIONS, parse_limit
 from moesaic.search_spaces import MoesaicError, SearchSpace, load_space
 from moesaic.search_spaces.errors import nearest_name
@@ -65,6 +73,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         checkpoint = open_checkpoint(config.model.from_)
     space = _space(config.space, checkpoint, source)
     _check_positions(config, space, source)
+    _check_pass(config.latency, space, source)
     check_translates(config.data, space.encoder is not None, source.where(("data", "kind")))
     _check_encoder(config, space, source)
     return Loaded(config, space, source, tuple(overrides), checkpoint)
@@ -160,17 +169,53 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
         )
 
 
-def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
-    """Raises MoesaicError where an encoder is to decode, to answer questions, or to be trained from nothing: spaces are
-    of decoders."""
-    if config.latency.phase == "decode" and not space.largest.output.causal:
+def _check_pass(latency: LatencyConfig, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where models of the space do not compute such a pass."""
+    whole = ("latency", "phase")
+    if latency.phase == "decode" and not space.largest.output.causal:
         raise MoesaicError(
             "an encoder sees all tokens at once and does not decode",
-            where=source.where(("latency", "phase")),
+            where=source.where(whole),
             found="decode",
             allowed="phase: prefill",
             nearest="prefill",
         )
+    if space.encoder is None:
+        for name in ("source_length", "beam"):
+            if name in latency.model_fields_set and getattr(latency, name) != LatencyConfig.model_fields[name].default:
+                raise MoesaicError(
+                    f"{name} is of models that translate, and the space has no encoder",
+                    where=source.where(("latency", name)),
+                    found=getattr(latency, name),
+                    allowed="a space with an encoder, or without the key",
+                )
+    wrong = "translate" if space.encoder is None else "decode"
+    if latency.phase == wrong:
+        problem = (
+            "a model without an encoder does not translate"
+            if space.encoder is None
+            else ("a step of a model with an encoder is part of a translation")
+        )
+        allowed = ["prefill", "decode"] if space.encoder is None else ["prefill", "translate"]
+        raise MoesaicError(
+            problem,
+            where=source.where(whole),
+            found=wrong,
+            allowed=" or ".join(f"phase: {name}" for name in allowed),
+            nearest=allowed[-1],
+        )
+    if latency.sequence_length == 1 and space.encoder is not None and latency.phase != "prefill":
+        raise MoesaicError(
+            "a translation has a word and an end",
+            where=source.where(("latency", "sequence_length")),
+            found=1,
+            allowed=">= 2",
+            nearest=2,
+        )
+
+
+def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:
+    """Raises MoesaicError where an encoder alone is to answer questions, or to be trained from nothing."""
     if config.questions is not None and space.backbone.head != "linear":
         raise MoesaicError(
             "an encoder predicts no next token and answers no questions",

@@ -204,13 +204,17 @@ class LatencyConfig(_Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
-    that many positions in a key/value cache. The default length is that of the data. Where whole models would take
-    longer than ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
+    that many positions in a key/value cache. ``translate``, for models with an encoder, reads ``source_length`` tokens
+    and writes ``sequence_length`` tokens, the end among them, with a ``beam``. Without a ``phase`` it is ``translate``
+    for them, else ``prefill``. The default lengths are that of the data. Where whole models would take longer than
+    ``time_limit`` seconds to measure, most are measured with one or two layers and a small vocabulary.
     """
 
-    phase: Phase = "prefill"
+    phase: Phase | None = None
     batch_size: Count = 8
     sequence_length: Count | None = None
+    source_length: Count | None = None
+    beam: Count = 4
     models: Annotated[int, Field(ge=8)] = 80
     repeats: Annotated[int, Field(ge=3)] = 5
     time_limit: Positive = 180.0

@@ -41,7 +41,11 @@ def count_flops(model: Transformer, context: Context) -> tuple[Counted, ...]:
     """
     shape = (context.batch_size, context.sequence_length + 1)
     tokens = torch.randint(0, context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    one = Pass(model, tokens, context, choose_device(DeviceConfig(device="cpu", dtype="float32")))
+    generator = torch.Generator().manual_seed(1)
+    read = (context.batch_size, context.source_length)
+    source = torch.randint(0, model.source_vocab_size or model.vocab_size, read, generator=generator)
+    device = choose_device(DeviceConfig(device="cpu", dtype="float32"))
+    one = Pass(model, tokens, context, device, source=source if context.source_length else None)
     return (
         Counted("closed form", flops(model.architecture, one.uses(), context), "all but matrix products"),
         Counted("torch FlopCounterMode", _torch_count(one) / context.tokens, "the same; attention is run unfused"),

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from moesaic.kernels import inference
 from moesaic.nas.costs.latency.predictor import LEVEL, LatencyPredictor
-from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
+from moesaic.nas.costs.latency.probe import Pass, random_passes, text_pass
 from moesaic.nas.costs.latency.timing import AnchoredTiming, Timer, time_with_anchors
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import Device
 from moesaic.nas.units import DIMENSIONS
-from moesaic.supernet import LayerLoad, Transformer
+from moesaic.supernet import Batch, LayerLoad, Transformer
 
 
 class PeakMemory(TorchDispatchMode):
@@ -68,10 +68,9 @@ def peak_activation_bytes(one: Pass) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        kept = [one.tokens, *one.model.parameters(), *([] if one.cache is None else one.cache.tensors)]
         with PeakMemory() as memory:
             # So that a view of one does not count as new.
-            memory._known.update(tensor.untyped_storage()._cdata for tensor in kept)
+            memory._known.update(tensor.untyped_storage()._cdata for tensor in one.kept)
             one()
         peak = memory.peak
     return peak + (0 if one.cache is None else one.cache.bytes)
@@ -136,7 +135,7 @@ class MeasuredCosts:
 def measure_costs(
     model: Transformer,
     loads: Sequence[LayerLoad | None],
-    tokens: Tensor,
+    batch: Batch,
     pricer: Pricer,
     device: Device,
     limit_ms: float = math.inf,
@@ -144,11 +143,11 @@ def measure_costs(
     """Every cost of ``pricer`` measured on ``model`` on this device.
 
     ``parameters`` and the weights' memory are counted. FLOPs and active parameters follow from the ``loads`` of an
-    evaluation. Latency is that of passes over ``tokens``, timed beside the predictor's anchors. A latency over
+    evaluation. Latency is that of passes over the text of ``batch``, timed beside the predictor's anchors. One over
     ``limit_ms`` is measured twice more, with new anchors, and the median of the three counts: one disturbed timing must
     not rule out a model, and the minimum of three would favour a lucky one.
     """
-    one = Pass(model, text_tokens(tokens, pricer.context), pricer.context, device)
+    one = text_pass(model, batch, pricer.context, device)
     costs = dict(pricer.measured(model.architecture, loads))
     count = sum(parameter.numel() for parameter in model.parameters())
     costs["parameters"] = float(count)

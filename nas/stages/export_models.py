@@ -146,7 +146,7 @@ def _measure(part: BudgetRun, trial: Trial) -> Candidate:
     model = run.supernet.extract(trial.architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(trial.architecture)
-    measured = part.measure(model, evaluation.loads, judge.batch.tokens)
+    measured = part.measure(model, evaluation.loads, judge.batch)
     return Candidate(trial, model, evaluation, measured, part.measured_lines(trial.architecture, measured.costs))
 
 

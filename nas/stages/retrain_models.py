@@ -107,7 +107,7 @@ def _measured_source(part: BudgetRun, architecture: Architecture) -> SourceModel
     model = run.supernet.extract(architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
     evaluation = judge(architecture)
-    measured = part.measure(model, evaluation.loads, judge.batch.tokens)
+    measured = part.measure(model, evaluation.loads, judge.batch)
     scores = vars(run.scores("test", model, evaluation))
     return SourceModel(**scores, architecture=architecture, measured=measured.costs, latency=measured.latency)
 
@@ -164,7 +164,7 @@ def _train_seeds(
         judge = run.judge("test", config.evaluation_windows, model)
         evaluation = judge(held)
         write_facts(folder, model, run.task)
-        costs = costs or [part.measure(model, evaluation.loads, judge.batch.tokens)]
+        costs = costs or [part.measure(model, evaluation.loads, judge.batch)]
         scores = SeedRun(
             **vars(run.scores("test", model, evaluation)),
             seed=seed,

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from moesaic.kernels import implementation_on
 from moesaic.nas.config import Config, LimitConfig, Loaded
 from moesaic.nas.context import Context
@@ -36,7 +34,7 @@ from moesaic.nas.trust.scores import Scores
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, Interrupted, SearchSpace
 from moesaic.search_spaces.files import read_value
-from moesaic.supernet import Evaluation, Judge, LayerLoad, Transformer, Weights, slice_of
+from moesaic.supernet import Batch, Evaluation, Judge, LayerLoad, Transformer, Weights, slice_of
 from moesaic.supernet.checkpoint import load_tensors, load_weights
 from moesaic.supernet.sharing import Sharing
 from moesaic.supernet.sparsify.repair import repaired
@@ -141,14 +139,18 @@ class Run:
     @cached_property
     def context(self) -> Context:
         """The pass whose costs count, as ``latency`` describes it."""
-        latency = self.config.latency
+        latency, translates = self.config.latency, self.space.encoder is not None
+        phase = latency.phase or ("translate" if translates else "prefill")
         return Context(
             self.task.vocab_size,
             latency.sequence_length or self.task.sequence_length,
             latency.batch_size,
             self.device.bytes_per_value,
-            latency.phase,
+            phase,
             implementation_on(self.device.torch_device),
+            (latency.source_length or self.task.sequence_length) if translates else 0,
+            latency.beam if phase == "translate" else 1,
+            self.task.source_vocab_size,
         )
 
     @property
@@ -280,12 +282,12 @@ class BudgetRun:
     def forget_folders(self) -> None:
         self.run.forget_folders()
 
-    def measure(self, model: Transformer, loads: Sequence[LayerLoad | None], tokens: Tensor) -> MeasuredCosts:
+    def measure(self, model: Transformer, loads: Sequence[LayerLoad | None], batch: Batch) -> MeasuredCosts:
         """Costs of ``model`` on this device, under the ``loads`` of an evaluation; a latency over the budget is
         measured again."""
         limits = {line.cost: line.limit for line in self.budget.lines}
         limit_ms = most_tolerated(limits.get("latency", math.inf))
-        return measure_costs(model, loads, tokens, self.run.pricer, self.run.device, limit_ms)
+        return measure_costs(model, loads, batch, self.run.pricer, self.run.device, limit_ms)
 
     def measured_lines(self, architecture: Architecture, measured: dict[str, float]) -> tuple[MeasuredLine, ...]:
         """Every budget line of a model with these measured costs."""

@@ -14,7 +14,7 @@ from moesaic.nas.costs.latency.fitting import informative
 from moesaic.nas.costs.latency.predictor import TERMS, model_terms
 from moesaic.nas.costs.latency.timing import ANCHOR_EVERY, passes_of
 from moesaic.nas.costs.price import Pricer
-from moesaic.search_spaces import Architecture
+from moesaic.search_spaces import Architecture, Stack
 
 FEWEST_ROUNDS = 3
 _HELD_OUT = 4
@@ -26,6 +26,8 @@ _CANDIDATES = 400
 _SHARE, _FEWEST_WHOLE = 0.4, 3
 """Share of the time limit for whole models, and how many are measured in any case: an interval needs them."""
 _FEWEST_SHALLOW = len(TERMS) + 5
+_SMALL_VOCABULARY = 16
+"""A beam search needs more words than hypotheses."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def select(
     affordable = int((spent <= _SHARE * config.time_limit).sum())
     few = max(_FEWEST_WHOLE, min(affordable, len(members) // _HELD_OUT))
     candidates = shallow([rng.choice(members) for _ in range(_CANDIDATES)], 2, rng)
-    contexts = [replace(context, vocab_size=max(1, context.vocab_size >> rng.choice((0, 3, 6)))) for _ in candidates]
+    least = min(_SMALL_VOCABULARY, context.vocab_size)
+    contexts = [
+        replace(context, vocab_size=max(least, context.vocab_size >> rng.choice((0, 3, 6)))) for _ in candidates
+    ]
     pairs = list(zip(candidates, contexts, strict=True))
     terms = np.stack([model_terms(a, Pricer(own).expected_uses(a), own) for a, own in pairs])
     times = np.array([_measured_seconds(seconds(a, own), FEWEST_ROUNDS) for a, own in pairs])
@@ -89,13 +94,19 @@ def _measured_seconds(seconds: float, rounds: int) -> float:
 
 
 def shallow(architectures: Sequence[Architecture], most: int, rng: Random | None = None) -> list[Architecture]:
-    """Each with at most ``most`` of its layers, consecutive ones; the first ones without ``rng``."""
+    """Each with at most ``most`` of the layers of each stack, consecutive ones; the first ones without ``rng``. An
+    encoder has as many as its decoder reads."""
     found = []
     for architecture in architectures:
-        layers = architecture.output.layers
-        count = min(most if rng is None else rng.randint(1, most), len(layers))
-        first = 0 if rng is None else rng.randint(0, len(layers) - count)
-        found.append(replace(architecture, decoder=replace(architecture.output, layers=layers[first : first + count])))
+        stacks: dict[str, Stack] = {}
+        least = 1
+        for name, stack in reversed(architecture.stacks.items()):
+            layers = stack.layers
+            count = min(max(least, most if rng is None else rng.randint(1, most)), len(layers))
+            first = 0 if rng is None else rng.randint(0, len(layers) - count)
+            stacks[name] = replace(stack, layers=layers[first : first + count])
+            least = max((layer.cross.span for layer in stacks[name].layers if layer.cross), default=1)
+        found.append(replace(architecture, **stacks))
     return found
 
 
