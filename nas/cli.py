@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -208,6 +209,31 @@ def import_hat(
             raise MoesaicError("exists already", where=str(out), allowed="a new file")
         write_text(out, text)
         typer.echo(f"wrote {out}; next: {shlex.join(['moesaic', 'cost', str(out), '--convention', 'hat'])}")
+
+
+@app.command(rich_help_panel="Main")
+def translate(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An exported model that translates.")],
+    beam: Annotated[int, typer.Option(min=1, help="Hypotheses of a sentence at a time; 1 is greedy.")] = 4,
+    length_penalty: Annotated[float, typer.Option(min=0, help="Larger values prefer longer translations.")] = 0.6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines that are read and translated at a time.")] = 32,
+) -> None:
+    """Translate standard input, a sentence a line, to standard output."""
+    with _told():
+        from moesaic.nas.config import DeviceConfig
+        from moesaic.nas.device import choose_device
+        from moesaic.nas.exports.translate import load_translator, translate_lines, utf8_lines
+        from moesaic.nas.tasks.translator import Decoding
+
+        translator, longest = load_translator(folder, Decoding(beam, length_penalty, batch_size))
+        translator.model.to(choose_device(DeviceConfig()).torch_device)
+        lines = utf8_lines(sys.stdin.buffer, "standard input")
+        try:
+            for text in translate_lines(translator, longest, lines, "standard input, line"):
+                sys.stdout.buffer.write(text.encode() + b"\n")
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:  # the reader has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def latency(
