@@ -278,11 +278,14 @@ class Transformer(nn.Module):
         """Weights that read from the residual stream start with standard deviation 1 / sqrt(D), so that heads and
         neurons distinguish tokens from the start. Those that write to it start with a tenth of the embedding's 0.02,
         divided by sqrt(2 L), so that the embedding dominates. With 0.02 everywhere (GPT-2), meant for wide models,
-        narrow ones stay on a plateau for a random number of steps. Beside sinusoids embeddings start with 1 / sqrt(D):
-        times sqrt(D), they are as large (arXiv 1706.03762); with 0.02, positions would hide the tokens."""
-        sinusoidal = self.architecture.backbone.positions == "sinusoidal"
-        embedding_std = self.architecture.output.width**-0.5 if sinusoidal else 0.02
-        write_std = embedding_std / 10 / (2 * len(self.architecture.layers)) ** 0.5
+        narrow ones stay on a plateau for a random number of steps.
+
+        Beside sinusoids, embeddings start with 1 / sqrt(D): times sqrt(D), they are as large (arXiv 1706.03762). With
+        0.02 positions hide the tokens. The weights that write then start with 1 / sqrt(D), divided by sqrt(2 L)."""
+        embedding_std, write_std = 0.02, 0.002
+        if self.architecture.backbone.positions == "sinusoidal":
+            embedding_std = write_std = self.architecture.output.width**-0.5
+        write_std /= (2 * len(self.architecture.layers)) ** 0.5
         for module in self.modules():
             if isinstance(module, TransformerStack):
                 module.initialise(embedding_std)
