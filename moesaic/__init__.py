@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.nas import __version__
-    from moesaic.nas.api import load, open_run, plan, run
+    from moesaic.nas.api import load, open_run, plan, run, translate
     from moesaic.nas.config import Config, DeviceConfig, ExecutorConfig, LatencyConfig, SearchConfig, load_config
     from moesaic.nas.context import Context
     from moesaic.nas.costs.analytic import flops
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "nas": ["__version__"],
-    "nas.api": ["load", "open_run", "plan", "run"],
+    "nas.api": ["load", "open_run", "plan", "run", "translate"],
     "nas.config": ["Config", "DeviceConfig", "ExecutorConfig", "LatencyConfig", "SearchConfig", "load_config"],
     "nas.context": ["Context"],
     "nas.costs.analytic": ["flops"],
@@ -203,6 +203,7 @@ __all__ = [
     "run_stages",
     "single_recipe",
     "supernet_recipe",
+    "translate",
     "uniform_layouts",
     "versions",
     "worst_status",

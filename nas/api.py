@@ -1,10 +1,10 @@
-"""The command line's work as functions for programs: run, plan and load."""
+"""The command line's work as functions for programs: run, plan, load and translate."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from rich.console import Console
 from moesaic.nas.config import load_config
 from moesaic.nas.data.cache import expanded
 from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.exports.translate import load_translator, translate_lines
 from moesaic.nas.pipeline import run_stages
 from moesaic.nas.plan import Plan, build_plan
 from moesaic.nas.report.summary import Summary
 from moesaic.nas.stages.run import Run
 from moesaic.nas.stages.write_report import load_summary
+from moesaic.nas.tasks.translator import Decoding
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.search_spaces.files import PathLike
 from moesaic.supernet import Transformer
@@ -79,3 +81,16 @@ def load(folder: PathLike) -> Transformer:
     MoesaicError : the folder is not an export or is damaged, or the weights do not fit the architecture.
     """
     return load_exported(folder)
+
+
+def translate(
+    folder: PathLike, lines: Iterable[str], beam: int = 4, length_penalty: float = 0.6, batch_size: int = 32
+) -> Iterator[str]:
+    """The translation of each of ``lines`` by an exported model, as ``moesaic translate``: read and translated
+    ``batch_size`` at a time, with a search of ``beam`` hypotheses.
+
+    Raises
+    ------
+    MoesaicError : the folder is not an export that translates; a line has more tokens than the model was trained on.
+    """
+    return translate_lines(*load_translator(Path(folder), Decoding(beam, length_penalty, batch_size)), lines)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,12 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+imports = typer.Typer(help="Read an architecture of another tool.", no_args_is_help=True)
+app.add_typer(imports, name="import", rich_help_panel="Main")
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. search.trials=50.", show_default=False),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory of the run.  [default: runs/NAME]")]
+Convention = Literal["hat"]
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of tables.")]
 
 
@@ -96,13 +101,20 @@ def init(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
 def cost(
     path: Annotated[Path, typer.Argument(metavar="ARCHITECTURE|EXPORT", help="architecture.yaml, or an export.")],
     vocab_size: Annotated[int | None, typer.Option(min=1, help="[default: 1024, or the export's]")] = None,
-    sequence_length: Annotated[int, typer.Option(min=1)] = 128,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="[default: 128, or the convention's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: 8]")] = None,
     count: Annotated[bool, typer.Option("--count", help="Count FLOPs with torch and fvcore too.")] = False,
+    convention: Annotated[
+        Convention | None, typer.Option(help="Price as published: a teacher-forced pass without the vocabulary.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Price one architecture, layer by layer, and measure its latency on this device."""
     with _told():
+        if convention is not None:
+            given = {"--vocab-size": vocab_size, "--batch-size": batch_size, "--count": count or None}
+            _price_as_published(path, sequence_length, given, as_json)
+            return
         from dataclasses import replace
 
         from moesaic.nas.context import Context
@@ -119,7 +131,8 @@ def cost(
                 "the export has its own vocabulary", where="--vocab-size", found=vocab_size, nearest=model.vocab_size
             )
         value = model.architecture if model else Architecture.from_yaml(path)
-        context = Context(model.vocab_size if model else vocab_size or 1024, sequence_length, batch_size)
+        vocabulary = model.vocab_size if model else vocab_size or 1024
+        context = Context(vocabulary, sequence_length or 128, batch_size or 8)
         statement = build_statement(value, context)
         if count:
             model = model or Transformer(value, context.vocab_size)
@@ -157,6 +170,70 @@ def inspect(
             print(json.dumps(found.plain(), indent=2))
         else:
             print_inspection(output_console(), found)
+
+
+def _price_as_published(path: Path, sequence_length: int | None, given: dict[str, int | None], as_json: bool) -> None:
+    """Print the costs of ``path`` in HAT's convention, in which the options ``given`` have no meaning."""
+    from moesaic.nas.costs.hat import WMT_LENGTH, hat_costs, print_hat_costs
+    from moesaic.nas.exports.folder import load_exported
+    from moesaic.nas.terminal.tables import output_console
+    from moesaic.search_spaces import Architecture, MoesaicError
+
+    for name, value in given.items():
+        if value is not None:
+            raise MoesaicError(f"{name} has no meaning with --convention hat", found=value, allowed="--sequence-length")
+    architecture = load_exported(path).architecture if path.is_dir() else Architecture.from_yaml(path)
+    costs = hat_costs(architecture, sequence_length or WMT_LENGTH)
+    if as_json:
+        print(json.dumps(costs.plain(), indent=2))
+    else:
+        print_hat_costs(output_console(), architecture, costs)
+
+
+@imports.command("hat")
+def import_hat(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Sub-transformer YAML of HAT or AutoMoE.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write.  [default: standard output]")] = None,
+) -> None:
+    """Read a sub-transformer of HAT or AutoMoE."""
+    with _told():
+        from moesaic.search_spaces import MoesaicError
+        from moesaic.search_spaces.files import write_text
+        from moesaic.search_spaces.foreign import read_hat
+
+        text = read_hat(file).to_yaml()
+        if out is None:
+            print(text, end="")
+            return
+        if out.exists():
+            raise MoesaicError("exists already", where=str(out), allowed="a new file")
+        write_text(out, text)
+        typer.echo(f"wrote {out}; next: {shlex.join(['moesaic', 'cost', str(out), '--convention', 'hat'])}")
+
+
+@app.command(rich_help_panel="Main")
+def translate(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An exported model that translates.")],
+    beam: Annotated[int, typer.Option(min=1, help="Hypotheses of a sentence at a time; 1 is greedy.")] = 4,
+    length_penalty: Annotated[float, typer.Option(min=0, help="Larger values prefer longer translations.")] = 0.6,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines that are read and translated at a time.")] = 32,
+) -> None:
+    """Translate standard input, a sentence a line, to standard output."""
+    with _told():
+        from moesaic.nas.config import DeviceConfig
+        from moesaic.nas.device import choose_device
+        from moesaic.nas.exports.translate import load_translator, translate_lines, utf8_lines
+        from moesaic.nas.tasks.translator import Decoding
+
+        translator, longest = load_translator(folder, Decoding(beam, length_penalty, batch_size))
+        translator.model.to(choose_device(DeviceConfig()).torch_device)
+        lines = utf8_lines(sys.stdin.buffer, "standard input")
+        try:
+            for text in translate_lines(translator, longest, lines, "standard input, line"):
+                sys.stdout.buffer.write(text.encode() + b"\n")
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:  # the reader has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def latency(

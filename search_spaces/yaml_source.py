@@ -219,7 +219,7 @@ def _yaml_path(location: tuple[int | str, ...], data: Any) -> KeyPath:
         if part in here:
             path.append(part)
             data = here[part]
-        elif last and isinstance(data, Mapping) and isinstance(part, str) and part.isidentifier():
+        elif last and isinstance(data, Mapping) and isinstance(part, str) and part.replace("-", "_").isidentifier():
             path.append(part)  # a missing key
     return tuple(path)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.supernet.cache import LayerCache
+from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.memory import Memory
 
 
@@ -96,13 +97,17 @@ class Inputs:
 
     ``causal``: a token does not see later ones. ``mask`` [B, P] is True at tokens, over all P visible positions, of
     which the last S are those of the hidden states; None: no padding. ``cache``: keys and values of earlier positions.
-    ``memory``: what cross-attention reads.
+    ``memory``: what cross-attention reads. ``dropout`` is applied to the output of each part.
     """
 
     causal: bool = True
     mask: Tensor | None = None
     cache: LayerCache | None = None
     memory: Memory | None = None
+    dropout: Dropout | None = None
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return x if self.dropout is None else self.dropout(x)
 
 
 def padded(sequences: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,12 @@ def cross_entropy(output: Output, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 
+def uniform_cross_entropy(output: Output) -> Tensor:
+    """[B, S] mean of -log p over the vocabulary in float32, which label smoothing mixes in (arXiv 1512.00567)."""
+    logits = output.logits.float()
+    return logits.logsumexp(-1) - logits.mean(-1)
+
+
 def distillation(output: Output, batch: Batch) -> Tensor:
     """KL(teacher || model) in float32, from log-probabilities: finite whatever the logits (arXiv 1503.02531)."""
     assert batch.teacher is not None

@@ -20,6 +20,7 @@ from moesaic.search_spaces import Architecture, Backbone, Layer, MoesaicError, S
 from moesaic.supernet.attention import EncoderAttention, SelfAttention
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.cache import KeyValueCache
+from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.heads import MaskedHead
 from moesaic.supernet.memory import Memory
@@ -87,10 +88,10 @@ class TransformerLayer(nn.Module):
     def attend(self, x: Tensor, layer: Layer, inputs: Inputs) -> Tensor:
         """[B, S, D] to [B, S, D]: the states after attention, and after cross-attention where there is some."""
         if layer.attention.heads:
-            out = self.attention(self.attended(x), layer.attention, inputs)
+            out = inputs.dropped(self.attention(self.attended(x), layer.attention, inputs))
             x = self.attention_norm(x + out) if self.post_norm else x + out
         if layer.cross is not None:
-            out = self.cross.cross(x if self.post_norm else self.cross_norm(x), layer.cross, inputs)
+            out = inputs.dropped(self.cross.cross(x if self.post_norm else self.cross_norm(x), layer.cross, inputs))
             x = self.cross_norm(x + out) if self.post_norm else x + out
         return x
 
@@ -103,6 +104,7 @@ class TransformerLayer(nn.Module):
         if not layer.feed_forward.experts:
             return x, None
         out, routing = self._feed_forward(self.reads(x), layer, inputs)
+        out = inputs.dropped(out)
         return self.feed_forward_norm(x + out) if self.post_norm else x + out, routing
 
     def reads(self, x: Tensor) -> Tensor:
@@ -145,10 +147,10 @@ class TransformerStack(nn.Module):
         )
         self.norm = Norm(width, backbone) if backbone.norm_place == "pre" else None
 
-    def initialise(self, write_std: float) -> None:
+    def initialise(self, embedding_std: float) -> None:
         for embedding in (self.embedding, self.positions):
             if embedding is not None:
-                nn.init.normal_(embedding.weight, std=0.02)
+                nn.init.normal_(embedding.weight, std=embedding_std)
 
     def where(self, stack: Stack, embedding_width: int, memory_width: int = 0) -> dict[str, Region]:
         """The region of each parameter that ``stack`` uses, of its table of embeddings ``embedding_width`` columns.
@@ -179,11 +181,13 @@ class TransformerStack(nn.Module):
         memory: Memory | None = None,
         table: Tensor | None = None,
         kept: int = 1,
+        dropout: Dropout | None = None,
     ) -> tuple[list[Tensor], list[Routing | None]]:
         """Hidden states [B, S, D] of ``tokens`` [B, S] after each of the last ``kept`` layers; ``name`` is the stack's
         name in its slots, ``table`` the embeddings where it has none of its own."""
-        inputs = Inputs(stack.causal, mask if cache is None else cache.seen(mask, tokens.shape[1]), memory=memory)
-        x = self.embedded(tokens, stack, inputs.mask, 0 if cache is None else cache.length, table)
+        seen = mask if cache is None else cache.seen(mask, tokens.shape[1])
+        inputs = Inputs(stack.causal, seen, memory=memory, dropout=dropout)
+        x = inputs.dropped(self.embedded(tokens, stack, seen, 0 if cache is None else cache.length, table))
         states, routings = [], []
         for index, (module, layer) in enumerate(zip(self.layers, stack.layers, strict=False)):
             own = inputs if cache is None else replace(inputs, cache=cache.layer(name, index))
@@ -274,10 +278,18 @@ class Transformer(nn.Module):
         """Weights that read from the residual stream start with standard deviation 1 / sqrt(D), so that heads and
         neurons distinguish tokens from the start. Those that write to it start with a tenth of the embedding's 0.02,
         divided by sqrt(2 L), so that the embedding dominates. With 0.02 everywhere (GPT-2), meant for wide models,
-        narrow ones stay on a plateau for a random number of steps."""
-        write_std = 0.002 / (2 * len(self.architecture.layers)) ** 0.5
+        narrow ones stay on a plateau for a random number of steps.
+
+        Beside sinusoids, embeddings start with 1 / sqrt(D): times sqrt(D), they are as large (arXiv 1706.03762). With
+        0.02 positions hide the tokens. The weights that write then start with 1 / sqrt(D), divided by sqrt(2 L)."""
+        embedding_std, write_std = 0.02, 0.002
+        if self.architecture.backbone.positions == "sinusoidal":
+            embedding_std = write_std = self.architecture.output.width**-0.5
+        write_std /= (2 * len(self.architecture.layers)) ** 0.5
         for module in self.modules():
-            if isinstance(module, TransformerStack | SelfAttention | SparseFeedForward | MaskedHead):
+            if isinstance(module, TransformerStack):
+                module.initialise(embedding_std)
+            elif isinstance(module, SelfAttention | SparseFeedForward | MaskedHead):
                 module.initialise(write_std)
         if self.output is not None:
             nn.init.normal_(self.output, std=0.02)
@@ -311,8 +323,10 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Output:
-        """``forward`` that also returns the routing.
+        """``forward`` that also returns the routing. With ``dropout``, after the embedding and each part of a layer, as
+        in arXiv 1706.03762.
 
         With ``cache``, the tokens follow the cached ones and are added to it. ``mask`` [B, S] is False at padding,
         where logits are undefined. ``source`` [M, P] is what an encoder reads, padded where ``source_mask`` is False;
@@ -322,7 +336,7 @@ class Transformer(nn.Module):
         ------
         MoesaicError : the architecture does not fit into this model, or the tokens not into the cache.
         """
-        states, routings = self.states(tokens, architecture, cache, mask, source, source_mask)
+        states, routings = self.states(tokens, architecture, cache, mask, source, source_mask, dropout)
         return Output(self.logits(states), routings)
 
     def states(
@@ -333,6 +347,7 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, tuple[Routing | None, ...]]:
         """What ``logits`` reads, [B, S, D], and the routing; see ``run``. A source in the cache is not routed again."""
         architecture = self.architecture if architecture is None else architecture
@@ -343,17 +358,24 @@ class Transformer(nn.Module):
         memory, before = None if cache is None else cache.memory, []
         if architecture.encoder is not None:
             if memory is None:
-                memory, before = self._encoded(architecture, architecture.encoder, source, source_mask)
+                memory, before = self._encoded(architecture, architecture.encoder, source, source_mask, dropout)
             else:
                 before = [None] * len(architecture.encoder.layers)
-        (x,), routings = self._stack("decoder")("decoder", tokens, architecture.decoder, mask, cache, memory)
+        (x,), routings = self._stack("decoder")(
+            "decoder", tokens, architecture.decoder, mask, cache, memory, dropout=dropout
+        )
         if cache is not None:
             cache.length += tokens.shape[1]
             cache.memory = memory
         return x, (*before, *routings)
 
     def _encoded(
-        self, architecture: Architecture, stack: Stack, source: Tensor | None, mask: Tensor | None
+        self,
+        architecture: Architecture,
+        stack: Stack,
+        source: Tensor | None,
+        mask: Tensor | None,
+        dropout: Dropout | None,
     ) -> tuple[Memory, list[Routing | None]]:
         """What the decoder reads of ``source`` [M, P], and the encoder's routing."""
         if source is None:
@@ -361,7 +383,7 @@ class Transformer(nn.Module):
         spans = (layer.cross.span for layer in architecture.decoder.layers if layer.cross)
         module, table = self._stack("encoder"), self._stack("decoder").embedding
         table = table.weight if module.embedding is None and table is not None else None
-        states, routings = module("encoder", source, stack, mask, table=table, kept=max(spans))
+        states, routings = module("encoder", source, stack, mask, table=table, kept=max(spans), dropout=dropout)
         return Memory(tuple(states), mask), routings
 
     def logits(self, states: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from moesaic.search_spaces.files import PathLike
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 from moesaic.supernet.distributed import ALONE, Ranks
-from moesaic.supernet.losses import LOSSES
+from moesaic.supernet.dropout import Dropout
+from moesaic.supernet.losses import LOSSES, uniform_cross_entropy
 from moesaic.supernet.metrics import MetricLog
 from moesaic.supernet.model import Transformer
 
@@ -34,7 +35,8 @@ class TrainSettings:
     """Optimisation: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping (None clips nothing).
 
     ``balance_weight`` scales the load-balance loss, a mean over sparse layers; ``bfloat16`` computes products in
-    bfloat16.
+    bfloat16. ``label_smoothing`` is the share of a cross-entropy to all tokens alike in the loss that is minimised (but
+    not in the reported one), ``dropout`` the probability with which a value is dropped.
     """
 
     steps: int
@@ -43,6 +45,8 @@ class TrainSettings:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     balance_weight: float = 0.01
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
     bfloat16: bool = False
     checkpoint_every: int = 200
     log_every: int = 10
@@ -57,12 +61,14 @@ class TrainSettings:
 @dataclass(frozen=True)
 class TrainData:
     """``batch(step)`` is the data of a step, ``slices(step)`` the architectures that train on it; ``loss`` is a key of
-    ``LOSSES``. ``teacher`` gives the logits [B, S, V] that a loss imitates, for the rows that a process trains on."""
+    ``LOSSES``. ``teacher`` gives the logits [B, S, V] that a loss imitates, for the rows that a process trains on.
+    ``seed``, the step and the process decide what is dropped."""
 
     batch: Callable[[int], Batch]
     slices: Callable[[int], Sequence[Architecture]]
     loss: str = "cross_entropy"
     teacher: Callable[[Batch], Tensor] | None = None
+    seed: int = 0
 
 
 def train(
@@ -149,13 +155,16 @@ def _train_step(
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     slices = data.slices(step)
+    dropout = Dropout.of(settings.dropout, device, data.seed, step, ranks.rank)
     losses, balances = [], []
     for architecture in slices:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16):
-            output = model.run(batch.tokens, architecture, **batch.beside)
-        loss = batch.mean(LOSSES[data.loss](output, batch)) * share
+            output = model.run(batch.tokens, architecture, **batch.beside, dropout=dropout)
+        loss = minimised = batch.mean(LOSSES[data.loss](output, batch)) * share
+        if smoothing := settings.label_smoothing:
+            minimised = (1 - smoothing) * loss + smoothing * share * batch.mean(uniform_cross_entropy(output))
         balance = output.balance_loss()
-        ((loss + settings.balance_weight * balance) / len(slices)).backward()
+        ((minimised + settings.balance_weight * balance) / len(slices)).backward()
         losses.append(loss.item())
         balances.append(balance.item())
     ranks.average_gradients(model, slices)

@@ -223,6 +223,14 @@ def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> No
             found=config.questions,
             allowed="a decoder, or no questions",
         )
+    if space.backbone.head == "none" and config.retrain.label_smoothing:
+        raise MoesaicError(
+            "a model without a head predicts no labels to smooth",
+            where=source.where(("retrain", "label_smoothing")),
+            found=config.retrain.label_smoothing,
+            allowed="0",
+            nearest=0,
+        )
     if config.model is None and space.backbone.head != "linear":
         raise MoesaicError(
             "this head is that of an encoder, and encoders start from a trained one",

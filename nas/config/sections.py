@@ -16,6 +16,7 @@ from moesaic.search_spaces.trained import PRESET
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 FEWEST_MEMBERS = 4
 """Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -143,6 +144,9 @@ class TrainingConfig(_Section):
 
     ``balance_weight`` scales the mean of the load-balance loss over sparse layers. Switch and XMoE sum over layers:
     their 0.01 with L sparse layers is 0.01 * L here.
+
+    ``label_smoothing`` is the share of the loss that goes to all tokens of the vocabulary alike; ``dropout`` is that of
+    the embedding's and of each part's outputs. Neither is in an evaluation.
     """
 
     steps: Count = 1000
@@ -152,6 +156,8 @@ class TrainingConfig(_Section):
     weight_decay: NotNegative = 0.1
     clip_norm: Annotated[Positive | None, BeforeValidator(lambda norm: None if norm == math.inf else norm)] = 1.0
     balance_weight: NotNegative = 0.01
+    label_smoothing: Share = 0.0
+    dropout: Share = 0.0
     checkpoint_every: Count = 100
 
 
@@ -191,7 +197,7 @@ class SupernetConfig(TrainingConfig):
     """``largest_first``: share of the steps that train the largest architecture alone, before random slices."""
 
     sharing: Literal["nested", "packed"] = "nested"
-    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    largest_first: Share = 0.15
 
 
 class LatencyConfig(_Section):
@@ -435,6 +441,16 @@ class Config(_Section):
                 "only a trained model can be repaired or imitated: retrain.init: repaired, retrain.distil: true",
                 found="no model",
                 allowed="model: {from: DIR}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_to_smooth(self) -> Config:
+        if self.retrain.distil and self.retrain.label_smoothing:
+            raise MoesaicError(
+                "a training that imitates a model has no labels to smooth",
+                found=f"retrain.label_smoothing: {self.retrain.label_smoothing:g}, retrain.distil: true",
+                allowed="one of the two",
             )
         return self
 

@@ -130,6 +130,15 @@ def load_exported(directory: PathLike) -> Transformer:
     MoesaicError : the folder is not an export or is damaged, or the weights do not fit the architecture.
     """
     directory = Path(directory)
+    facts = read_facts(directory)
+    model = Transformer(facts.architecture, facts.vocab_size, source_vocab_size=facts.source_vocab_size)
+    tensors, _ = load_tensors(directory / "model.safetensors")
+    load_weights(model, tensors, str(directory / "model.safetensors"))
+    return model.eval()
+
+
+def read_facts(directory: Path) -> ModelFacts:
+    """What ``config.json`` of an export says. Raises MoesaicError where there is none, or it is not valid."""
     path = directory / "config.json"
     if not path.exists():
         raise MoesaicError("is not an exported model: it has no config.json", where=str(directory))
@@ -148,10 +157,7 @@ def load_exported(directory: PathLike) -> Transformer:
         size = getattr(facts, name)
         if size is not None and size < 1:
             raise MoesaicError(f"{name} is not a count", where=str(path), found=size)
-    model = Transformer(facts.architecture, facts.vocab_size, source_vocab_size=facts.source_vocab_size)
-    tensors, _ = load_tensors(directory / "model.safetensors")
-    load_weights(model, tensors, str(directory / "model.safetensors"))
-    return model.eval()
+    return facts
 
 
 def retrain_settings(config: Config, task: Task) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Recipe:
         slices = self._sampler().slices if self.space is not None else lambda step: [self.architecture]
         teacher = self.teacher and self.teacher.of(task)
         loss = task.imitation if teacher and task.imitation else task.loss
-        return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, loss, teacher)
+        return TrainData(lambda step: task.batch(self.batch_size, self.seed, step), slices, loss, teacher, self.seed)
 
     def plain(self) -> dict[str, Any]:
         return adapter(Recipe).dump_python(self, mode="json")
@@ -114,6 +114,8 @@ def train_settings(config: TrainingConfig, bfloat16: bool) -> TrainSettings:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         balance_weight=config.balance_weight,
+        label_smoothing=config.label_smoothing,
+        dropout=config.dropout,
         bfloat16=bfloat16,
         checkpoint_every=config.checkpoint_every,
     )

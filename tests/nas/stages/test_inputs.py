@@ -5,6 +5,7 @@ import torch
 import yaml
 from pydantic import BaseModel
 
+from moesaic.nas import tasks
 from moesaic.nas.config import Config
 from moesaic.nas.device import usable_processors
 from moesaic.nas.stages import run as run_module
@@ -30,6 +31,8 @@ TRAINING = {
     "weight_decay": "0.2",
     "clip_norm": "0.5",
     "balance_weight": "0.02",
+    "label_smoothing": "0.1",
+    "dropout": "0.1",
     "checkpoint_every": "7",
 }
 TABLE: dict[str, tuple[list[str], set[str]]] = {
@@ -91,6 +94,9 @@ TABLE |= {f"retrain.{key}": ([f"retrain.{key}={value}"], FROM_FIDELITY) for key,
 OF_TRAINED = {"model", "retrain.repair_windows", "retrain.distil"}
 """Keys of runs that start from a trained model; see test_from_model."""
 
+OF_PARALLEL = {"data.vocabulary"}
+"""Keys of runs that learn to translate; see test_translation."""
+
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
@@ -102,7 +108,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def test_every_key_of_the_configuration_is_in_the_table():
-    assert keys_of(Config) == TABLE.keys() | OF_TRAINED
+    assert keys_of(Config) == TABLE.keys() | OF_TRAINED | OF_PARALLEL
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_a_setting_is_an_input_of_exactly_the_stages_whose_files_it_decides(
     if key == "device.threads" and usable_processors() < 2:
         pytest.skip("one processor")
     if not key.startswith("data.") or key == "data.kind":  # the standard library takes long to encode
-        monkeypatch.setattr(run_module, "load_corpus", lambda *arguments, **own: corpus)
+        monkeypatch.setattr(tasks, "load_corpus", lambda *arguments, **own: corpus)
     if key == "data.tokenizer":
         overrides = [setting.replace("TOKENIZER", str(quick_run / "exports" / "best")) for setting in overrides]
     elif key == "questions":
