@@ -108,7 +108,7 @@ def measured(part: BudgetRun, candidate: Candidate) -> Row:
     architecture, run = candidate.architecture, part.run
     model = run.supernet.extract(architecture).eval()
     judge = run.judge("test", run.config.retrain.evaluation_windows, model)
-    found = part.measure(model, judge(architecture).loads, judge.batch.tokens)
+    found = part.measure(model, judge(architecture).loads, judge.batch)
     lines = part.measured_lines(architecture, found.costs)
     return {
         "fingerprint": architecture.fingerprint,

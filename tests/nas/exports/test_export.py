@@ -290,7 +290,7 @@ def test_a_latency_over_its_budget_is_measured_twice_more(
     monkeypatch.setattr("moesaic.nas.costs.measure.time_pass", lambda *_: AnchoredTiming(7.0, left.pop(0), 0.7, 0.01))
     architecture = by_loss(run)[0].architecture
     judge = run.judge("test", 4, run.supernet.extract(architecture).eval())
-    measured = part.measure(judge.model, judge(architecture).loads, judge.batch.tokens)
+    measured = part.measure(judge.model, judge(architecture).loads, judge.batch)
     assert left == []
     assert measured.costs["latency"] == measured.latency.corrected_ms == held
     (line,) = part.measured_lines(architecture, measured.costs)
