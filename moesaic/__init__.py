@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moesaic.nas.context import Context
     from moesaic.nas.costs.analytic import flops
     from moesaic.nas.costs.compliance import worst_status
+    from moesaic.nas.costs.hat import HatCosts, hat_costs
     from moesaic.nas.costs.latency.calibrate import Survey, calibrate
     from moesaic.nas.costs.latency.fitting import Accuracy, Drift, Interval, fit, leave_one_out
     from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
@@ -67,6 +68,7 @@ _WHERE = {
     "nas.context": ["Context"],
     "nas.costs.analytic": ["flops"],
     "nas.costs.compliance": ["worst_status"],
+    "nas.costs.hat": ["HatCosts", "hat_costs"],
     "nas.costs.latency.calibrate": ["Survey", "calibrate"],
     "nas.costs.latency.fitting": ["Accuracy", "Drift", "Interval", "fit", "leave_one_out"],
     "nas.costs.latency.predictor": ["TERMS", "LatencyPredictor", "model_terms"],
@@ -132,6 +134,7 @@ __all__ = [
     "ExecutorConfig",
     "FeasibleSampler",
     "Genome",
+    "HatCosts",
     "Inspection",
     "Interval",
     "Judge",
@@ -174,6 +177,7 @@ __all__ = [
     "find_feasible",
     "fit",
     "flops",
+    "hat_costs",
     "holm",
     "hypervolume",
     "hypervolumes",

@@ -3,6 +3,7 @@
 from moesaic.search_spaces.architecture import Architecture, Slot, Stack
 from moesaic.search_spaces.draw import draw
 from moesaic.search_spaces.errors import Damaged, Interrupted, MoesaicError, StageFailed
+from moesaic.search_spaces.foreign import read_hat
 from moesaic.search_spaces.moves import crossover, mutate, neighbours
 from moesaic.search_spaces.parts import Attention, Backbone, CrossAttention, FeedForward, Layer, Router
 from moesaic.search_spaces.space import SearchSpace, StackSpace
@@ -32,5 +33,6 @@ __all__ = [
     "neighbours",
     "preset_names",
     "preset_source",
+    "read_hat",
     "read_yaml",
 ]

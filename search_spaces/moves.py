@@ -95,7 +95,9 @@ def _attention_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
 def _cross_moves(space: LayerSpace, layer: Layer) -> list[Layer]:
     """Another span, or another pair of head counts."""
     mine = layer.cross
-    others = [cross for cross in space.crosses if cross and mine and cross != mine]
+    if mine is None:
+        return []
+    others = [cross for cross in space.crosses if cross and cross != mine]
     near = [cross for cross in others if cross.span == mine.span or replace(cross, span=mine.span) == mine]
     return [replace(layer, cross=cross) for cross in near]
 

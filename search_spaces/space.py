@@ -97,7 +97,8 @@ class LayerSpace:
 
     def sample_cross(self, rng: Random) -> CrossAttention | None:
         """Nothing is drawn where there is no choice, so that spaces without an encoder draw what they drew before."""
-        return rng.choice(self.crosses) if len(self.crosses) > 1 else self.crosses[0]
+        first, *others = self.crosses
+        return rng.choice(self.crosses) if others else first
 
     def group(self, experts: int) -> FeedForwardGroup | None:
         return next((group for group in self.groups if group.experts == experts), None)

@@ -113,7 +113,7 @@ def _changed(architecture: Architecture, place: Place, part: Part) -> Layer:
 
 def _size(part: Part) -> int:
     """Heads, or neurons that a token may use; 0 for a part that is left out."""
-    return part.heads if isinstance(part, Attention) else part.worst_active_neurons
+    return part.worst_active_neurons if isinstance(part, FeedForward) else part.heads
 
 
 def _typical(costs: list[PartCost], whole: Part) -> PartCost:

@@ -92,6 +92,23 @@ layer:
         members=3 * 3 + 4 * 4 + 5 * 5,
         raw=4 * 3 + 8 * 4 + 16 * 5,
     ),
+    # dense 2, and 3 sizes x 2 routers of 2 or 4 experts, whose order has no meaning since they are equal
+    "equal": SmallSpace(
+        """
+width: [32]
+depth: [1, 2]
+layer:
+  heads: [2]
+  kv_heads: [2]
+  experts: [1, 2, 4]
+  expert_sizes: [16, 32, 48]
+  dense_sizes: [32, 48]
+  equal_sizes: true
+  routers: [{kind: top_k, k: [1, 2]}]
+""",
+        members=14 + 14 * 14,
+        raw=14 + 14 * 14,
+    ),
 }
 
 

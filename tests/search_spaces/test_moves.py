@@ -32,7 +32,7 @@ def beside(values: tuple[int, ...], one: int, other: int) -> bool:
 
 
 def one_size_apart(sizes: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one expert of one multiset, and nothing else, has the next size in the other."""
+    """Whether one expert of one multiset, and nothing else, has the next size in the other; of equal experts, all."""
     gone, come = Counter(one) - Counter(other), Counter(other) - Counter(one)
     return gone.total() == come.total() == 1 and beside(sizes, next(iter(gone)), next(iter(come)))
 
@@ -46,7 +46,8 @@ def one_choice_apart(space: LayerSpace, one: Layer, other: Layer) -> bool:
         return False
     group = space.group(a.experts)
     assert group is not None
-    return a.expert_sizes == b.expert_sizes or one_size_apart(group.sizes, a.expert_sizes, b.expert_sizes)
+    mine, other = ((sizes[:1] if group.equal else sizes) for sizes in (a.expert_sizes, b.expert_sizes))
+    return mine == other or one_size_apart(group.sizes, mine, other)
 
 
 def is_one_step(space: SearchSpace, a: Architecture, b: Architecture) -> bool:

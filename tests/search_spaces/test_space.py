@@ -58,6 +58,7 @@ def ordered_layers(layer: dict[str, Any]) -> list[tuple]:
         if heads % kv == 0
         for experts in layer["experts"]
         for sizes in product(layer["dense_sizes"] if experts == 1 else layer["expert_sizes"], repeat=experts)
+        if len(set(sizes)) == 1 or not layer.get("equal_sizes")
         for shared in ([0] if experts == 1 else layer.get("shared_sizes", [0]))
         for router in spelt_routers(layer, experts)
     ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,68 @@ def test_a_space_is_a_name_or_a_mapping(text: str) -> None:
         load_space(parse_yaml(text, "space.yaml"))
     assert caught.value.where == "space.yaml"
     assert "tiny" in str(caught.value.allowed)
+
+
+# ---------------------------------------------------------------- spaces of HAT and AutoMoE
+
+AUTOMOE = {
+    2: (1.7e18, 6.9e21, 2.2e20),
+    4: (6.9e21, 6.8e33, 1.8e27),
+    6: (8.9e23, 2.2e45, 8.2e31),
+    16: (1.1e29, 4.0e102, 5.2e44),
+}
+"""By the most experts of a layer: of equal size; ordered; up to their order (arXiv 2210.07535, and counted)."""
+
+
+def automoe(most: int, equal: bool):
+    layer = {"experts": list(range(1, most + 1)), "equal_sizes": equal}
+    return load_space(YamlSource("test", {"preset": "automoe_wmt", "layer": layer, "encoder": {"layer": layer}}))
+
+
+@pytest.mark.parametrize("most", AUTOMOE)
+def test_automoes_spaces_are_as_large_as_published(most: int) -> None:
+    std, ordered, distinct = AUTOMOE[most]
+    equal, fract = automoe(most, True), automoe(most, False)
+    assert float(f"{equal.cardinality:.1e}") == float(f"{equal.raw_cardinality:.1e}") == std
+    assert float(f"{fract.raw_cardinality:.1e}") == ordered
+    assert float(f"{fract.cardinality:.1e}") == distinct
+    assert load_space(preset_source("automoe_wmt")) == automoe(6, False)
+
+
+def test_parts_of_a_layer_of_automoe_are_as_many_as_published() -> None:
+    layer = load_space(preset_source("automoe_wmt")).decoder.layers[0]
+    assert sum(group.raw_count for group in layer.groups) == 1092
+    assert sum(group.count for group in layer.groups) == 83
+
+
+@pytest.mark.parametrize("name", ["hat_wmt", "hat_iwslt"])
+def test_hats_spaces_are_as_large_as_published(name: str) -> None:
+    space = load_space(preset_source(name))
+    assert float(f"{space.cardinality:.2e}") == float(f"{space.raw_cardinality:.2e}") == 4.18e14
+    # HAT's genotypes carry the genes of all six decoder layers, whatever the depth.
+    assert space.encoder is not None
+    whole = space.encoder.count
+    for layer in space.decoder.layers:
+        whole *= layer.count
+    genotypes = whole * len(space.decoder.widths) * len(space.decoder.depths)
+    assert float(f"{genotypes:.2e}") == 2.44e15
+
+
+def test_the_space_of_hats_latency_data_is_as_large_as_published() -> None:
+    layer = {"heads": [2, 4, 8], "dense_sizes": [512, 1024, 2048, 3072]}
+    cross = {"cross": {"heads": [2, 4, 8]}}
+    space = load_space(YamlSource("test", {"preset": "hat_wmt", "layer": layer | cross, "encoder": {"layer": layer}}))
+    assert float(f"{space.cardinality:.2e}") == 1.91e19
+
+
+def test_equal_sizes_are_asked_of_members() -> None:
+    fract = automoe(2, False).largest
+    part = fract.decoder.layers[0].feed_forward
+    changed = {
+        slot: replace(layer, feed_forward=replace(part, expert_sizes=(3072, 1024)))
+        for slot, layer in fract.layers.items()
+    }
+    assert fract.with_layers(changed) in automoe(2, False)
+    assert automoe(2, True).why_not(fract.with_layers(changed)) == (
+        "encoder.layers.0.feed_forward.expert_sizes", [3072, 1024], "experts of one size",
+    )  # fmt: skip

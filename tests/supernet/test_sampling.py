@@ -100,6 +100,15 @@ def test_choices_are_dealt_independently_of_each_other() -> None:
     assert chisquare(list(pairs.values())).pvalue > 1e-3
 
 
+def test_experts_of_equal_sizes_are_dealt_as_equal() -> None:
+    layer = {"heads": [1], "experts": [1, 3], "dense_sizes": [16], "expert_sizes": [16, 32, 48], "equal_sizes": True,
+             "routers": [{"kind": "top_k", "k": [1, 2]}]}  # fmt: skip
+    space = load_space(YamlSource("test", {"width": [16], "depth": [1], "layer": layer}))
+    members = drawn(space, 120)
+    assert all(member in space for member in members)
+    assert len({member.decoder.layers[0].feed_forward for member in members}) == 1 + 3 * 2
+
+
 def test_a_second_stack_has_decks_of_its_own() -> None:
     """240 draws are whole decks of every choice; had both stacks one deck, not all pairs would come up."""
     space = two_stack_space()

@@ -111,7 +111,8 @@ class Program:
         """The architecture with the lowest predicted loss (or lowest cost ``least``) inside the budget and under
         ``caps`` on expected objectives, except those in ``excluded``; None where there is none.
 
-        A cost that is not a sum over parts (memory has a peak) is corrected: a solution that the pricer finds over
+        A cost that is not a sum over parts (memory has a peak; that of cross-attention depends on the encoder's width,
+        and the parent's is taken) is corrected: a solution that the pricer finds over
         budget is excluded, and the line is tightened by its excess.
         """
         caps = caps or {}

@@ -33,9 +33,10 @@ LAYER = {
 }
 OTHER = {"heads": [1, 2], "shared_sizes": [0, 16], "routers": [{"kind": "top_k", "k": [2]}]}
 ONE = load_space(YamlSource("one", {"width": [16, 32], "depth": [2, 3], "layer": LAYER, "layers": {1: OTHER}}))
+STD = load_space(YamlSource("std", {"width": [16, 32], "depth": [2, 3], "layer": LAYER | {"equal_sizes": True}}))
 TWO = two_stack_space()
 PRUNED = pruned_space()
-SPACES = {"one": ONE, "two": TWO, "pruned": PRUNED}
+SPACES = {"one": ONE, "std": STD, "two": TWO, "pruned": PRUNED}
 MEMBERS = {name: list(space) for name, space in SPACES.items()}
 
 
@@ -46,6 +47,7 @@ PRICERS = {
     "layers' peaks": Pricer(Context(16, 64, 8)),
     "two": Pricer(Context(64, 16, 2, source_length=8)),
     "pruned": PRICER,
+    "std": PRICER,
 }
 BUDGETS = [
     ("one", 0.01, [("flops", "expected")]),
@@ -58,6 +60,7 @@ BUDGETS = [
     ("pruned", 0.03, [("flops", "expected")]),
     ("pruned", 0.05, [("flops", "worst"), ("parameters", "expected")]),
     ("two", 0.05, [("flops", "worst"), ("parameters", "expected")]),
+    ("std", 0.03, [("flops", "expected"), ("parameters", "expected")]),
 ]
 
 
@@ -70,7 +73,8 @@ def probability(space: SearchSpace, architecture: Architecture) -> float:
         for layer, options in zip(stack.layers, choices.layers, strict=False):
             group = options.group(layer.feed_forward.experts)
             assert group is not None
-            multisets = comb(len(group.sizes) + group.experts - 1, group.experts)
+            chosen = 1 if group.equal else group.experts
+            multisets = comb(len(group.sizes) + chosen - 1, chosen)
             parts = multisets * len(group.routers) * len(group.shared_sizes)
             found /= len(options.attentions) * len(options.crosses) * len(options.groups) * parts
     return found
