@@ -87,15 +87,15 @@ def beam_search(
     for length in count(1):
         if not running:
             break
-        output = model.run(tokens[:, -1:], architecture, cache, source=source, source_mask=source_mask)
-        log_p = output.logits[:, -1].float().log_softmax(-1).index_fill(1, barred, -math.inf)
-        log_p = log_p.view(len(running), beam, -1)
-        if length <= min_length:
-            log_p[..., end] = -math.inf
-        _end_only(log_p, end, [search.limit < length for search in running])
-        # At most one extension of a hypothesis is its end, so that half of the best run on.
-        best, places = (totals[:, :, None] + log_p).flatten(1).topk(2 * beam)
-        parents, words = places // log_p.shape[-1], places % log_p.shape[-1]
+        bars = barred if length > min_length else torch.cat((barred, barred.new_tensor([end])))
+        # Nothing as large as the logits outlives the step.
+        best, parents, words = _extended(
+            model.run(tokens[:, -1:], architecture, cache, source=source, source_mask=source_mask).logits[:, -1],
+            totals,
+            bars,
+            end,
+            [search.limit < length for search in running],
+        )
         parents = parents + beam * torch.arange(len(running), device=device)[:, None]
         ends = words == end
         for index, rank in (ends[:, :beam] & best[:, :beam].isfinite()).nonzero().tolist():
@@ -120,6 +120,18 @@ def _product_type(model: Transformer) -> torch.dtype:
     """That of keys and values."""
     kind = model.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+
+def _extended(
+    logits: Tensor, totals: Tensor, barred: Tensor, end: int, full: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best extensions of the hypotheses of m sources with log p ``totals`` [m, n], twice as many as they are, since
+    at most one of each is its end: their log p, their hypothesis of n, and their last token, [m, 2 n] each. ``logits``
+    are [m * n, V]."""
+    log_p = logits.float().log_softmax(-1).index_fill(1, barred, -math.inf).view(*totals.shape, -1)
+    _end_only(log_p, end, full)
+    best, places = (totals[:, :, None] + log_p).flatten(1).topk(2 * totals.shape[1])
+    return best, places // log_p.shape[-1], places % log_p.shape[-1]
 
 
 def _end_only(log_p: Tensor, end: int, full: list[bool]) -> None:

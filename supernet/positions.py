@@ -10,7 +10,12 @@ from torch import Tensor
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     """[length, D] sin and cos of position / 10000^(2i / D) by turns (arXiv 1706.03762, 3.5)."""
-    return _table(1 << max(6, (length - 1).bit_length()), width, device)[:length]
+    return _table(table_length(length), width, device)[:length]
+
+
+def table_length(length: int) -> int:
+    """Rows of the table that is kept for ``length`` positions: few tables serve all lengths."""
+    return 1 << max(6, (length - 1).bit_length())
 
 
 @lru_cache(maxsize=32)

@@ -13,7 +13,8 @@ from moesaic.kernels.workspace import gathered_values, gathers_rows, triton_byte
 from moesaic.nas.context import Context, Extent
 from moesaic.nas.costs.analytic import parameters
 from moesaic.nas.costs.use import LayerUse
-from moesaic.search_spaces import Architecture, Attention, Backbone, CrossAttention, FeedForward
+from moesaic.search_spaces import Architecture, Attention, Backbone, CrossAttention, FeedForward, Layer
+from moesaic.supernet.positions import table_length
 
 
 def weight_memory(architecture: Architecture, context: Context) -> int:
@@ -53,6 +54,9 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     kept: float = 8 * sum(extent.all_tokens for extent in extents.values())  # token ids
     kept += cache_memory(architecture, context) + _source_memory(architecture, context)
     peak: float = head_memory(architecture, context)
+    if context.phase == "translate":
+        kept += _hypotheses_memory(extents["decoder"])
+        peak += max(_order_memory(layer, architecture.backbone, context) for layer in architecture.decoder.layers)
     buffer: float = 0
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, extent, part = architecture.width_at(slot), extents[slot.stack], layer.feed_forward
@@ -65,9 +69,9 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
         if _copies_rows(part, extent, size):
             buffer = max(buffer, use.neurons * width * size)
     if backbone.positions == "rotary":
-        kept += 4 * backbone.rotary_size * max(extent.keys for extent in extents.values())  # cos, sin
+        kept += 4 * backbone.rotary_size * sum({extent.keys for extent in extents.values()})  # cos, sin
     if backbone.positions == "sinusoidal":
-        kept += sum(4 * extents[name].tokens * stack.width for name, stack in architecture.stacks.items())
+        kept += sum(4 * table_length(extents[name].keys) * stack.width for name, stack in architecture.stacks.items())
     return peak + kept + buffer
 
 
@@ -87,6 +91,18 @@ def head_memory(architecture: Architecture, context: Context) -> int:
     layer = _copied(tokens + width, width, size) + _copied(width, 1, size) + tokens * width * size
     norm = tokens * width * size + states + (states if size < 4 else 0)
     return states + max(layer, norm, states + logits + _copied(vocabulary, 1, size))
+
+
+def _hypotheses_memory(extent: Extent) -> int:
+    """The tokens of a beam search's hypotheses, before and after some are dropped, where there is padding; and the best
+    extensions of each."""
+    return extent.sequences * (extent.keys * (3 * 8 + 2) + 40 * 8)
+
+
+def _order_memory(layer: Layer, backbone: Backbone, context: Context) -> int:
+    """The copy of a layer's keys while its cache is put in another order."""
+    extent = context.extent("decoder")
+    return extent.sequences * extent.keys * backbone.widths(layer.attention)[1] * context.bytes_per_value
 
 
 def _copied(rows: int, width: int, size: int) -> int:

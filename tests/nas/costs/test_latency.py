@@ -10,13 +10,14 @@ from moesaic.nas.config import Config, DeviceConfig, LatencyConfig
 from moesaic.nas.context import Context
 from moesaic.nas.costs.latency.calibrate import calibrate, calibration_key
 from moesaic.nas.costs.latency.predictor import TERMS, LatencyPredictor, model_terms
-from moesaic.nas.costs.latency.probe import Pass, random_passes, text_tokens
+from moesaic.nas.costs.latency.probe import Pass, random_passes, text_pass
 from moesaic.nas.costs.latency.selection import flops_of, select
 from moesaic.nas.costs.measure import LatencyFigures, time_pass
 from moesaic.nas.costs.price import Pricer
 from moesaic.nas.device import choose_device
 from moesaic.nas.search.budget import resolve_budget
 from moesaic.search_spaces import Architecture, MoesaicError, load_space, preset_source
+from moesaic.supernet import Batch, Transformer
 
 SPACE = load_space(preset_source("tiny"))
 CONTEXT = Context(64, 16, 2)
@@ -78,10 +79,11 @@ def test_a_prediction_is_its_terms_times_the_coefficients(predictor):
 
 def test_a_decoding_pass_computes_the_last_position_of_a_prefill():
     (decode,) = random_passes([SPACE.largest], CONTEXTS["decode"], CPU, seed=3)
-    tokens = text_tokens(some_windows(), CONTEXT)
+    shape = (CONTEXT.batch_size, CONTEXT.sequence_length + 1)
+    tokens = torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(0))
     step, whole = Pass(decode.model, tokens, CONTEXTS["decode"], CPU), decode.model(tokens)
     for _ in range(2):  # a pass leaves nothing behind
-        assert step().logits[:, 0].sub(whole[:, -1]).abs().max() < 1e-5
+        assert step.plain().logits[:, 0].sub(whole[:, -1]).abs().max() < 1e-5
 
 
 def some_windows() -> torch.Tensor:
@@ -89,9 +91,11 @@ def some_windows() -> torch.Tensor:
 
 
 def test_text_is_repeated_to_the_shape_of_a_context():
-    tokens = text_tokens(some_windows(), Context(64, 20, 5))
-    assert tokens.shape == (5, 21)
-    assert tokens.flatten()[:54].tolist() == some_windows().flatten().tolist() * 2
+    batch = Batch(some_windows(), some_windows())
+    tokens = text_pass(Transformer(SPACE.smallest, 64), batch, Context(64, 20, 5), CPU).tokens
+    assert tokens.shape == (5, 20)
+    whole = some_windows().flatten().tolist() * 4
+    assert tokens.tolist() == [whole[21 * row : 21 * row + 20] for row in range(5)]
 
 
 def test_random_models_share_one_buffer_and_are_rebuilt_from_their_seed():
@@ -100,9 +104,9 @@ def test_random_models_share_one_buffer_and_are_rebuilt_from_their_seed():
     storages = {next(one.model.parameters()).untyped_storage().data_ptr() for one in passes}
     assert len(storages) == 1
     for one, other in zip(passes, again, strict=True):
-        assert one().logits.equal(other().logits)
+        assert one.plain().logits.equal(other.plain().logits)
     (alone,) = random_passes(architectures[:1], CONTEXT, CPU, seed=2)
-    assert not alone().logits.equal(passes[0]().logits)
+    assert not alone.plain().logits.equal(passes[0].plain().logits)
 
 
 # ---------------------------------------------------------------- calibration
@@ -157,9 +161,9 @@ def test_decoding_models_share_the_memory_of_one_cache():
     assert len({cache.tensors[0].untyped_storage().data_ptr() for cache in caches}) == 1
     assert caches[0].tensors[0].untyped_storage().nbytes() == max(cache.bytes for cache in caches)
     for one in passes:
-        assert one().logits.isfinite().all()
-        first = one().logits
-        assert one().logits.equal(first)  # other models write to the same memory only at the last position
+        first = one.plain().logits
+        assert first.isfinite().all()
+        assert one.plain().logits.equal(first)  # other models write to the same memory only at the last position
 
 
 @pytest.mark.parametrize("phase", list(CONTEXTS))

@@ -90,7 +90,7 @@ def test_what_is_measured_is_within_the_worst_case_and_near_the_price(
     measured = peak_activation_bytes(one)
     assert measured <= worst_memory(architecture, context)
     # Where few tokens choose experts, the copies of the largest experts' weights are priced, whichever are chosen.
-    upper = 1.25 if context.tokens > 96 else 3
+    upper = 1.25 if context.tokens > 96 else 6
     assert 1 <= activation_memory(architecture, one.uses(), context) / measured <= upper
 
 
