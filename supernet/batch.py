@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor
 from moesaic.supernet.cache import LayerCache
 from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.memory import Memory
+
+
+class Beside(TypedDict):
+    """Arguments of a model beside its tokens."""
+
+    mask: Tensor | None
+    source: Tensor | None
+    source_mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Batch:
         return [alone._each(lambda tensor, start=start: tensor[:, start : start + length]) for start in starts]
 
     @property
-    def beside(self) -> dict[str, Tensor | None]:
-        """What a model reads beside the tokens, by the name of its argument."""
+    def beside(self) -> Beside:
+        """What a model reads beside the tokens."""
         return {"mask": self.mask, "source": self.source, "source_mask": self.source_mask}
 
     def to(self, device: torch.device) -> Batch:

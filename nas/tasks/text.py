@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.nas.data import Corpus, open_corpus
 from moesaic.nas.data.tokenizer import read_tokenizer
-from moesaic.nas.tasks.task import Metric, Split
+from moesaic.nas.tasks.task import Split
 from moesaic.search_spaces import MoesaicError
 from moesaic.supernet import Transformer
 
@@ -26,9 +26,9 @@ class TextTask:
     corpus: Corpus
 
     name: ClassVar[str]
-    source_vocab_size: ClassVar[None] = None
-    source_tokenizer: ClassVar[None] = None
-    generation_metrics: ClassVar[tuple[Metric, ...]] = ()
+    source_vocab_size = None
+    source_tokenizer = None
+    generation_metrics = ()
 
     @property
     def fingerprint(self) -> str:

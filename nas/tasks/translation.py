@@ -76,7 +76,9 @@ class Translation:
     def score_generation(self, model: Transformer, split: Split, count: int) -> tuple[dict[str, float], str]:
         """BLEU (arXiv 1804.08771) and chrF of ``model``'s translations of ``held_out(split, count)``, against the
         sentences in the file."""
-        from sacrebleu.metrics import BLEU, CHRF  # imported here: only finished models are scored
+        # Imported here: only finished models are scored.
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
 
         rows, source = self._held_out(split, count), self.corpus.splits[split].source
         translator = self.translator(model)

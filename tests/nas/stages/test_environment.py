@@ -50,7 +50,7 @@ def test_an_export_names_its_text_from_any_folder(micro_config, quick_run, tmp_p
     run = open_run(micro_config, tmp_path / "run", "data.files=[texts/*.txt]")
     figures = read_value(quick_run / "exports" / "best" / "figures.json", ExportFigures)
     model = scratch(run.task.vocab_size, seed=0)(run.space.smallest)
-    export_model(tmp_path / "best", model.eval(), run.config, run.task, figures, run.task.held_out("test", 1).tokens)
+    export_model(tmp_path / "best", model.eval(), run.config, run.task, figures, run.task.held_out("test", 1))
     monkeypatch.chdir("/")
     file = load_retrain_file(tmp_path / "best" / "retrain.yaml")
     corpus = load_corpus(file.data, "test", tokenizer=tmp_path / "best" / "tokenizer.json")

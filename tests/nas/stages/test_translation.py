@@ -13,6 +13,7 @@ import moesaic
 from moesaic.nas.config import TrainConfig, load_config
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.stages.retrain_export import retrain_export
+from moesaic.nas.stages.run import Run
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.nas.training.trainer import Trainer
@@ -106,6 +107,25 @@ def test_two_workers_train_as_one_does(config_file: Path, tmp_path: Path) -> Non
         for workers in (1, 2)
     ]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+OF_PARALLEL = {
+    "data.vocabulary=shared": {"supernet", "latency"},
+    "latency.beam=2": {"latency"},
+    "latency.source_length=12": {"latency"},
+}
+
+
+@pytest.mark.parametrize("setting", OF_PARALLEL)
+def test_a_setting_of_translations_is_an_input_of_the_stages_that_it_decides(
+    setting: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "needs_latency", True)
+    before, after = (
+        {name: open_run(config_file, tmp_path, *chosen).folder(name).inputs for name in ("supernet", "latency")}
+        for chosen in (("latency.phase=translate",), ("latency.phase=translate", setting))
+    )
+    assert {name for name in before if before[name] != after[name]} == OF_PARALLEL[setting]
 
 
 WRONG = {

@@ -21,7 +21,7 @@ from moesaic.search_spaces import (
     Router,
     Stack,
 )
-from moesaic.supernet import TrainData, TrainSettings, Transformer, scratch, train
+from moesaic.supernet import Judge, TrainData, TrainSettings, Transformer, scratch, train
 from tests.contracts.tasks import TaskContract
 from tests.nas.data.pair_tools import config, write_corpus
 
@@ -118,3 +118,10 @@ def test_a_model_learns_to_translate_and_many_are_translated_as_one(task: Transl
     together = translator.translated(sources)
     assert together == [translator.translated([source])[0] for source in sources]
     assert len(set(together)) == 3
+
+
+def test_a_lane_judges_translations_as_the_run_does(tmp_path: Path) -> None:
+    task = Translation(load_parallel(config(write_corpus(tmp_path, 60), vocabulary="separate"), "data"))
+    model = scratch(task.vocab_size, 0, source_vocab_size=task.source_vocab_size)(translating()).eval()
+    judge = Judge(model, task.held_out("validation", 9), loss=task.loss)
+    assert Judge.of(*judge.plain(), torch.device("cpu"))(translating()) == judge(translating())
