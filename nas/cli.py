@@ -132,7 +132,14 @@ def cost(
             )
         value = model.architecture if model else Architecture.from_yaml(path)
         vocabulary = model.vocab_size if model else vocab_size or 1024
-        context = Context(vocabulary, sequence_length or 128, batch_size or 8)
+        length = sequence_length or 128
+        context = Context(
+            vocabulary,
+            length,
+            batch_size or 8,
+            source_length=length if value.encoder else 0,
+            source_vocab_size=model.source_vocab_size if model else None,
+        )
         statement = build_statement(value, context)
         if count:
             model = model or Transformer(value, context.vocab_size)

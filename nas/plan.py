@@ -26,6 +26,8 @@ from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, MoesaicError
 
 _SAMPLES = 1000
+_BATCH = 64
+"""Sequences whose mean length is that of a task."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,16 @@ def build_plan(part: BudgetRun, latency: bool = False) -> Plan:
 def _estimate_seconds(run: Run) -> dict[str, float]:
     """Seconds per stage, from FLOPs and the speed of one layer; a training step costs about 3 forward passes."""
     space = run.space
-    context = Context(run.task.vocab_size, run.task.sequence_length, 8, run.device.bytes_per_value)
+    batch = run.task.batch(_BATCH, 0, 0)
+    length, source_length = (max(1, round(int(n.sum()) / _BATCH)) for n in (batch.counts(), batch.source_counts()))
+    context = Context(
+        run.task.vocab_size,
+        length,
+        8,
+        run.device.bytes_per_value,
+        source_length=source_length if space.encoder else 0,
+        source_vocab_size=run.task.source_vocab_size,
+    )
     pricer, second_per_flop = Pricer(context), seconds_per_flop(space.smallest, context, run.device)
 
     def forward_seconds(architectures: Iterable[Architecture]) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ class Pass:
         for module in self.model.layers:
             own: list[Routing | None] = []
             routings.append(own)
-            hooks.append(module.register_forward_hook(lambda _, __, output, own=own: own.append(output[1])))
+            hooks.append(module.register_forward_hook(partial(_routing_into, own)))
         try:
             self()
         finally:
@@ -99,6 +101,10 @@ class Pass:
             for routing in routings
         ]
         return LayerUse(*(sum(values) / len(uses) for values in zip(*map(astuple, uses), strict=True)))
+
+
+def _routing_into(routings: list[Routing | None], _: Any, __: Any, output: tuple[Tensor, Routing | None]) -> None:
+    routings.append(output[1])
 
 
 def random_passes(
