@@ -26,8 +26,8 @@ from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, MoesaicError
 
 _SAMPLES = 1000
-_BATCH = 64
-"""Sequences whose mean length is that of a task."""
+_BATCH, _TOKENS = 64, 1024
+"""Sequences whose mean length is that of a task; tokens of the pass that the machine's speed is taken from."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _estimate_seconds(run: Run) -> dict[str, float]:
     context = Context(
         run.task.vocab_size,
         length,
-        8,
+        max(8, _TOKENS // length),
         run.device.bytes_per_value,
         source_length=source_length if space.encoder else 0,
         source_vocab_size=run.task.source_vocab_size,
