@@ -2,8 +2,9 @@
 
 from moesaic.supernet.batch import Batch
 from moesaic.supernet.cache import KeyValueCache
-from moesaic.supernet.evaluate import Evaluation, Judge, LayerLoad, evaluate
+from moesaic.supernet.evaluate import Evaluation, LayerLoad, evaluate
 from moesaic.supernet.generate import beam_search
+from moesaic.supernet.judge import Judge
 from moesaic.supernet.model import Transformer
 from moesaic.supernet.sampling import SliceSampler
 from moesaic.supernet.sparsify.repair import repaired

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,46 +90,3 @@ def _mean_and_error(losses: Tensor, counts: Tensor) -> tuple[float, float]:
     mean = (losses * counts).sum() / counts.sum()
     deviations = counts / counts.mean() * (losses - mean)
     return mean.item(), ((deviations**2).sum() / (size - 1) / size).sqrt().item()
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Evaluates slices of ``model`` on ``batch`` by ``loss`` (a key of ``LOSSES``), in bfloat16 if requested."""
-
-    model: Transformer
-    batch: Batch
-    bfloat16: bool = False
-    loss: str = "cross_entropy"
-
-    def __call__(self, architecture: Architecture) -> Evaluation:
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            return evaluate(self.model, self.batch, architecture, self.loss)
-
-    def plain(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What another process needs to make the same judge: plain data for JSON, and arrays."""
-        model = self.model
-        facts = {
-            "architecture": model.architecture.to_dict(),
-            "vocab_size": model.vocab_size,
-            "source_vocab_size": model.source_vocab_size,
-            "sharing": model.sharing,
-            "bfloat16": self.bfloat16,
-            "loss": self.loss,
-        }
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"batch.{name}": tensor for name, tensor in vars(self.batch).items() if tensor is not None}
-        return facts, {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-
-    @staticmethod
-    def of(facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device) -> Judge:
-        """The judge that ``plain`` describes, with views of ``arrays`` on a CPU and copies of them on a GPU."""
-        with torch.device("meta"):
-            architecture = Architecture.from_dict(facts["architecture"])
-            model = Transformer(architecture, facts["vocab_size"], facts["sharing"], facts["source_vocab_size"])
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        weights, batch = (
-            {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-            for part in ("model.", "batch.")
-        )
-        model.load_state_dict(weights, assign=True)
-        return Judge(model.to(device).eval(), Batch(**batch), facts["bfloat16"], facts["loss"])

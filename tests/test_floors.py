@@ -21,7 +21,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "kernels": {"torch", "triton"},
     "search_spaces": {"numpy", "yaml", "pydantic"},
-    "supernet": {"torch", "numpy", "scipy", "safetensors"},
+    "supernet": {"torch", "numpy", "scipy", "safetensors", "sacrebleu"},
 }
 ROOMS = (
     ("__init__", "units", "context"),

@@ -76,6 +76,14 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     _check_pass(config.latency, space, source)
     check_translates(config.data, space.encoder is not None, source.where(("data", "kind")))
     _check_encoder(config, space, source)
+    if config.search.judge == "bleu" and space.encoder is None:
+        raise MoesaicError(
+            "BLEU is of translations, and the space has no encoder",
+            where=source.where(("search", "judge")),
+            found="bleu",
+            allowed="judge: loss, or a space with the key encoder",
+            nearest="loss",
+        )
     return Loaded(config, space, source, tuple(overrides), checkpoint)
 
 

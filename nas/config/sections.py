@@ -221,7 +221,8 @@ class LatencyConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """``trials`` architectures are evaluated on ``evaluation_windows`` windows of held-out text.
+    """``trials`` architectures are evaluated on ``evaluation_windows`` windows, or pairs, of held-out text. What the
+    search takes for their loss is the task's ``loss``, or, of models that translate, 1 - ``bleu``.
 
     A sampler learns from ``population`` of them before it proposes; ``puzzle`` scores half as many parts per layer.
     """
@@ -231,6 +232,7 @@ class SearchConfig(_Section):
     objectives: Annotated[list[Objective], Field(min_length=1)] = ["loss", "flops"]
     population: Annotated[int, Field(ge=4)] = 40
     evaluation_windows: Annotated[int, Field(ge=2)] = 128
+    judge: Literal["loss", "bleu"] = "loss"
 
     @field_validator("objectives")
     @classmethod

@@ -42,7 +42,7 @@ def build_page(findings: Findings) -> str:
         "result": ("Result", _result(findings)),
         "front": ("Pareto front", _front(findings)),
         **({"source": ("Trained model", source_section(summary, findings.sparsity))} if findings.sparsity else {}),
-        "trust": ("Trust", trust_section(summary.trust, summary.unit)),
+        "trust": ("Trust", trust_section(summary.trust, summary.judged_in)),
         "architectures": ("Architectures", _architectures(findings)),
         "compute": ("Compute by layer", _compute(findings)),
         "search": ("Search", _search(findings)),
@@ -170,7 +170,7 @@ def _front(findings: Findings) -> Iterator[str]:
         f"measured, and {refused} others were refused before evaluation because their predicted costs were over "
         f"budget. Members of the front of {' and '.join(_names(findings.objectives))}: {len(findings.result.front)}."
     )
-    unit = findings.summary.unit
+    unit = findings.summary.judged_in
     yield plot("pareto", pareto_figure(findings.points, findings.budget, findings.context, findings.default_cost, unit))
     yield paragraph(
         "Costs use the routing measured in the evaluation; for refused architectures and rivals, the expected "
@@ -231,7 +231,7 @@ def _search(findings: Findings) -> Iterator[str]:
         f"space are inside the budget. The hypervolume ({' × '.join(_names(findings.objectives))}) "
         "uses a reference point of this search: do not compare it with other searches."
     )
-    yield plot("history", history_figure(findings.history, rivals, findings.summary.unit))
+    yield plot("history", history_figure(findings.history, rivals, findings.summary.judged_in))
     if additivity := search.additivity:
         tau = "" if additivity["tau"] is None else f", Kendall's tau {additivity['tau']:.2f}"
         yield paragraph(

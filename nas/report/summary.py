@@ -48,9 +48,10 @@ class PredictorFigures:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything a run found for one budget. ``metrics`` and the ``unit`` of losses are those of its task, ``budget``
-    the lines of the exported ``best``, ``exports`` the names of all exports; the command ``more_seeds`` trains three
-    seeds of every model. ``source`` is the trained model that the run starts from, if it does."""
+    """Everything a run found for one budget. ``metrics`` and the ``unit`` of losses are those of its task; the losses
+    that the search went by are ``judged_in`` another, perhaps. ``budget`` are the lines of the exported ``best``,
+    ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model. ``source`` is the
+    trained model that the run starts from, if it does."""
 
     name: str
     date: str
@@ -70,6 +71,7 @@ class Summary:
     context: Context
     more_seeds: str
     unit: str = "nats per token"
+    judged_in: str = "nats per token"
     source: SourceModel | None = None
 
 

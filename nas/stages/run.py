@@ -186,9 +186,15 @@ class Run:
             bar.update(len(items), len(items))
 
     def judge(self, split: Split, windows: int, model: Transformer | None = None) -> Judge:
-        """Evaluates slices of ``model`` (by default of the supernet) on held-out sequences of a split."""
-        batch = self.task.held_out(split, windows)
-        return Judge(model or self.supernet, batch, self.device.bfloat16, self.task.loss)
+        """Evaluates slices of ``model`` (by default of the supernet) on held-out sequences of a split; on those for
+        validation, by what the search goes by."""
+        batch, bleu = self.task.held_out(split, windows), split == "validation" and self.config.search.judge == "bleu"
+        return Judge(model or self.supernet, batch, self.device.bfloat16, "bleu" if bleu else self.task.loss)
+
+    @property
+    def judged_in(self) -> str:
+        """What losses on the validation split are in."""
+        return "1 - BLEU" if self.config.search.judge == "bleu" else self.task.unit
 
     @cached_property
     def supernet(self) -> Transformer:

@@ -50,7 +50,7 @@ def work(part: BudgetRun, directory: StageDirectory) -> None:
     findings = gather(part, summary)
     write_front(directory.path / "pareto.csv", findings.result)
     write_paper_figures(
-        directory.path, findings.points, findings.budget, findings.context, findings.default_cost, summary.unit
+        directory.path, findings.points, findings.budget, findings.context, findings.default_cost, summary.judged_in
     )
     write_text(directory.path / "index.html", build_page(findings))
 
@@ -99,6 +99,7 @@ def build_summary(part: BudgetRun) -> Summary:
         more_seeds=run.command("run", "retrain.seeds=3"),
         source=load_source(part),
         unit=run.task.unit,
+        judged_in=run.judged_in,
     )
 
 
