@@ -94,7 +94,7 @@ TABLE |= {f"retrain.{key}": ([f"retrain.{key}={value}"], FROM_FIDELITY) for key,
 OF_TRAINED = {"model", "retrain.repair_windows", "retrain.distil"}
 """Keys of runs that start from a trained model; see test_from_model."""
 
-OF_PARALLEL = {"data.vocabulary", "latency.beam", "latency.source_length"}
+OF_PARALLEL = {"data.vocabulary", "latency.beam", "latency.source_length", "search.judge"}
 """Keys of runs that learn to translate; see test_translation."""
 
 

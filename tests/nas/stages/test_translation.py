@@ -12,8 +12,11 @@ from rich.console import Console
 import moesaic
 from moesaic.nas.config import TrainConfig, load_config
 from moesaic.nas.exports.folder import load_exported
+from moesaic.nas.stages.check_fidelity import load_trust
 from moesaic.nas.stages.retrain_export import retrain_export
 from moesaic.nas.stages.run import Run
+from moesaic.nas.stages.run_search import load_search
+from moesaic.nas.stages.stage import BY_NAME
 from moesaic.nas.terminal.progress import Reporter
 from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.nas.training.trainer import Trainer
@@ -128,7 +131,50 @@ def test_a_setting_of_translations_is_an_input_of_the_stages_that_it_decides(
     assert {name for name in before if before[name] != after[name]} == OF_PARALLEL[setting]
 
 
+def test_the_judge_decides_the_search(config_file: Path, tmp_path: Path) -> None:
+    loss, bleu = (
+        BY_NAME["search"].inputs(open_run(config_file, tmp_path, f"search.judge={j}")) for j in ("loss", "bleu")
+    )
+    assert loss != bleu
+
+
+def test_a_search_by_bleu_inside_two_budgets_with_its_check(config_file: Path, tmp_path: Path) -> None:
+    """One budget is of measured translations."""
+    run = open_run(
+        config_file, tmp_path / "run", "search.judge=bleu", "search.trials=8", "search.population=4", "budget=null",
+        "budgets={few: {flops: 70%}, fast: {latency: 80%}}", "latency.models=8", "latency.repeats=3", "latency.beam=2",
+        "latency.batch_size=1", "latency.sequence_length=6", "fidelity={check: 4, steps: 2}", "export.front=0",
+        "retrain.steps=2",
+    )  # fmt: skip
+    finish(run)
+    for part in run.budgets:
+        trials, result = load_search(part)
+        assert -0.5 < (result.best.loss or 0) < 1.5
+        best = run.judge("validation", run.config.search.evaluation_windows)(result.best.architecture)
+        assert best.loss == pytest.approx(result.best.loss)
+        trust = load_trust(part)
+        assert trust.check is not None and len(trust.check.members) == 4
+        page = (part.path / "report" / "index.html").read_text()
+        assert "inherited validation loss, 1 - BLEU" in page and "nats per target token" in page
+        assert trials
+    assert run.context.phase == "translate"
+    assert run.predictor is not None and run.predictor.accuracy.count >= 2
+
+
 WRONG = {
+    "judge": (["data={kind: stdlib}", "space=tiny", "search.judge=bleu"], "BLEU is of translations", "search.judge"),
+    "decode": (["latency.phase=decode"], "a step of a model with an encoder is part of a translation", "latency.phase"),
+    "one": (["latency.sequence_length=1"], "a translation has a word and an end", "latency.sequence_length"),
+    "translate": (
+        ["data={kind: stdlib}", "space=tiny", "latency.phase=translate"],
+        "does not translate",
+        "latency.phase",
+    ),
+    "beam": (
+        ["data={kind: stdlib}", "space=tiny", "latency.beam=2"],
+        "beam is of models that translate",
+        "latency.beam",
+    ),
     "text": (["data={kind: stdlib}"], "a model with an encoder and a decoder translates", "data.kind"),
     "decoder": (["space=tiny"], "parallel text is for a model that translates", "data.kind"),
     "questions": (["questions=q.jsonl"], "a model that translates answers no questions", ""),
