@@ -10,7 +10,7 @@ from torch import Tensor
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     """[length, D] sin and cos of position / 10000^(2i / D) by turns (arXiv 1706.03762, 3.5)."""
-    return _table(table_length(length), width, device)[:length]
+    return _table(table_length(int(length)), width, device)[:length]  # a tracer's lengths are tensors
 
 
 def table_length(length: int) -> int:

@@ -158,8 +158,9 @@ def test_translations_are_calibrated_and_predicted() -> None:
     assert all(row["measured_ms"] > 0 for row in found.rows)
 
 
-def test_counters_agree_on_a_scored_translation() -> None:
-    model = Transformer(SPACES["two"].largest, 61)
+@pytest.mark.parametrize("name", ["hat", "two"])
+def test_counters_agree_on_a_scored_translation(name: str) -> None:
+    model = Transformer(SPACES[name].largest, 61)
     closed, torch_count, fvcore = count_flops(model, context_of("prefill"))
     assert closed.flops == pytest.approx(torch_count.flops)
     assert closed.flops == pytest.approx(fvcore.flops, rel=0.02)
