@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moesaic.nas.config import DeviceConfig, LatencyConfig
+from moesaic.nas.config import DeviceConfig
 from moesaic.nas.context import Context, Phase
 from moesaic.nas.costs.analytic import flops, flops_breakdown, parameters
 from moesaic.nas.costs.count import count_flops
-from moesaic.nas.costs.latency.calibrate import calibrate
 from moesaic.nas.costs.latency.predictor import TERMS, model_terms
 from moesaic.nas.costs.latency.probe import Pass, random_passes, text_pass
 from moesaic.nas.costs.latency.selection import shallow
@@ -59,7 +58,7 @@ def test_flops_are_exactly_those_that_torch_counts(name: str, phase: Phase, own_
     """A translation encodes once; each of its steps computes every hypothesis; cross-attention reads each source's keys
     and values once."""
     context = context_of(phase, own_vocabulary)
-    for architecture in drawn(name, 6):
+    for architecture in drawn(name, 1):
         (one,) = random_passes([architecture], context, CPU, seed=1)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             one()
@@ -147,15 +146,6 @@ def test_shallow_models_have_the_encoder_layers_that_are_read() -> None:
         assert one.encoder is not None and member.encoder is not None
         assert max(spans) <= len(one.encoder.layers) <= max(2, *spans)
         assert set(one.decoder.layers) <= set(member.decoder.layers)
-
-
-def test_translations_are_calibrated_and_predicted() -> None:
-    config = LatencyConfig(models=8, repeats=3, time_limit=30.0)
-    found = calibrate(SPACES["two"], context_of("translate"), config, CPU, seed=0)
-    predictor = found.predictor
-    uses = Pricer(predictor.context).expected_uses(SPACES["two"].largest)
-    assert predictor.predict(SPACES["two"].largest, uses) > 0
-    assert all(row["measured_ms"] > 0 for row in found.rows)
 
 
 @pytest.mark.parametrize("name", ["hat", "two"])
