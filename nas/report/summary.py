@@ -49,9 +49,9 @@ class PredictorFigures:
 @dataclass(frozen=True)
 class Summary:
     """Everything a run found for one budget. ``metrics`` and the ``unit`` of losses are those of its task; the losses
-    that the search went by are ``judged_in`` another, perhaps. ``budget`` are the lines of the exported ``best``,
-    ``exports`` the names of all exports; the command ``more_seeds`` trains three seeds of every model. ``source`` is the
-    trained model that the run starts from, if it does."""
+    that the search went by are in ``judged_in``. ``budget`` are the lines of the exported ``best``, ``exports`` the
+    names of all exports; the command ``more_seeds`` trains three seeds of every model. ``source`` is the trained model
+    that the run starts from, if it does."""
 
     name: str
     date: str
