@@ -54,8 +54,7 @@ def pseudovalues(found: Sequence[Sequence[int]], references: Sequence[Sequence[i
 
     def bleu(row: np.ndarray) -> float:
         correct, total = row[:4].tolist(), row[4:8].tolist()
-        lengths = {"sys_len": int(row[8]), "ref_len": int(row[9])}
-        return Scorer.compute_bleu(correct, total, **lengths, smooth_method="exp").score / 100
+        return Scorer.compute_bleu(correct, total, int(row[8]), int(row[9]), smooth_method="exp").score / 100
 
     if size == 1:
         return np.array([bleu(whole)])
