@@ -15,8 +15,8 @@ def made(monkeypatch) -> list[int]:
     """Parameters of every model that is made, also of those without memory."""
     counts, make = [], Transformer.__init__
 
-    def counting(self, *arguments):
-        make(self, *arguments)
+    def counting(self, *arguments, **keys):
+        make(self, *arguments, **keys)
         counts.append(sum(parameter.numel() for parameter in self.parameters()))
 
     monkeypatch.setattr(Transformer, "__init__", counting)
