@@ -65,6 +65,11 @@ class Context:
         """Tokens that one pass scores or writes: what costs per token are divided by."""
         return self.batch_size * (1 if self.phase == "decode" else self.sequence_length)
 
+    @property
+    def output(self) -> Extent:
+        """What a pass computes in the stack whose states become logits."""
+        return self.extent("decoder")
+
     def extent(self, stack: str) -> Extent:
         """What a pass computes in the named stack."""
         batch, length = self.batch_size, self.sequence_length

@@ -113,6 +113,11 @@ class Architecture:
         """The stack whose states become logits."""
         return next(reversed(self.stacks.values()))
 
+    @cached_property
+    def spans(self) -> tuple[int, ...]:
+        """How many of the encoder's last layers each layer of ``output`` reads; empty without an encoder."""
+        return tuple(layer.cross.span for layer in self.output.layers if layer.cross)
+
     @property
     def memory_width(self) -> int:
         """Width of the states that cross-attention reads; 0 without an encoder."""

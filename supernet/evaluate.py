@@ -71,9 +71,9 @@ def evaluate(
         on_rows()
     per_sequence = torch.cat(losses)
     mean, error = _mean_and_error(per_sequence, counts)
-    read = {"encoder": int(batch.source_counts().sum()), "decoder": int(batch.counts().sum())}
+    read, written = int(batch.source_counts().sum()), int(batch.counts().sum())
     loads = tuple(
-        None if load is None else LayerLoad(tuple((load / read[slot.stack]).tolist()))
+        None if load is None else LayerLoad(tuple((load / (read if slot.stack == "encoder" else written)).tolist()))
         for slot, load in zip(architecture.layers, pairs, strict=True)
     )
     return Evaluation(mean, error, int(counts.sum()), loads, tuple(per_sequence.tolist()))

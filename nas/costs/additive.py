@@ -62,11 +62,12 @@ class AdditiveCosts:
     def base(self, widths: Sequence[int]) -> np.ndarray:
         """[terms] of a network of these widths, one for each stack, without layers."""
         named = self._named(widths)
-        first = self.space.decoder.layers[0].smallest
-        uses = self._uses(Slot("decoder", 0), first.feed_forward)
-        least = self.space.only("decoder", (first,), named)
+        output, stack = list(self.space.stacks.items())[-1]
+        first = stack.layers[0].smallest
+        uses = self._uses(Slot(output, 0), first.feed_forward)
+        least = self.space.only(output, (first,), named)
         counts = {name: len(stack.layers) for name, stack in least.stacks.items()}
-        whole = self._alone("decoder", named, first, *uses)
+        whole = self._alone(output, named, first, *uses)
         return whole - sum(count * self._first(name, named) for name, count in counts.items())
 
     def layer(self, slot: Slot, widths: Sequence[int]) -> LayerCosts:

@@ -48,7 +48,7 @@ def _cross_flops(
 def head_products(architecture: Architecture, context: Context) -> float:
     """Multiply-accumulates per token of ``context`` of what turns final states into logits."""
     head, width = architecture.backbone.head, architecture.output.width
-    share = context.extent("decoder").all_tokens / context.tokens
+    share = context.output.all_tokens / context.tokens
     return (
         share * {"linear": width * context.vocab_size, "masked": width * (width + context.vocab_size), "none": 0}[head]
     )

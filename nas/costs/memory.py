@@ -39,12 +39,9 @@ def cache_memory(architecture: Architecture, context: Context) -> int:
 
 def _source_memory(architecture: Architecture, context: Context) -> int:
     """Bytes of the encoder's states that the decoder reads, which are float32, and their longest concatenation."""
-    spans = [layer.cross.span for layer in architecture.decoder.layers if layer.cross]
-    if not spans:
-        return 0
-    encoder = context.extent("encoder")
-    joined = max(spans) if max(spans) > 1 else 0
-    return 4 * encoder.tokens * architecture.memory_width * (max(spans) + joined)
+    most = max(architecture.spans, default=0)
+    joined = most if most > 1 else 0
+    return 4 * context.output.sources * context.output.read * architecture.memory_width * (most + joined)
 
 
 def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> float:
@@ -55,8 +52,8 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
     kept += cache_memory(architecture, context) + _source_memory(architecture, context)
     peak: float = head_memory(architecture, context)
     if context.phase == "translate":
-        kept += _hypotheses_memory(extents["decoder"])
-        peak += max(_order_memory(layer, architecture.backbone, context) for layer in architecture.decoder.layers)
+        kept += _hypotheses_memory(context.output)
+        peak += max(_order_memory(layer, architecture.backbone, context) for layer in architecture.output.layers)
     buffer: float = 0
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         width, extent, part = architecture.width_at(slot), extents[slot.stack], layer.feed_forward
@@ -77,7 +74,7 @@ def activation_memory(architecture: Architecture, uses: Sequence[LayerUse], cont
 
 def head_memory(architecture: Architecture, context: Context) -> int:
     """Bytes of the states before the head, their copy, that of its weights, and the logits."""
-    tokens, size, vocabulary = context.extent("decoder").tokens, context.bytes_per_value, context.vocab_size
+    tokens, size, vocabulary = context.output.tokens, context.bytes_per_value, context.vocab_size
     head, width = architecture.backbone.head, architecture.output.width
     states = tokens * 4 * width
     if head == "none":
@@ -101,7 +98,7 @@ def _hypotheses_memory(extent: Extent) -> int:
 
 def _order_memory(layer: Layer, backbone: Backbone, context: Context) -> int:
     """The copy of a layer's keys while its cache is put in another order."""
-    extent = context.extent("decoder")
+    extent = context.output
     return extent.sequences * extent.keys * backbone.widths(layer.attention)[1] * context.bytes_per_value
 
 
@@ -146,7 +143,7 @@ def attention_memory(width: int, attention: Attention, backbone: Backbone, exten
 
 def _cross_memory(width: int, memory_width: int, cross: CrossAttention, backbone: Backbone, context: Context) -> int:
     """The highest moment of a cross-attention block: the keys and values of the sources, the mix, or the output."""
-    extent, size = context.extent("decoder"), context.bytes_per_value
+    extent, size = context.output, context.bytes_per_value
     q, kv = backbone.widths(cross)
     tokens, read = extent.tokens, extent.sources * extent.read * cross.span
     kept = 0 if context.phase == "translate" else 2 * read * kv * size  # a translation's are in its cache

@@ -15,9 +15,10 @@ from torch import Tensor
 from moesaic.search_spaces import Architecture, FeedForward
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.experts import SparseFeedForward
-from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
+from moesaic.supernet.model import Transformer
 from moesaic.supernet.sharing import expert_layout
 from moesaic.supernet.sparsify.neurons import hidden
+from moesaic.supernet.stack import TransformerLayer, TransformerStack
 from moesaic.supernet.weights import Weights
 
 _ROWS = 4

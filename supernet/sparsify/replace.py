@@ -10,7 +10,8 @@ from torch import Tensor
 from moesaic.search_spaces import Architecture, Layer, Slot
 from moesaic.supernet.batch import Batch, Inputs
 from moesaic.supernet.losses import LOSSES
-from moesaic.supernet.model import Output, Transformer, TransformerLayer, TransformerStack
+from moesaic.supernet.model import Output, Transformer
+from moesaic.supernet.stack import TransformerLayer, TransformerStack
 
 
 @torch.inference_mode()

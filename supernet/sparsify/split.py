@@ -20,13 +20,14 @@ from moesaic.search_spaces.space import LayerSpace
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.evaluate import LayerLoad
 from moesaic.supernet.experts import SparseFeedForward
-from moesaic.supernet.model import Transformer, TransformerLayer, TransformerStack
+from moesaic.supernet.model import Transformer
 from moesaic.supernet.sharing import splits_dense
 from moesaic.supernet.sparsify.activity import LayerActivity, activity, captured
 from moesaic.supernet.sparsify.experts import expert_order
 from moesaic.supernet.sparsify.heads import head_order, reorder_heads
 from moesaic.supernet.sparsify.neurons import STORED, contributions, hidden, neuron_order
 from moesaic.supernet.sparsify.routers import FITS, Neurons, bounded, fit_hidden, masses
+from moesaic.supernet.stack import TransformerLayer, TransformerStack
 
 _ROWS = 4
 """Sequences that pass through a layer at once."""

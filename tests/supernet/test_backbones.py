@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moesaic.search_spaces import Architecture, Attention, Backbone, FeedForward, Layer, MoesaicError, Stack
 from moesaic.supernet import Transformer
-from moesaic.supernet.model import TransformerLayer
+from moesaic.supernet.stack import TransformerLayer
 from tests.supernet.network_tools import (
     HEADS,
     LENGTH,

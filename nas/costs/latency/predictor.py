@@ -89,7 +89,7 @@ def layer_terms(
 def model_terms(architecture: Architecture, uses: Sequence[LayerUse], context: Context) -> np.ndarray:
     """[len(TERMS)]: the terms of a pass through a whole model."""
     total = np.zeros(len(TERMS))
-    total[:2] = context.extent("decoder").passes, context.tokens * head_products(architecture, context)
+    total[:2] = context.output.passes, context.tokens * head_products(architecture, context)
     backbone, memory = architecture.backbone, architecture.memory_width
     for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
         total += layer_terms(architecture.width_at(slot), memory, layer, use, backbone, context.extent(slot.stack))
@@ -158,7 +158,7 @@ class LatencyPredictor:
         """Milliseconds of one forward pass."""
         context, coefficients = self.context, self.coefficients
         backbone, memory = architecture.backbone, architecture.memory_width
-        total = coefficients[0] * context.extent("decoder").passes
+        total = coefficients[0] * context.output.passes
         total += coefficients[1] * context.tokens * head_products(architecture, context)
         for (slot, layer), use in zip(architecture.layers.items(), uses, strict=True):
             width, extent = architecture.width_at(slot), context.extent(slot.stack)
