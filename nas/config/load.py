@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moesaic.nas.config.data import DataConfig
 from moesaic.nas.config.sections import (
     ROWS,
     Config,
-    DataConfig,
     LatencyConfig,
     LimitConfig,
     RetrainFile,
@@ -179,47 +179,26 @@ def _check_positions(config: Config, space: SearchSpace, source: YamlSource) -> 
 
 def _check_pass(latency: LatencyConfig, space: SearchSpace, source: YamlSource) -> None:
     """Raises MoesaicError where models of the space do not compute such a pass."""
-    whole = ("latency", "phase")
-    if latency.phase == "decode" and not space.largest.output.causal:
-        raise MoesaicError(
-            "an encoder sees all tokens at once and does not decode",
-            where=source.where(whole),
-            found="decode",
-            allowed="phase: prefill",
-            nearest="prefill",
+
+    def refused(key: str, problem: str, allowed: str, nearest: Any = None) -> MoesaicError:
+        found = getattr(latency, key)
+        return MoesaicError(
+            problem, where=source.where(("latency", key)), found=found, allowed=allowed, nearest=nearest
         )
+
     if space.encoder is None:
-        for name in ("source_length", "beam"):
-            if name in latency.model_fields_set and getattr(latency, name) != LatencyConfig.model_fields[name].default:
-                raise MoesaicError(
-                    f"{name} is of models that translate, and the space has no encoder",
-                    where=source.where(("latency", name)),
-                    found=getattr(latency, name),
-                    allowed="a space with an encoder, or without the key",
-                )
-    wrong = "translate" if space.encoder is None else "decode"
-    if latency.phase == wrong:
-        problem = (
-            "a model without an encoder does not translate"
-            if space.encoder is None
-            else ("a step of a model with an encoder is part of a translation")
-        )
-        allowed = ["prefill", "decode"] if space.encoder is None else ["prefill", "translate"]
-        raise MoesaicError(
-            problem,
-            where=source.where(whole),
-            found=wrong,
-            allowed=" or ".join(f"phase: {name}" for name in allowed),
-            nearest=allowed[-1],
-        )
-    if latency.sequence_length == 1 and space.encoder is not None and latency.phase != "prefill":
-        raise MoesaicError(
-            "a translation has a word and an end",
-            where=source.where(("latency", "sequence_length")),
-            found=1,
-            allowed=">= 2",
-            nearest=2,
-        )
+        if latency.phase == "translate":
+            raise refused("phase", "a model without an encoder does not translate", "prefill or decode", "decode")
+        if latency.phase == "decode" and not space.largest.output.causal:
+            raise refused("phase", "an encoder sees all tokens at once and does not decode", "prefill", "prefill")
+        for key in ("source_length", "beam"):
+            if getattr(latency, key) != LatencyConfig.model_fields[key].default:
+                raise refused(key, f"{key} is of models that translate", "a space with the key encoder, or no such key")
+    elif latency.phase == "decode":
+        problem = "a step of a model with an encoder is part of a translation"
+        raise refused("phase", problem, "prefill or translate", "translate")
+    elif latency.sequence_length == 1 and latency.phase != "prefill":
+        raise refused("sequence_length", "a translation has a word and an end", ">= 2", 2)
 
 
 def _check_encoder(config: Config, space: SearchSpace, source: YamlSource) -> None:

@@ -6,116 +6,22 @@ import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from moesaic.nas.config.data import DataConfig
+from moesaic.nas.config.section import Count, NotNegative, Positive, Section, Share
 from moesaic.nas.context import Phase
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.trained import PRESET
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 FEWEST_MEMBERS = 4
 """Fewest architectures for which a rank correlation is worth computing."""
 BudgetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Objective = Literal["loss", "latency", "flops", "parameters", "active_parameters", "memory"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
-
-
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
-
-
-class SplitFiles(_Section):
-    """Text whose splits are known. For validation and test, without files of their own, training text is divided."""
-
-    train: Annotated[Paths, Field(min_length=1)]
-    validation: Paths = []
-    test: Paths = []
-
-
-_PAIR = "[FILE.en, FILE.de]"
-
-
-def is_tsv(path: str) -> bool:
-    """Whether each line of this file holds a sentence, a tab and its translation."""
-    return path.lower().removesuffix(".gz").endswith(".tsv")
-
-
-class DataConfig(_Section):
-    """``stdlib`` is the Python standard library's source; ``text`` takes ``files``: paths, folders, globs, or these for
-    each of ``train``, ``validation`` and ``test``. Files are text, or records with the text in ``field``: JSON lines
-    (.jsonl), Parquet, or the Arrow files that Hugging Face's ``datasets`` saves; .gz of text and of JSON lines.
-
-    ``tokenizer``, a ``tokenizer.json`` or its folder, is used instead of a BPE trained to ``vocab_size`` tokens.
-
-    ``parallel`` are sentences with translations. Their ``files`` are two whose lines correspond, source and target, or
-    one TSV; the same for a split. Both languages have one BPE (``vocabulary: shared``) or one each (``separate``).
-    ``sequence_length`` is the most tokens of a sentence, its end included.
-    """
-
-    kind: Literal["stdlib", "text", "parallel"] = "stdlib"
-    files: Annotated[
-        Annotated[Paths, Tag("all")] | Annotated[SplitFiles, Tag("splits")],
-        Discriminator(lambda value: "splits" if isinstance(value, dict | SplitFiles) else "all"),
-    ] = []
-    field: str = "text"
-    vocabulary: Literal["shared", "separate"] = "shared"
-    tokenizer: str | None = None
-    vocab_size: Annotated[int, Field(ge=258, le=2**20)] = 2048
-    sequence_length: Annotated[int, Field(ge=8)] = 128
-
-    @model_validator(mode="after")
-    def _one_vocabulary(self) -> DataConfig:
-        if self.tokenizer is not None and "vocab_size" in self.model_fields_set and self.vocab_size != 2048:
-            raise MoesaicError(
-                "a given tokenizer has its own vocab_size", found=self.vocab_size, nearest="without the key"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _files_for_text(self) -> DataConfig:
-        if self.kind != "stdlib" and not self.files:
-            form = f"{_PAIR}, or [FILE.tsv]" if self.kind == "parallel" else "a path, a folder, a glob, a list"
-            raise MoesaicError(f"data of kind {self.kind} needs files", allowed=f"files: {form}")
-        if self.kind == "stdlib" and self.files:
-            raise MoesaicError("data of kind stdlib takes no files", nearest="kind: text")
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_of_files(self) -> DataConfig:
-        if self.kind != "parallel":
-            if self.vocabulary != "shared":
-                raise MoesaicError("one language has one vocabulary", found="vocabulary: separate", nearest="shared")
-            return self
-        for name, paths in self.split_files.items():
-            if len(paths) > 2 or (len(paths) == 1 and not is_tsv(paths[0])):
-                raise MoesaicError(
-                    f"the {name} split is not two files whose lines correspond, and not one TSV",
-                    found=", ".join(paths),
-                    allowed=f"{_PAIR}, or [FILE.tsv]",
-                )
-        if self.tokenizer is not None and self.vocabulary == "separate":
-            raise MoesaicError("a given tokenizer is that of both languages", nearest="vocabulary: shared")
-        return self
-
-    @property
-    def split_files(self) -> dict[str, list[str]]:
-        """The files of each split of parallel text. Where splits have none of their own, they are of the training's."""
-        if isinstance(self.files, list):
-            return {"train": self.files, "validation": [], "test": []}
-        return {name: getattr(self.files, name) for name in SplitFiles.model_fields}
-
-
-class LimitConfig(_Section):
+class LimitConfig(Section):
     """One hard limit. ``bind`` says which cost of a threshold router it limits: the expected or the worst case.
 
     ``confidence`` is for latency, which is predicted with an error: the limit holds with that probability. Without it
@@ -127,7 +33,7 @@ class LimitConfig(_Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] | None = None
 
 
-class DeviceConfig(_Section):
+class DeviceConfig(Section):
     """Where everything runs. ``dtype: auto`` is bfloat16 on a GPU that has it and float32 on a CPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -139,7 +45,7 @@ ROWS = 8
 """Rows of a batch of sentences, which differ in length, are a multiple of what this and the batch size share."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Optimiser settings shared by the supernet and single models. ``clip_norm``: .inf or null turns clipping off.
 
     ``balance_weight`` scales the mean of the load-balance loss over sparse layers. Switch and XMoE sum over layers:
@@ -161,7 +67,7 @@ class TrainingConfig(_Section):
     checkpoint_every: Count = 100
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """``workers`` processes on this machine train together. Each takes a part of every batch and, with ``shard``, holds
     a part of weights and optimiser state. On GPUs, each has its own. When one dies, all restart, ``restarts`` times.
     """
@@ -177,7 +83,7 @@ class TrainConfig(_Section):
         return self
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The trained model that a run starts from: the folder ``from``, of Hugging Face's format or an export.
 
     Each of its layers is reordered on ``calibration_windows`` windows of training text, so that its slices are the best
@@ -200,7 +106,7 @@ class SupernetConfig(TrainingConfig):
     largest_first: Share = 0.15
 
 
-class LatencyConfig(_Section):
+class LatencyConfig(Section):
     """The pass whose latency counts; how many models calibrate its predictor, and in how many rounds at least.
 
     ``prefill`` computes ``sequence_length`` positions of each sequence at once. ``decode`` computes one token after
@@ -220,7 +126,7 @@ class LatencyConfig(_Section):
     time_limit: Positive = 180.0
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """``trials`` architectures are evaluated on ``evaluation_windows`` windows, or pairs, of held-out text. What the
     search takes for their loss is the task's ``loss``, or, of models that translate, 1 - ``bleu``.
 
@@ -229,7 +135,7 @@ class SearchConfig(_Section):
 
     sampler: Literal["random", "nsga2", "tpe", "puzzle", "evolution"] = "evolution"
     trials: Count = 300
-    objectives: Annotated[list[Objective], Field(min_length=1)] = ["loss", "flops"]
+    objectives: Annotated[list[Objective], Field(min_length=1)] = Field(default=["loss", "flops"])
     population: Annotated[int, Field(ge=4)] = 40
     evaluation_windows: Annotated[int, Field(ge=2)] = 128
     judge: Literal["loss", "bleu"] = "loss"
@@ -244,14 +150,14 @@ class SearchConfig(_Section):
         return objectives
 
 
-class LaneResources(_Section):
+class LaneResources(Section):
     """Resources of one lane on its node; with a fraction of a GPU, several lanes share one."""
 
     cpu: Positive = 1.0
     gpu: NotNegative = 0.0
 
 
-class ExecutorConfig(_Section):
+class ExecutorConfig(Section):
     """Where the search evaluates: in this process (``local``), or in ``lanes`` parallel lanes of a Ray cluster, as
     trials of Ray Tune (``tune``) or in plain actors (``ray``), for evaluations of milliseconds in many lanes.
 
@@ -268,7 +174,7 @@ class ExecutorConfig(_Section):
     retries: Annotated[int, Field(ge=0)] = 2
     time_limit: Positive = 600.0
     storage: str | None = None
-    loggers: list[Literal["json", "csv", "tensorboard"]] = []
+    loggers: list[Literal["json", "csv", "tensorboard"]] = Field(default=[])
 
     @model_validator(mode="after")
     def _only_ray_has_lanes(self) -> ExecutorConfig:
@@ -289,7 +195,7 @@ class ExecutorConfig(_Section):
         return self
 
 
-class FidelityConfig(_Section):
+class FidelityConfig(Section):
     """``check``: how many evaluated architectures are trained from scratch, to see how well inherited losses rank them.
     Each trains for ``steps`` steps, otherwise with the settings of ``retrain``."""
 
@@ -308,7 +214,7 @@ class FidelityConfig(_Section):
         return check
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """``front``: how many members of the Pareto front, evenly spread, are exported besides the best one."""
 
     front: Annotated[int, Field(ge=0)] = 4
@@ -350,7 +256,7 @@ _OF_TRAINED: dict[str, dict[str, Any]] = {
 """Defaults of a run that starts from a trained model: scores are known before the search, and models are repaired."""
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a run depends on. ``space`` is read by ``search_spaces.load_space``; with ``model``, a trained one to
     start from, by ``search_spaces.trained``.
 
@@ -366,7 +272,7 @@ class Config(_Section):
     model: ModelConfig | None = None
     space: Any = "small"
     budget: dict[str, LimitConfig]
-    budgets: dict[BudgetName, dict[str, LimitConfig]] = {}
+    budgets: dict[BudgetName, dict[str, LimitConfig]] = Field(default={})
     device: DeviceConfig = DeviceConfig()
     train: TrainConfig = TrainConfig()
     supernet: SupernetConfig = SupernetConfig()
@@ -475,7 +381,7 @@ def _lines(value: Any) -> Any:
     return {name: {"limit": line} if not isinstance(line, dict) else line for name, line in value.items()}
 
 
-class RetrainFile(_Section):
+class RetrainFile(Section):
     """``retrain.yaml`` of an exported model: the settings of its run that retraining needs. ``source`` is the folder of
     the model whose states one without a head reproduces."""
 

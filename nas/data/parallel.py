@@ -113,6 +113,11 @@ class ParallelCorpus:
     def fingerprint(self) -> str:
         return self.folder.name
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """``tokenizer.json`` of the target."""
+        return self.folder / TOKENIZER
+
     def references(self, split: Split) -> list[str]:
         """The target sentences of a held-out split as they are in the file, one for each pair."""
         return _references(self.folder, split).read_bytes().decode().split("\n")

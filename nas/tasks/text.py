@@ -1,4 +1,4 @@
-"""What all tasks on a corpus of text share: its vocabulary, its place, and the windows that an encoder reads."""
+"""What all tasks on a text share: its place, and the windows that an encoder reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from moesaic.nas.data import Corpus, open_corpus
 from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.tasks.corpus import CorpusTask
 from moesaic.nas.tasks.task import Split
 from moesaic.search_spaces import MoesaicError
 from moesaic.supernet import Transformer
 
 
 @dataclass(frozen=True)
-class TextTask:
-    """A task on ``corpus``; ``name`` is its key among the tasks."""
+class TextTask(CorpusTask):
+    """A task on a text; ``name`` is its key among the tasks."""
 
     corpus: Corpus
 
@@ -29,22 +30,6 @@ class TextTask:
     source_vocab_size = None
     source_tokenizer = None
     generation_metrics = ()
-
-    @property
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        return self.corpus.vocab_size
-
-    @property
-    def sequence_length(self) -> int:
-        return self.corpus.sequence_length
-
-    @property
-    def tokenizer(self) -> Path:
-        return standing(self.corpus.tokenizer_path)
 
     @cached_property
     def frame(self) -> Frame:
@@ -66,14 +51,6 @@ class TextTask:
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
         return cls(corpus_of(plain))
-
-
-def standing(path: Path) -> Path:
-    """``path``, a file of the cache. Raises MoesaicError where it is gone."""
-    if not path.is_file():
-        problem = "is gone: the cache was cleared while it was in use"
-        raise MoesaicError(problem, where=str(path), allowed="the same command again, which rebuilds it")
-    return path
 
 
 def corpus_of(plain: Mapping[str, Any]) -> Corpus:

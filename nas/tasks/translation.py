@@ -13,18 +13,17 @@ import torch
 
 from moesaic.nas.data.buckets import Buckets
 from moesaic.nas.data.parallel import SOURCE_TOKENIZER, Pairs, ParallelCorpus, open_parallel
-from moesaic.nas.data.streams import TOKENIZER
 from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.tasks.corpus import CorpusTask, standing
 from moesaic.nas.tasks.language import perplexity
 from moesaic.nas.tasks.task import Metric, Split
-from moesaic.nas.tasks.text import standing
 from moesaic.nas.tasks.translator import Translator
 from moesaic.supernet import Batch, Transformer
 from moesaic.supernet.batch import padded
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(CorpusTask):
     """The decoder reads a token that starts the sentence and then the sentence; its last target is the token that ends
     it. One token is both, as in fairseq. A training batch has about as many tokens as ``size`` pairs on average."""
 
@@ -41,24 +40,8 @@ class Translation:
     )
 
     @property
-    def fingerprint(self) -> str:
-        return self.corpus.fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        return self.corpus.vocab_size
-
-    @property
     def source_vocab_size(self) -> int | None:
         return self.corpus.source_vocab_size
-
-    @property
-    def sequence_length(self) -> int:
-        return self.corpus.sequence_length
-
-    @property
-    def tokenizer(self) -> Path:
-        return standing(self.corpus.folder / TOKENIZER)
 
     @property
     def source_tokenizer(self) -> Path | None:
