@@ -183,7 +183,7 @@ def test_two_workers_train_an_encoder_alike(
 def test_what_an_encoder_cannot_do_is_one_message(
     encoder: Callable[[str], Path], corpus_folder: Path, tmp_path: Path, micro_config: Path
 ) -> None:
-    with pytest.raises(MoesaicError, match=r"(?s)latency.phase: an encoder sees all tokens at once.*phase: prefill"):
+    with pytest.raises(MoesaicError, match=r"(?s)latency.phase: an encoder sees all tokens at once.*nearest: prefill"):
         open_run(tmp_path, encoder("masked"), corpus_folder, "latency.phase=decode")
     for head, activation in (("none", "swiglu"), ("masked", "gelu")):
         settings = [f"space.backbone.head={head}", f"space.backbone.activation={activation}"]
