@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -154,12 +154,14 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 
 @pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=25)
 @given(case=cases())
 def test_output_and_gradients_match_the_reference_in_float64(implementation: str, case: Case) -> None:
     assert_near(case.run(implementation), case.run("reference"), 1e-10)
 
 
 @pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=25)
 @given(case=cases())
 def test_output_and_gradients_match_the_reference_in_float32(implementation: str, case: Case) -> None:
     single = case.to(torch.float32)

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -19,10 +18,8 @@ def test_help_does_not_import_torch():
     code = "import sys; sys.argv = ['moesaic', '--help']\nfrom moesaic.nas.cli import main\n"
     code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'optuna' not in sys.modules and 'pydantic' not in sys.modules"
-    start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - start < 5  # a quarter of a second on a quiet machine
     for command in (
         "run",
         "plan",

@@ -83,7 +83,7 @@ def plain_search(
     return max(finished, key=lambda one: one[0])[1][1:-1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     space=st.sampled_from(SPACES),
     seed=st.integers(0, 10**6),

@@ -43,7 +43,7 @@ def test_a_slice_and_its_extracted_model_give_the_same_logits(
 ) -> None:
     supernet = make_model(preset_space.envelope, sharing)
     worst, largest = 0.0, 0.0
-    for seed, architecture in enumerate(some_members(preset_space, 200)):
+    for seed, architecture in enumerate(some_members(preset_space, 60)):
         tokens = make_tokens(2, 8, seed)
         logits = supernet(tokens, architecture=architecture)
         worst = max(worst, (logits - supernet.extract(architecture)(tokens)).abs().max().item())

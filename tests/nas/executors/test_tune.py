@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 from ray import tune
 
 from moesaic.nas import executors
@@ -21,20 +20,11 @@ from moesaic.nas.executors import Outcome, evaluate_all, tune_trials
 from moesaic.nas.executors.lane import Lane
 from moesaic.nas.executors.tune_trials import TuneExecutor, storage_of
 from moesaic.nas.stages.run_search import check_executor
-from moesaic.nas.tasks.language import next_tokens
 from moesaic.search_spaces import Architecture, MoesaicError
-from moesaic.supernet import Judge, Transformer
 from tests.contracts.executors import members
 from tests.nas.run_tools import open_run
-from tests.nas.search_tools import tiny_space
 
 DEVICE = DeviceConfig(device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def judge() -> Judge:
-    torch.manual_seed(0)
-    return Judge(Transformer(tiny_space().envelope, 64).eval(), next_tokens(torch.randint(0, 64, (8, 17))))
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ def test_draws_in_a_tight_budget_have_the_law_of_the_space_given_the_budget(name
     feasible, inside = tight(name, share, terms)
     total = sum(inside.values())
     assert 0 < total < 0.06, "so few that rejection would not do"
-    draws, rng = 800, Random(0)
+    draws, rng = 400, Random(0)
     drawn = Counter(feasible.sample(rng) for _ in range(draws))
     assert set(drawn) <= set(inside)
     ordered = sorted(inside, key=lambda a: (inside[a], a.fingerprint))

@@ -15,7 +15,7 @@ from moesaic.nas.stages.provenance import OwnFiles
 from moesaic.nas.stages.stage import STAGES
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import write_text
-from tests.nas.command import moesaic
+from tests.nas.command import moesaic, moesaic_apart
 from tests.nas.run_tools import QUICK, do_stage, finish, open_run, said, without_stages
 
 
@@ -121,7 +121,7 @@ def test_provenance_is_written_once_a_stage(quick_run, micro_config, tmp_path):
     before = contents(out)
     env = json.loads(before["env.json"])
     assert set(env) == {stage.name for stage in STAGES}
-    again = moesaic("report", micro_config, *QUICK, "--out", out)
+    again = moesaic_apart("report", micro_config, *QUICK, "--out", out)
     assert again.returncode == 0, again.stderr
     after = json.loads((out / "env.json").read_text())
     assert after.pop("report")["command"][0] == "report"

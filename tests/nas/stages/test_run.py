@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from moesaic.nas.exports.folder import load_exported
 from moesaic.nas.stages.stage import STAGES
 from moesaic.search_spaces import Architecture, MoesaicError
-from tests.nas.command import interrupt_when, lines_in, moesaic, start
+from tests.nas.command import interrupt_when, lines_in, moesaic, moesaic_apart, start
 
 
 @pytest.fixture(scope="module")
 def finished(micro_config, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    result = moesaic("run", micro_config, "--out", out)
+    result = moesaic_apart("run", micro_config, "--out", out)
     assert result.returncode == 0, result.stderr
     assert "Chosen architecture" in result.stdout
     assert str(out / "report" / "index.html") in result.stdout.replace("\n", "")
@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_ends_in_one_message_and_damages_nothing(micro_conf
     interrupt_when(process, (out / "supernet" / "checkpoint.safetensors").exists, signal.SIGKILL)
     good = (out / "supernet" / "checkpoint.safetensors").read_bytes()
     # A limit on the size of files fails a write in the middle of a checkpoint just as a full disk does.
-    result = moesaic("supernet", micro_config, "--out", out, *steps, file_size_limit=len(good) // 2)
+    result = moesaic_apart("supernet", micro_config, "--out", out, *steps, file_size_limit=len(good) // 2)
     assert result.returncode == 2
     assert "cannot be written" in result.stderr
     assert "Traceback" not in result.stderr

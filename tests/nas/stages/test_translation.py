@@ -141,7 +141,7 @@ def test_the_judge_decides_the_search(config_file: Path, tmp_path: Path) -> None
 def test_a_search_by_bleu_inside_two_budgets_with_its_check(config_file: Path, tmp_path: Path) -> None:
     """One budget is of measured translations."""
     run = open_run(
-        config_file, tmp_path / "run", "search.judge=bleu", "search.trials=8", "search.population=4", "budget=null",
+        config_file, tmp_path / "run", "search.judge=bleu", "search.trials=5", "search.population=4", "budget=null",
         "budgets={few: {flops: 70%}, fast: {latency: 80%}}", "latency.models=8", "latency.repeats=3", "latency.beam=2",
         "latency.batch_size=1", "latency.sequence_length=6", "fidelity={check: 4, steps: 2}", "export.front=0",
         "retrain.steps=2",
