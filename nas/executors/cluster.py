@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
 from moesaic.nas.config import DeviceConfig, ExecutorConfig
@@ -70,10 +71,10 @@ def connected(config: ExecutorConfig, device: DeviceConfig) -> Iterator[None]:
 
 def _join(address: str, options: dict[str, Any]) -> None:
     try:
-        if address != "auto":
-            _look_for(address)
+        found = canonicalize_bootstrap_address_or_die(address)  # of "auto", the cluster on this machine
+        _look_for(found)
         with _signals_kept():
-            ray.init(address=address, **options)
+            ray.init(address=found, **options)
     except (OSError, ValueError) as error:  # a ConnectionError is an OSError
         raise MoesaicError(
             "no Ray cluster answers",
@@ -136,7 +137,8 @@ def _read_settings_again() -> None:
 
 
 def _look_for(address: str) -> None:
-    """Raises OSError or ValueError where nothing answers; Ray itself would try for minutes."""
+    """Raises OSError or ValueError where nothing answers; Ray itself would try for minutes. The Ray of another run on
+    this machine, which "auto" finds too, does not answer there."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=5).close()
 
