@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moesaic.kernels import inference, reference, routing, segments
+from moesaic.kernels import inference, reference, routing, segments, traced
 from moesaic.kernels.activations import ACTIVATIONS, Activation
 from moesaic.kernels.layout import Bank, ExpertLayout, Routing
 from moesaic.kernels.routing import PairWeights, Score
@@ -25,6 +25,8 @@ def _triton(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None
 
 
 def _torch(x: Tensor, bank: Bank, layout: ExpertLayout, routing: Routing | None, activation: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return traced.sparse_ffn(x, bank, layout, routing, activation)
     compute = inference.sparse_ffn if inference.applies(x, bank, layout, routing) else segments.sparse_ffn
     return compute(x, bank, layout, routing, activation)
 

@@ -11,6 +11,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moesaic.auto_classes import add_when_loaded
+
 if TYPE_CHECKING:
     from moesaic.nas import __version__
     from moesaic.nas.api import load, open_run, plan, run, translate
@@ -220,6 +222,8 @@ __all__ = [
 # chose this value. Lanes and workers inherit it.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
+
+add_when_loaded()
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory of the run.  [default: runs/NAME]")]
 Convention = Literal["hat"]
+ConvertedForm = Literal["transformers"]
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of tables.")]
 
 
@@ -216,6 +217,22 @@ def import_hat(
             raise MoesaicError("exists already", where=str(out), allowed="a new file")
         write_text(out, text)
         typer.echo(f"wrote {out}; next: {shlex.join(['moesaic', 'cost', str(out), '--convention', 'hat'])}")
+
+
+@app.command(rich_help_panel="Main")
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An exported model.")],
+    form: Annotated[ConvertedForm, typer.Option("--format", help="The program that it is for.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Convert an exported model for another program, and check that it computes the same there."""
+    with _told():
+        from moesaic.nas.exports.convert import check_text
+        from moesaic.nas.exports.convert import convert as converted
+
+        check = converted(folder, form, out)
+        print(json.dumps(asdict(check), indent=2) if as_json else f"wrote {out}. {check_text(check)}")
 
 
 @app.command(rich_help_panel="Main")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moesaic.search_spaces import Attention, Backbone, CrossAttention
 from moesaic.supernet.batch import Inputs
 from moesaic.supernet.regions import Region
+from moesaic.supernet.tables import kept
 
 
 class SelfAttention(nn.Module):
@@ -209,10 +210,9 @@ def _rotate(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), dim=-1)
 
 
-@lru_cache(maxsize=32)
+@kept
 def _angles(length: int, size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, [S, R/2] each."""
-    with torch.inference_mode(False):  # the cached tensors must also serve a training step
-        rate = base ** (-torch.arange(0, size, 2, device=device) / size)
-        angle = torch.arange(length, device=device)[:, None] * rate
-        return angle.cos(), angle.sin()
+    rate = base ** (-torch.arange(0, size, 2, device=device) / size)
+    angle = torch.arange(length, device=device)[:, None] * rate
+    return angle.cos(), angle.sin()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.supernet.cache import LayerCache
+from moesaic.supernet.cache import LayerPast
 from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.memory import Memory
 
@@ -111,7 +111,7 @@ class Inputs:
 
     causal: bool = True
     mask: Tensor | None = None
-    cache: LayerCache | None = None
+    cache: LayerPast | None = None
     memory: Memory | None = None
     dropout: Dropout | None = None
 

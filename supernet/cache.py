@@ -7,12 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moesaic.search_spaces import Architecture, MoesaicError, Slot
 from moesaic.supernet.memory import Memory
+
+
+class LayerPast(Protocol):
+    """What attention asks of one layer of a cache: see ``LayerCache``, which keeps it in buffers."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def crossed(self) -> list[Tensor]: ...
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Past(Protocol):
+    """What a model asks of a cache: see ``KeyValueCache``. Another program may bring its own."""
+
+    length: int
+    memory: Memory | None
+
+    def check(self, tokens: Tensor, architecture: Architecture) -> None: ...
+    def seen(self, mask: Tensor | None, length: int) -> Tensor | None: ...
+    def layer(self, stack: str, index: int) -> LayerPast: ...
 
 
 @dataclass(frozen=True)

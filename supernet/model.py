@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moesaic.kernels import Routing
 from moesaic.search_spaces import Architecture, MoesaicError, Stack
 from moesaic.supernet.attention import SelfAttention
-from moesaic.supernet.cache import KeyValueCache
+from moesaic.supernet.cache import Past
 from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.heads import MaskedHead
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         architecture: Architecture | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Past | None = None,
         mask: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         architecture: Architecture | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Past | None = None,
         mask: Tensor | None = None,
         source: Tensor | None = None,
         source_mask: Tensor | None = None,

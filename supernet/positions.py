@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from moesaic.supernet.tables import kept
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
@@ -18,9 +18,8 @@ def table_length(length: int) -> int:
     return 1 << max(6, (length - 1).bit_length())
 
 
-@lru_cache(maxsize=32)
+@kept
 def _table(length: int, width: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # the cached tensor must also serve a training step
-        rate = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
-        angle = torch.arange(length, device=device)[:, None] * rate
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+    rate = 10_000.0 ** (-torch.arange(0, width, 2, device=device) / width)
+    angle = torch.arange(length, device=device)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

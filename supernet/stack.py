@@ -12,7 +12,7 @@ from moesaic.kernels import Routing
 from moesaic.search_spaces import Backbone, Layer, MoesaicError, Stack
 from moesaic.supernet.attention import EncoderAttention, SelfAttention
 from moesaic.supernet.batch import Inputs
-from moesaic.supernet.cache import KeyValueCache
+from moesaic.supernet.cache import Past
 from moesaic.supernet.dropout import Dropout
 from moesaic.supernet.experts import SparseFeedForward
 from moesaic.supernet.memory import Memory
@@ -150,7 +150,7 @@ class TransformerStack(nn.Module):
         tokens: Tensor,
         stack: Stack,
         mask: Tensor | None,
-        cache: KeyValueCache | None = None,
+        cache: Past | None = None,
         memory: Memory | None = None,
         table: Tensor | None = None,
         kept: int = 1,

@@ -154,20 +154,20 @@ def measure_costs(
     costs["memory"] = float(4 * count + peak_activation_bytes(one))
     if pricer.predictor is None:
         return MeasuredCosts(costs, None)
-    timing = time_pass(one, pricer.predictor, device)
+    timing = time_pass(one, pricer.predictor, device, limit_ms)
     if timing.corrected_ms > limit_ms:
-        again = [time_pass(one, pricer.predictor, device) for _ in range(2)]
+        again = [time_pass(one, pricer.predictor, device, limit_ms) for _ in range(2)]
         timing = sorted([timing, *again], key=lambda timed: timed.corrected_ms)[1]
     costs["latency"] = timing.corrected_ms
     predicted = pricer.expected(model.architecture)["latency"]
     return MeasuredCosts(costs, LatencyFigures.of(timing, predicted, pricer.predictor))
 
 
-def time_pass(one: Pass, predictor: LatencyPredictor, device: Device) -> AnchoredTiming:
-    """Time a pass beside the anchors of ``predictor``, which are rebuilt."""
+def time_pass(one: Pass, predictor: LatencyPredictor, device: Device, limit_ms: float = math.inf) -> AnchoredTiming:
+    """Time a pass beside the anchors of ``predictor``, which are rebuilt; see ``time_with_anchors``."""
     passes = rebuilt_anchors(predictor, device)
     times = [anchor.milliseconds for anchor in predictor.anchors]
-    return time_with_anchors(one, list(zip(passes, times, strict=True)), Timer.of(device.kind))
+    return time_with_anchors(one, list(zip(passes, times, strict=True)), Timer.of(device.kind), limit_ms)
 
 
 def rebuilt_anchors(predictor: LatencyPredictor, device: Device) -> list[Pass]:

@@ -6,6 +6,7 @@ from moesaic.nas import __version__
 from moesaic.nas.costs.compliance import MeasuredLine, over_text, refused_text
 from moesaic.nas.costs.measure import latency_text
 from moesaic.nas.exports.figures import BEST, INHERITED_BEST, ExportFigures
+from moesaic.nas.exports.huggingface.files import card_header, is_language_model, snippet
 from moesaic.nas.tasks import Task
 from moesaic.nas.units import DIMENSIONS
 from moesaic.search_spaces import Architecture, draw
@@ -24,8 +25,10 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
     metrics = task.metrics + task.generation_metrics
     scores = ", ".join(f"{metric.title} {metric.format(figures.metrics[metric.name])}" for metric in metrics)
     scores += f" ({figures.signature})" if figures.signature else ""
+    loads = is_language_model(architecture)
     return "\n".join(
         [
+            *(card_header() if loads else []),
             f"# {figures.name}: a sparse Transformer designed by Moesaic {__version__}",
             "",
             "```",
@@ -56,6 +59,7 @@ def model_card(architecture: Architecture, figures: ExportFigures, task: Task) -
             "",
             "Load it with `moesaic.load(directory)`; retrain it with `moesaic retrain DIRECTORY`.",
             "",
+            *(snippet(figures.name) if loads else []),
         ]
     )
 

@@ -14,6 +14,17 @@ BEST, INHERITED_BEST = "best", "best-inherited"
 """Names of the chosen model's exports: retrained, which the verdict is about, and with weights of the supernet."""
 
 
+@dataclass(frozen=True)
+class RuntimeCheck:
+    """How far the logits of another program are from ours on real text, in one pass and step by step with a cache."""
+
+    program: str
+    version: str
+    positions: int
+    logit_difference: float
+    decode_logit_difference: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportFigures(Scores):
     """Scores are on the test split. ``predicted`` and ``measured`` are costs by name, in base units; ``refused`` are
@@ -37,6 +48,8 @@ class ExportFigures(Scores):
     inherited: Scores | None = None
     slice_max_logit_difference: float | None = None
     reload_max_logit_difference: float | None = None
+    checks: tuple[RuntimeCheck, ...] = ()
+    """Of the programs that it was converted for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from moesaic.nas.data.streams import TOKENIZER
 from moesaic.nas.data.tokenizer import Vocabulary
 from moesaic.nas.exports.card import model_card
 from moesaic.nas.exports.figures import ExportFigures
+from moesaic.nas.exports.huggingface.files import MODEL_CLASS, is_language_model, write_language_files
 from moesaic.nas.tasks import Task
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.architecture import ArchitectureField
@@ -38,6 +41,7 @@ from moesaic.supernet import Batch, Transformer
 from moesaic.supernet.checkpoint import load_tensors, load_weights, save_tensors
 
 MODEL_TYPE = "moesaic"
+WEIGHTS, CARD, FIGURES = "model.safetensors", "README.md", "figures.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class ModelFacts:
     architecture: ArchitectureField
     source_vocab_size: int | None = None
     """That of the encoder, where it has a vocabulary of its own."""
+    architectures: tuple[str, ...] = ()
+    """The class of transformers that loads it, where there is one."""
 
 
 def export_model(
@@ -66,15 +72,10 @@ def export_model(
     ------
     MoesaicError : the folder cannot be written, or is not an export.
     """
-    temporary = temporary_beside(directory)
     architecture = model.architecture
-    try:
-        complete_replacement(directory)
-        if os.path.lexists(directory) and not _is_export(directory):
-            raise MoesaicError("is not an exported model, and stays", where=str(directory), allowed="move it away")
-        temporary.mkdir(parents=True)
+    with replacing(directory) as temporary:
         save_tensors(
-            temporary / "model.safetensors",
+            temporary / WEIGHTS,
             dict(model.named_parameters()),
             {"format": "pt", "fingerprint": architecture.fingerprint},
         )
@@ -85,19 +86,37 @@ def export_model(
             logits = (one(batch.tokens, **batch.beside) for one in (reloaded, model.cpu()))
             difference = (next(logits) - next(logits)).abs().max().item()
         figures = replace(figures, reload_max_logit_difference=difference)
-        write_value(temporary / "figures.json", figures)
-        write_text(temporary / "README.md", model_card(architecture, figures, task))
+        write_value(temporary / FIGURES, figures)
+        write_text(temporary / CARD, model_card(architecture, figures, task))
+    return figures
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A new folder to write an export into, which becomes ``directory``, as a whole, where the block ends well.
+
+    Raises
+    ------
+    MoesaicError : it cannot be written, or ``directory`` is something else than an export.
+    """
+    temporary = temporary_beside(directory)
+    try:
+        complete_replacement(directory)
+        if os.path.lexists(directory) and not _is_export(directory):
+            raise MoesaicError("is not an exported model, and stays", where=str(directory), allowed="move it away")
+        temporary.mkdir(parents=True)
+        yield temporary
         replace_folder(directory, temporary)
     except OSError as error:
         raise unwritable(directory, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return figures
 
 
 def write_facts(directory: Path, model: Transformer, task: Task) -> None:
     """Write what ``load_exported`` and a user of ``model`` need beside its weights: ``config.json``,
-    ``architecture.yaml`` and ``tokenizer.json``; and ``source_tokenizer.json`` of a vocabulary of the source alone."""
+    ``architecture.yaml``, ``tokenizer.json``, and ``source_tokenizer.json`` of a vocabulary of the source alone; for a
+    language model, also the files of transformers."""
     architecture = model.architecture
     facts = ModelFacts(
         MODEL_TYPE,
@@ -107,12 +126,15 @@ def write_facts(directory: Path, model: Transformer, task: Task) -> None:
         architecture.fingerprint,
         architecture,
         model.source_vocab_size,
+        (MODEL_CLASS,) if is_language_model(architecture) else (),
     )
     write_value(directory / "config.json", facts)
     write_text(directory / "architecture.yaml", architecture.to_yaml())
     for name, tokenizer in ((TOKENIZER, task.tokenizer), (SOURCE_TOKENIZER, task.source_tokenizer)):
         if tokenizer is not None:
             write_atomically(directory / name, lambda path, tokenizer=tokenizer: shutil.copyfile(tokenizer, path))
+    if is_language_model(architecture):
+        write_language_files(directory, task.tokenizer, task.sequence_length)
 
 
 def vocabulary_of(directory: Path, model: Transformer) -> Vocabulary:
@@ -132,8 +154,8 @@ def load_exported(directory: PathLike) -> Transformer:
     directory = Path(directory)
     facts = read_facts(directory)
     model = Transformer(facts.architecture, facts.vocab_size, source_vocab_size=facts.source_vocab_size)
-    tensors, _ = load_tensors(directory / "model.safetensors")
-    load_weights(model, tensors, str(directory / "model.safetensors"))
+    tensors, _ = load_tensors(directory / WEIGHTS)
+    load_weights(model, tensors, str(directory / WEIGHTS))
     return model.eval()
 
 

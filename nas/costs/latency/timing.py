@@ -28,6 +28,8 @@ _PAIRS = (12, 60)
 """Fewest and most measurements of a model beside the anchors."""
 _PRECISION = 0.008
 """Relative standard error at which these measurements stop."""
+_DOUBT = 3.0
+"""Standard errors between a time and a limit that it is surely over."""
 _LONG_SECONDS, _LONG_PAIRS = 60.0, 3
 """After so long, so many are enough."""
 
@@ -150,10 +152,14 @@ class AnchoredTiming:
 
 
 def time_with_anchors(
-    run: Callable[[], object], anchors: Sequence[tuple[Callable[[], object], float]], timer: Timer
+    run: Callable[[], object],
+    anchors: Sequence[tuple[Callable[[], object], float]],
+    timer: Timer,
+    limit_ms: float = math.inf,
 ) -> AnchoredTiming:
     """Time ``run`` and the anchors (given with their milliseconds at calibration) alternately until the ratio is
-    precise or the most measurements are made. Each is compared with the anchors just before and just after."""
+    precise, the corrected time is beyond doubt over ``limit_ms``, or the most measurements are made. Each is compared
+    with the anchors just before and just after."""
     for one in (run, *(anchor for anchor, _ in anchors)):
         timer(one)
     case, started = Series(run), timer.clock()
@@ -165,7 +171,9 @@ def time_with_anchors(
         ratios = np.log(case.milliseconds) - around
         error, count = _error(ratios), len(ratios)
         long = timer.clock() - started > _LONG_SECONDS
-        if count >= _PAIRS[1] or (count >= _PAIRS[0] and error <= _PRECISION) or (long and count >= _LONG_PAIRS):
+        over = math.log(_middle(ratios)) - math.log(limit_ms) > _DOUBT * error
+        enough = count >= _PAIRS[0] and (error <= _PRECISION or over)
+        if count >= _PAIRS[1] or enough or (long and count >= _LONG_PAIRS):
             break
     raw, corrected = _middle(np.log(case.milliseconds)), _middle(ratios)
     return AnchoredTiming(raw, corrected, raw / corrected, error)

@@ -151,6 +151,18 @@ def test_a_model_timed_later_is_corrected_to_the_speed_of_the_calibration(speed)
     assert speed * 0.95 < found.anchor_ratio < speed * 1.25
 
 
+@pytest.mark.parametrize(("limit", "surely_over"), [(math.inf, False), (9.05, False), (8.0, True), (4.0, True)])
+def test_a_time_that_is_surely_over_its_limit_is_not_made_more_precise(limit, surely_over):
+    machine = Machine(noise=0.06)
+    anchors = [(machine.work(t), t) for t in ANCHORS]
+    found = time_with_anchors(machine.work(9.0), anchors, machine.timer, limit)
+    whole = Machine(noise=0.06)
+    precise = time_with_anchors(whole.work(9.0), [(whole.work(t), t) for t in ANCHORS], whole.timer)
+    assert (machine.now < 0.7 * whole.now) == surely_over
+    assert found.corrected_ms == pytest.approx(9.0, rel=0.06)
+    assert surely_over or found == precise
+
+
 @pytest.mark.parametrize("step", [0.0, -1e-3, math.nan])
 def test_a_clock_that_does_not_run_is_refused(step):
     @dataclass
