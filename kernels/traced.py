@@ -33,24 +33,6 @@ def _dense(x: Tensor, bank: Bank, layout: ExpertLayout, activation: str) -> Tens
     return activate(up, gate, activation) @ bank.down[rows, columns].to(x.dtype)
 
 
-def _call(
-    x: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    up_bias: Tensor | None,
-    weights: Tensor,
-    tokens: Tensor,
-    offsets: Tensor,
-    starts: list[int],
-    sizes: list[int],
-    activation: str,
-) -> Tensor:
-    layout = ExpertLayout(tuple(starts), tuple(sizes))
-    routing = Routing(tokens, offsets, weights, probabilities=weights)  # which nothing reads here
-    return segments.sparse_ffn(x, Bank(up, gate, down, up_bias), layout, routing, activation)
-
-
 @torch.library.custom_op("moesaic::segments", mutates_args=())
 def _forward(
     x: Tensor,
@@ -65,8 +47,10 @@ def _forward(
     sizes: list[int],
     activation: str,
 ) -> Tensor:
+    layout = ExpertLayout(tuple(starts), tuple(sizes))
+    routing = Routing(tokens, offsets, weights, probabilities=weights)  # segments read no probabilities
     with torch.no_grad():
-        return _call(x, up, gate, down, up_bias, weights, tokens, offsets, starts, sizes, activation)
+        return segments.sparse_ffn(x, Bank(up, gate, down, up_bias), layout, routing, activation)
 
 
 @_forward.register_fake
@@ -92,10 +76,12 @@ def _backward(
     """Gradients of x, up, gate, down, up_bias and the weights, those that there are; the hidden layer is computed
     again."""
     given = (x, up, gate, down, up_bias, weights)
+    layout = ExpertLayout(tuple(starts), tuple(sizes))
     with torch.enable_grad():
         leaves: list[Any] = [None if one is None else one.detach().requires_grad_() for one in given]
-        x, up, gate, down, up_bias, weights = leaves
-        out = _call(x, up, gate, down, up_bias, weights, tokens, offsets, starts, sizes, activation)
+        x, *bank, weights = leaves
+        routing = Routing(tokens, offsets, weights, probabilities=weights)
+        out = segments.sparse_ffn(x, Bank(*bank), layout, routing, activation)
         return list(torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad))
 
 

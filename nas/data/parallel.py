@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from moesaic.nas.config import DataConfig
-from moesaic.nas.data.cache import cache_directory, expanded
+from moesaic.nas.data.cache import cache_directory
 from moesaic.nas.data.file_search import shown
-from moesaic.nas.data.files import SPLITS, Split, missing
-from moesaic.nas.data.splits import SHARE
+from moesaic.nas.data.files import SPLITS, Split
+from moesaic.nas.data.pair_files import SIDES, Divided, PairFiles, Side, find_pairs
 from moesaic.nas.data.streams import (
     TOKENIZER,
     Checksum,
@@ -45,8 +42,6 @@ _FORMAT = "1"
 """Part of the cache key: raise it when dividing or encoding changes."""
 SOURCE_TOKENIZER = "source_tokenizer.json"
 """The tokenizer of the source's language, where it has its own."""
-Side = Literal["source", "target"]
-_SIDES: tuple[Side, Side] = ("source", "target")
 _AT_ONCE = 1 << 14
 """Pairs that are encoded at once."""
 
@@ -123,52 +118,6 @@ class ParallelCorpus:
         return _references(self.folder, split).read_bytes().decode().split("\n")
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a split: source and target, or one TSV; and the digest of each."""
-
-    paths: tuple[Path, ...]
-    digests: tuple[str, ...]
-
-    def pairs(self) -> Iterator[tuple[int, str, str]]:
-        """(line, source, target), without white space around a sentence.
-
-        Raises
-        ------
-        MoesaicError : a file is damaged or not UTF-8; two have different numbers of lines; a line of a TSV has not
-            exactly one tab.
-        """
-        if len(self.paths) == 1:
-            yield from self._columns()
-            return
-        source, target = map(_lines, self.paths)
-        for number, (one, other) in enumerate(zip_longest(source, target), start=1):
-            if one is None or other is None:
-                rest = number + sum(1 for _ in (target if one is None else source))
-                counts = (number - 1, rest) if one is None else (rest, number - 1)
-                raise MoesaicError(
-                    "the files have different numbers of lines, and translations are found by their line",
-                    where="data.files",
-                    found=", ".join(f"{shown(path)}: {count}" for path, count in zip(self.paths, counts, strict=True)),
-                    allowed="two files in which a line of one is translated by the same line of the other",
-                )
-            yield number, one.strip(), other.strip()
-
-    def _columns(self) -> Iterator[tuple[int, str, str]]:
-        for number, line in enumerate(_lines(self.paths[0]), start=1):
-            columns = line.split("\t")
-            if len(columns) != 2:
-                raise MoesaicError(
-                    "a line needs exactly one tab, between a sentence and its translation",
-                    where=f"{shown(self.paths[0])}:{number}",
-                    found=f"{len(columns) - 1} tabs",
-                )
-            yield number, columns[0].strip(), columns[1].strip()
-
-    def of(self, side: Side) -> Path:
-        return self.paths[_SIDES.index(side) % len(self.paths)]
-
-
 def load_parallel(
     config: DataConfig,
     where: str,
@@ -185,7 +134,7 @@ def load_parallel(
         for testing an empty sentence; a tokenizer is none, ends no sentence, or has ids that the model has not.
     """
     say("reading files")
-    files = _found(config, where)
+    files = find_pairs(config, where)
     given = _given(config, vocabulary)
     mark = f"{config.vocabulary}-{config.vocab_size}"
     if given:
@@ -233,20 +182,6 @@ def sentence_end(tokenizer: Tokenizer, where: str) -> int:
     return end
 
 
-def _found(config: DataConfig, where: str) -> dict[Split, _Files]:
-    files: dict[Split, _Files] = {}
-    for split in SPLITS:
-        paths = tuple(expanded(name, where) for name in config.split_files[split])
-        for path in paths:
-            if path.is_dir():
-                raise MoesaicError("is a folder", where=where, found=shown(path), allowed="a file of sentences")
-            if not path.is_file():
-                raise missing(path, where)
-        if paths:
-            files[split] = _Files(paths, tuple(Checksum.of(path).sha256 for path in paths))
-    return files
-
-
 def _given(config: DataConfig, vocabulary: Vocabulary | None) -> dict[str, Path]:
     """The tokenizers not to be trained, by the name of their file in the cache."""
     if vocabulary is not None:
@@ -262,83 +197,16 @@ def _of_model(corpus: ParallelCorpus, vocabulary: Vocabulary) -> ParallelCorpus:
     return replace(corpus, vocab_size=vocabulary.size, source_vocab_size=vocabulary.source_size)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file. Only a line feed ends one: other characters that Python's ``splitlines`` knows are text."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield _text(line, path, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise MoesaicError(f"is damaged: {error}", where=shown(path), allowed="a complete gzip file") from None
-    except OSError as error:
-        raise MoesaicError(f"cannot be read: {error.strerror}", where=shown(path)) from None
-
-
-def _text(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise MoesaicError(f"is not UTF-8: {error.reason}", where=f"{shown(path)}:{number}") from None
-
-
-def _digest(source: str, target: str) -> bytes:
-    return hashlib.sha256(f"{source}\t{target}".encode()).digest()[:12]
-
-
-def _split_of(digest: bytes, without_files: set[Split]) -> Split:
-    """Where a pair of the training files goes: by its content, to a split ``without_files`` of its own, or stay."""
-    place = int.from_bytes(digest[:4]) / 2**32
-    if "test" in without_files and place < SHARE:
-        return "test"
-    return "validation" if "validation" in without_files and place >= 1 - SHARE else "train"
-
-
-@dataclass(frozen=True)
-class _Divided:
-    """The pairs of each split. ``held_out`` are the digests of those that have files of their own for validation and
-    test, and do not train."""
-
-    files: Mapping[Split, _Files]
-    held_out: frozenset[bytes]
-
-    @staticmethod
-    def of(files: Mapping[Split, _Files]) -> _Divided:
-        held = (files[split].pairs() for split in SPLITS[1:] if split in files)
-        return _Divided(files, frozenset(_digest(one, other) for _, one, other in chain.from_iterable(held)))
-
-    def pairs(self, split: Split, left_out: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-        """Raises MoesaicError where a sentence for testing is empty. ``left_out`` counts others by reason."""
-        left_out = Counter() if left_out is None else left_out
-        own = self.files.get(split)
-        rest: set[Split] = set(SPLITS) - set(self.files)
-        for number, source, target in (own or self.files["train"]).pairs():
-            if not (source and target):
-                if own and split == "test":
-                    side: Side = "target" if source else "source"
-                    raise MoesaicError(
-                        "empty reference" if side == "target" else "empty sentence to translate",
-                        where=f"{shown(own.of(side))}:{number}",
-                        allowed="text in every line of the files for testing",
-                    )
-                left_out["with an empty line"] += own is not None
-            elif own and split != "train":
-                yield source, target
-            elif (digest := _digest(source, target)) in self.held_out:
-                left_out["also for validation or testing"] += own is not None
-            elif _split_of(digest, rest) == split:
-                yield source, target
-
-
 def _build(
     config: DataConfig,
-    files: Mapping[Split, _Files],
+    files: Mapping[Split, PairFiles],
     given: Mapping[str, Path],
     folder: Path,
     where: str,
     say: Callable[[str], None],
 ) -> None:
     """Train or read the tokenizers, and encode all splits."""
-    divided = _Divided.of(files)
+    divided = Divided.of(files)
     say("reading the tokenizer" if given else "training the tokenizer")
     if given:
         tokenizers = {name: read_tokenizer(path) for name, path in given.items()}
@@ -378,12 +246,12 @@ def _encode(
     ends: list[int],
 ) -> int:
     """Write ids and offsets of both sides, and the references of a held-out split; returns the number of pairs."""
-    offsets: dict[Side, list[int]] = {side: [0] for side in _SIDES}
+    offsets: dict[Side, list[int]] = {side: [0] for side in SIDES}
     references: list[str] = []
     with open(_ids(folder, split, "source"), "wb") as source, open(_ids(folder, split, "target"), "wb") as target:
         while some := list(islice(pairs, _AT_ONCE)):
             for side, file, texts, tokenizer, end in zip(
-                _SIDES, (source, target), zip(*some, strict=True), tokenizers, ends, strict=True
+                SIDES, (source, target), zip(*some, strict=True), tokenizers, ends, strict=True
             ):
                 dtype = id_type(vocab_size(tokenizer))
                 for ids in sentence_ids(tokenizer, list(texts), end):
@@ -391,7 +259,7 @@ def _encode(
                     offsets[side].append(offsets[side][-1] + len(ids))
             if split != "train":
                 references += [reference for _, reference in some]
-    for side in _SIDES:
+    for side in SIDES:
         np.asarray(offsets[side], dtype=np.int64).tofile(_offsets(folder, split, side))
     if split != "train":
         _references(folder, split).write_bytes("\n".join(references).encode())
@@ -414,7 +282,7 @@ def _opened(folder: Path, facts: _Facts, sequence_length: int, where: str) -> Pa
     splits = {}
     sizes = {"source": facts.source_vocab_size or facts.vocab_size, "target": facts.vocab_size}
     for split, count in facts.pairs.items():
-        source, target = (_sentences(folder, split, side, id_type(sizes[side])) for side in _SIDES)
+        source, target = (_sentences(folder, split, side, id_type(sizes[side])) for side in SIDES)
         kept = np.flatnonzero(np.maximum(source.lengths, target.lengths) <= sequence_length)
         if len(kept) < 2:
             raise MoesaicError(

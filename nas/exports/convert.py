@@ -11,7 +11,7 @@ from pathlib import Path
 from moesaic.nas.data.streams import TOKENIZER
 from moesaic.nas.exports.figures import ExportFigures, RuntimeCheck
 from moesaic.nas.exports.folder import CARD, FIGURES, ModelFacts, load_exported, read_facts, replacing
-from moesaic.nas.exports.huggingface.files import MODEL_CLASS, is_language_model, write_language_files
+from moesaic.nas.exports.huggingface.files import MODEL_CLASS, check_language_model, write_language_files
 from moesaic.nas.exports.verification import verified
 from moesaic.search_spaces import MoesaicError
 from moesaic.search_spaces.files import read_value, write_text, write_value
@@ -29,13 +29,7 @@ class Format:
 
 def _write_transformers(export: Path, facts: ModelFacts, folder: Path) -> None:
     """The export itself, with the files of transformers where an older version left them out."""
-    if not is_language_model(facts.architecture):
-        raise MoesaicError(
-            "only language models are converted so far",
-            where=str(export),
-            found="an encoder" if facts.architecture.encoder is None else "a model that translates",
-            allowed="a decoder alone, with a linear head",
-        )
+    check_language_model(facts.architecture, str(export))
     shutil.copytree(export, folder, dirs_exist_ok=True)
     write_value(folder / "config.json", replace(facts, architectures=(MODEL_CLASS,)))
     write_language_files(folder, export / TOKENIZER, facts.sequence_length)

@@ -42,10 +42,11 @@ def verified(program: str, module: str, folder: Path, model: Transformer, tokeni
     with tempfile.TemporaryDirectory() as temporary:
         reference = Path(temporary) / "reference.safetensors"
         save_tensors(reference, {"ids": tokens, "logits": logits}, {})
-        done = subprocess.run(
-            [sys.executable, "-m", module, str(folder), str(reference)],
-            check=False, capture_output=True, text=True, timeout=_SECONDS,
-        )  # fmt: skip
+        command = [sys.executable, "-m", module, str(folder), str(reference)]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise MoesaicError(f"{program} took longer than {_SECONDS} s, so the converted model is removed") from None
     if done.returncode:
         said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise MoesaicError(f"{program} does not run the converted model, which is removed", found=said)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.nas.data.tokenizer import end_of_text, read_tokenizer
-from moesaic.search_spaces import Architecture
+from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.search_spaces.files import read_json, write_json
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
@@ -18,8 +18,19 @@ def is_language_model(architecture: Architecture) -> bool:
     return architecture.encoder is None and architecture.backbone.head == "linear"
 
 
+def check_language_model(architecture: Architecture, where: str) -> None:
+    """Raises MoesaicError where it is another model."""
+    if not is_language_model(architecture):
+        raise MoesaicError(
+            "only language models, which predict the next token, run in transformers so far",
+            where=where,
+            found="an encoder" if architecture.encoder is None else "a model that translates",
+            allowed="a decoder alone, with a linear head",
+        )
+
+
 def write_language_files(directory: Path, tokenizer: Path, sequence_length: int) -> None:
-    """Write both. A tokenizer that came with a configuration keeps it.
+    """Write ``TOKENIZER_CONFIG`` and ``GENERATION_CONFIG``. A tokenizer that came with a configuration keeps it.
 
     The token that ends a document also begins a text, and fills padding on the left, where a prompt has none.
     """

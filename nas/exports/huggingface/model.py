@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from moesaic.nas.exports.huggingface.configuration import MoesaicConfig
+from moesaic.nas.exports.huggingface.files import check_language_model
 from moesaic.search_spaces import Architecture, MoesaicError
 from moesaic.supernet import Transformer
 from moesaic.supernet.memory import Memory
@@ -36,13 +37,7 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoesaicConfig):
         super().__init__(config)
         architecture = config.designed
-        if architecture.encoder is not None or architecture.backbone.head != "linear":
-            raise MoesaicError(
-                "this class is for language models, which predict the next token",
-                where="config.json: architecture",
-                found="an encoder" if architecture.encoder is None else "an encoder and a decoder",
-                allowed="a decoder alone, with a linear head",
-            )
+        check_language_model(architecture, "config.json: architecture")
         self.model = Transformer(architecture, config.vocab_size)
         self._no_split_modules = ["TransformerLayer"]
         self.post_init()

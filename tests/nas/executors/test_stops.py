@@ -36,7 +36,8 @@ def test_a_driver_killed_with_all_it_started_continues(kind, quick_run, micro_co
     assert len(ended) == len({t.architecture for t in ended}) == 24
 
 
-@pytest.mark.parametrize(("kind", "times"), [("ray", 2), ("tune", 1), ("tune", 2)])
+@KINDS
+@pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_drains_and_twice_stops_at_once(times, kind, quick_run, micro_config, tmp_path):
     """As a terminal does it, to the whole process group."""
     out = without_stages(quick_run, tmp_path / "stopped", *AFTER_SEARCH)

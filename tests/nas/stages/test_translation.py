@@ -22,7 +22,7 @@ from moesaic.nas.training.recipe import supernet_recipe
 from moesaic.nas.training.trainer import Trainer
 from moesaic.search_spaces import MoesaicError
 from tests.nas.data.pair_tools import write_corpus
-from tests.nas.run_tools import finish, only, open_run, said
+from tests.nas.run_tools import finish, open_run, said
 
 LAYER = "heads: [1, 2], experts: [1, 2], dense_sizes: [32], expert_sizes: [16, 32], routers: [{kind: top_k, k: [1]}]"
 RUN = f"""\
@@ -138,26 +138,25 @@ def test_the_judge_decides_the_search(config_file: Path, tmp_path: Path) -> None
     assert loss != bleu
 
 
-def test_a_search_by_bleu_inside_a_budget_of_measured_translations_with_its_check(
-    config_file: Path, tmp_path: Path
-) -> None:
+def test_a_search_by_bleu_inside_two_budgets_with_its_check(config_file: Path, tmp_path: Path) -> None:
+    """One budget is of measured translations."""
     run = open_run(
-        config_file, tmp_path / "run", "search.judge=bleu", "search.trials=5", "search.population=4",
-        "budget={latency: 80%}", "retrain.rivals=false", "latency.models=8", "latency.repeats=3", "latency.beam=2",
-        "latency.batch_size=1", "latency.sequence_length=6", "fidelity={check: 4, steps: 2}", "export.front=0",
-        "retrain.steps=2",
+        config_file, tmp_path / "run", "search.judge=bleu", "search.trials=8", "search.population=4",
+        "budget=null", "budgets={few: {flops: 70%}, fast: {latency: 80%}}", "retrain.rivals=false",
+        "latency.models=8", "latency.repeats=3", "latency.beam=2", "latency.batch_size=1",
+        "latency.sequence_length=6", "fidelity={check: 4, steps: 2}", "export.front=0", "retrain.steps=2",
     )  # fmt: skip
     finish(run)
-    part = only(run)
-    trials, result = load_search(part)
-    assert -0.5 < (result.best.loss or 0) < 1.5
-    best = run.judge("validation", run.config.search.evaluation_windows)(result.best.architecture)
-    assert best.loss == pytest.approx(result.best.loss)
-    trust = load_trust(part)
-    assert trust.check is not None and len(trust.check.members) == 4
-    page = (part.path / "report" / "index.html").read_text()
-    assert "inherited validation loss, 1 - BLEU" in page and "nats per target token" in page
-    assert trials
+    for part in run.budgets:
+        trials, result = load_search(part)
+        assert -0.5 < (result.best.loss or 0) < 1.5
+        best = run.judge("validation", run.config.search.evaluation_windows)(result.best.architecture)
+        assert best.loss == pytest.approx(result.best.loss)
+        trust = load_trust(part)
+        assert trust.check is not None and len(trust.check.members) == 4
+        page = (part.path / "report" / "index.html").read_text()
+        assert "inherited validation loss, 1 - BLEU" in page and "nats per target token" in page
+        assert trials
     assert run.context.phase == "translate"
     assert run.predictor is not None and run.predictor.accuracy.count >= 2
 
