@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.data.tokenizer import tokenizer_of
 from moesaic.nas.tasks.text import Frame
 from moesaic.nas.terminal.tables import plain_table
 from moesaic.search_spaces import Architecture, FeedForward, MoesaicError, Slot
@@ -119,7 +119,7 @@ def _kind(architecture: Architecture) -> str:
 def _windows(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     """[B, S] token ids of the text; of an encoder, each between the tokens that it expects around a text."""
     length = min(_LENGTH, checkpoint.max_length or _LENGTH)
-    tokenizer = read_tokenizer(checkpoint.tokenizer)
+    tokenizer = tokenizer_of(checkpoint.tokenizer, checkpoint.vocab_size)
     causal = checkpoint.architecture.output.causal
     frame = None if causal else Frame.of(tokenizer, str(checkpoint.tokenizer))
     length -= 2 if frame else 0
@@ -130,13 +130,6 @@ def _windows(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     if count == 0:
         raise MoesaicError(
             "the text is too short", where=where, found=f"{len(ids)} tokens", allowed=f"{length} and more"
-        )
-    if max(ids) >= checkpoint.vocab_size:
-        raise MoesaicError(
-            "the tokenizer is of another vocabulary",
-            where=str(checkpoint.tokenizer),
-            found=f"token {max(ids)}",
-            allowed=f"ids below vocab_size = {checkpoint.vocab_size}",
         )
     windows = torch.tensor(ids[: count * length]).view(count, length)
     return windows if frame is None else frame.around(windows)

@@ -99,6 +99,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_of(path: Path, model_size: int) -> Tokenizer:
+    """``read_tokenizer`` for a model that there is. Raises MoesaicError also where the model lacks some of its ids."""
+    tokenizer = read_tokenizer(path)
+    check_vocabulary(vocab_size(tokenizer), model_size, str(path))
+    return tokenizer
+
+
 def _limited(texts: Iterator[str]) -> Iterator[str]:
     left = _MOST_CHARACTERS
     for text in texts:

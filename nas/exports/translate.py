@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from moesaic.nas.data.parallel import SOURCE_TOKENIZER, sentence_end
 from moesaic.nas.data.streams import TOKENIZER
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.data.tokenizer import tokenizer_of
 from moesaic.nas.exports.folder import load_exported, read_facts
 from moesaic.nas.tasks.translator import Decoding, Translator
 from moesaic.search_spaces import MoesaicError
@@ -18,7 +18,7 @@ from moesaic.search_spaces import MoesaicError
 
 def load_translator(directory: Path, decoding: Decoding) -> tuple[Translator, int]:
     """The model and the tokenizers of an export, and how many tokens it reads. Raises MoesaicError where it does not
-    translate."""
+    translate, or a tokenizer has ids that the model has not."""
     model = load_exported(directory)
     if model.architecture.encoder is None:
         raise MoesaicError(
@@ -26,10 +26,10 @@ def load_translator(directory: Path, decoding: Decoding) -> tuple[Translator, in
             where=str(directory),
             allowed="an export of a run with data of kind parallel",
         )
-    target, target_end = _tokenizer(directory / TOKENIZER)
+    target, target_end = _tokenizer(directory / TOKENIZER, model.vocab_size)
     source, source_end = target, target_end
     if model.source_vocab_size is not None:
-        source, source_end = _tokenizer(directory / SOURCE_TOKENIZER)
+        source, source_end = _tokenizer(directory / SOURCE_TOKENIZER, model.source_vocab_size)
     translator = Translator(model, source, target, source_end, target_end, decoding)
     return translator, read_facts(directory).sequence_length
 
@@ -80,7 +80,7 @@ def _translated(translator: Translator, sources: list[list[int]]) -> Iterator[st
     return (" ".join(next(texts).split("\n")) if ids else "" for ids in sources)
 
 
-def _tokenizer(path: Path) -> tuple[Tokenizer, int]:
+def _tokenizer(path: Path, size: int) -> tuple[Tokenizer, int]:
     """With the id that ends a sentence."""
-    tokenizer = read_tokenizer(path)
+    tokenizer = tokenizer_of(path, size)
     return tokenizer, sentence_end(tokenizer, str(path))

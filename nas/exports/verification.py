@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moesaic.nas.data.tokenizer import read_tokenizer
+from moesaic.nas.data.tokenizer import tokenizer_of
 from moesaic.nas.exports.figures import RuntimeCheck
 from moesaic.search_spaces import MoesaicError
 from moesaic.supernet import Transformer
@@ -32,9 +32,9 @@ def verified(program: str, module: str, folder: Path, model: Transformer, tokeni
 
     Raises
     ------
-    MoesaicError : the program does not load the model, or its logits differ.
+    MoesaicError : the program does not load the model, or its logits differ; the tokenizer has ids that it has not.
     """
-    ids = read_tokenizer(tokenizer).encode(inspect.getsource(decoder)).ids
+    ids = tokenizer_of(tokenizer, model.vocab_size).encode(inspect.getsource(decoder)).ids
     longest = min(_POSITIONS, model.architecture.backbone.max_positions or _POSITIONS)
     tokens = torch.tensor([ids[:longest]])
     with torch.inference_mode():

@@ -125,7 +125,7 @@ def test_bad_input_is_one_message(dense: tuple[Path, Transformer], tmp_path: Pat
     numbers = " ".join(str(number) for number in range(4000))
     train_tokenizer([numbers], 700).save(str(folder / "tokenizer.json"))
     (folder / "text.txt").write_text(numbers)
-    with pytest.raises(MoesaicError, match=r"(?s)the tokenizer is of another vocabulary.*ids below vocab_size = 300"):
+    with pytest.raises(MoesaicError, match=r"(?s)the tokenizer is of another vocabulary.*ids below the model's 300"):
         inspect_checkpoint(open_checkpoint(folder), folder / "text.txt")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "nowhere")])
     assert result.exit_code == 2

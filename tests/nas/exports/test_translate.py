@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import moesaic
 from moesaic.nas.config import Config
 from moesaic.nas.data import load_parallel
+from moesaic.nas.data.tokenizer import train_tokenizer
 from moesaic.nas.exports.folder import load_exported, write_facts
 from moesaic.nas.exports.translate import load_translator, translate_lines, utf8_lines
 from moesaic.nas.tasks import LanguageModelling, Translation, load_task
@@ -44,6 +46,17 @@ LINES = [*sentences(9), "", "  \t", "Wort \u2028 ⵣ", *sentences(3, seed=5)]
 def test_an_export_keeps_both_vocabularies(export: Path) -> None:
     model = load_exported(export)
     assert (model.source_vocab_size is not None) == (export / "source_tokenizer.json").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(export: Path, tmp_path: Path) -> None:
+    """Also where the text has none of the ids that the model lacks: its translation would have no meaning."""
+    other = train_tokenizer([" ".join(f"{n:x}" for n in range(40_000))], 2000)
+    for own in export.glob("*tokenizer.json"):
+        folder = tmp_path / own.stem
+        shutil.copytree(export, folder)
+        other.save(str(folder / own.name))
+        with pytest.raises(MoesaicError, match=f"{own.name}: the tokenizer is of another vocabulary"):
+            list(moesaic.translate(folder, ["a"]))
 
 
 def test_each_line_is_translated_as_if_it_were_alone(export: Path) -> None:
